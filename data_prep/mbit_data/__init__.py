@@ -1,0 +1,1 @@
+"""Text into shards: read, tokenizer, write, verify."""

@@ -1,0 +1,1 @@
+"""The hot operations of a BitLM, each with its plain PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Start a run: on this machine now, on SLURM later."""

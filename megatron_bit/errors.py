@@ -1,0 +1,12 @@
+"""The one exception that means "the user can fix this": printed as one line, exit code 2."""
+
+
+class UserError(Exception):
+    """A mistake in the input: which key or file, its value, what is allowed, what to do.
+
+    The command line prints the message alone, without a traceback, and exits with code 2.
+    """
+
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 85  # saved on a signal; the same command continues the run
