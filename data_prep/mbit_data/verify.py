@@ -1,0 +1,41 @@
+"""Compare every byte of a data folder with its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from megatron_bit.data.manifest import load_manifest
+
+
+def verify(folder: Path | str) -> list[str]:
+    """One line for each damaged file: missing, of another size, or of another SHA-256. Empty if all is well.
+
+    Raises UserError if the folder has no readable manifest.
+    """
+    manifest = load_manifest(folder, check_files=False)
+    problems = []
+    tokenizer = _problem(manifest.tokenizer_path, None, manifest.tokenizer_sha256)
+    if tokenizer:
+        problems.append(f"tokenizer {manifest.tokenizer_path}: {tokenizer}")
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            problem = _problem(manifest.shard_path(shard), shard.size, shard.sha256)
+            if problem:
+                problems.append(f"{name} shard {manifest.shard_path(shard)}: {problem}")
+    return problems
+
+
+def _problem(path: Path, size: int | None, sha256: str) -> str | None:
+    try:
+        found = path.stat().st_size
+        if size is not None and found != size:
+            change = "truncated" if found < size else "too long"
+            return f"{change}: {found} bytes, the manifest says {size}"
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if digest != sha256:
+        return f"content changed: SHA-256 {digest}, the manifest says {sha256}"
+    return None

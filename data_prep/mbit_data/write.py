@@ -1,0 +1,141 @@
+"""Token arrays into webdataset tar shards; a file has its final name only when it is complete on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from mbit_data.tokenize import TokenizedDocument
+from megatron_bit.data.manifest import Shard, Split
+
+PARTIAL = ".partial"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file appears under its name complete, or not at all. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _HashingFile(io.RawIOBase):
+    """A file being written, hashed on the way: no second read for the manifest."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.hash = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def write(self, data) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+
+class _ShardFile:
+    """One shard while it is written: `<key>.json` and `<key>.tokens.npy` for each document."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / name
+        self.partial = folder / (name + PARTIAL)
+        self.file = open(self.partial, "wb")  # noqa: SIM115 (finish or abandon closes it)
+        self.hashing = _HashingFile(self.file)
+        self.tar = tarfile.TarFile(fileobj=self.hashing, mode="w", format=tarfile.USTAR_FORMAT)
+        self.documents = self.tokens = self.text_bytes = 0
+
+    def add(self, key: str, document: TokenizedDocument) -> None:
+        about = {
+            "source": document.source,
+            "document": document.index,
+            "bytes": document.text_bytes,
+            "tokens": len(document.tokens),
+        }
+        payload = io.BytesIO()
+        np.lib.format.write_array(payload, document.tokens, version=(1, 0), allow_pickle=False)
+        self._member(f"{key}.json", json.dumps(about).encode())
+        self._member(f"{key}.tokens.npy", payload.getvalue())
+        self.documents += 1
+        self.tokens += len(document.tokens)
+        self.text_bytes += document.text_bytes
+
+    def _member(self, name: str, data: bytes) -> None:
+        header = tarfile.TarInfo(name)  # time, owner and group 0: the bytes depend on the content alone
+        header.size = len(data)
+        self.tar.addfile(header, io.BytesIO(data))
+
+    def finish(self) -> Shard:
+        self.tar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        size = self.file.tell()
+        self.file.close()
+        os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
+        digest = self.hashing.hash.hexdigest()
+        return Shard(self.path.name, self.documents, self.tokens, self.text_bytes, size, digest)
+
+    def abandon(self) -> None:
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+class SplitWriter:
+    """The shards of one split: `<split>-000000.tar`, each closed at `shard_tokens` tokens or more.
+
+    Documents are never cut, so a shard exceeds `shard_tokens` by less than its last document.
+    """
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int):
+        self._folder = folder
+        self._split = split
+        self._shard_tokens = shard_tokens
+        self._shards: list[Shard] = []
+        self._open: _ShardFile | None = None
+
+    def add(self, key: str, document: TokenizedDocument) -> None:
+        """Append a document under a key that no other document has. Raises OSError."""
+        if self._open is None:
+            self._open = _ShardFile(self._folder, f"{self._split}-{len(self._shards):06d}.tar")
+        self._open.add(key, document)
+        if self._open.tokens >= self._shard_tokens:
+            self._finish_shard(self._open)
+
+    def finish(self) -> Split:
+        """Close the last shard. Raises OSError."""
+        if self._open is not None:
+            self._finish_shard(self._open)
+        return Split(tuple(self._shards))
+
+    def abandon(self) -> None:
+        """Remove the shard begun, after an error."""
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+    def _finish_shard(self, shard: _ShardFile) -> None:
+        self._shards.append(shard.finish())
+        self._open = None

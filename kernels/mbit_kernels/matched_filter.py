@@ -1,0 +1,38 @@
+"""The matched filter and its loss, elementwise over bits: the plain reference of what a fused kernel computes.
+
+Bits are -1 or +1, z = x + sigma * eps. The exact posterior log-odds of an isolated bit under Gaussian noise
+are 2 z / sigma^2; the network adds what context and the other bits tell (CoBit, arXiv 2605.07013).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP = 30.0  # |log-odds| beyond this no float32 probability can tell apart
+
+
+def posterior_logits(residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+    """residual + clip(2 z / sigma^2, +-30), float32; sigma broadcasts."""
+    return residual.float() + (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)
+
+
+def posterior_mean(logits: Tensor) -> Tensor:
+    """E[x | z] = tanh(logits / 2)."""
+    return torch.tanh(0.5 * logits)
+
+
+def squared_error(logits: Tensor, x: Tensor) -> Tensor:
+    """(x - tanh(logits / 2))^2 for x in {-1, +1}, as 4 sigmoid(-x logits)^2: no cancellation where it is tiny."""
+    return 4.0 * torch.sigmoid(-x * logits).square()
+
+
+def cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
+    """-ln p(x) of every bit, nats."""
+    return F.softplus(-x * logits)
+
+
+def edm_weight(sigma: Tensor) -> Tensor:
+    """(sigma^2 + 1) / sigma^2, which is EDM's (sigma01^2 + 1/4) / (sigma01^2 / 4) on squared errors of {0, 1} bits."""
+    return 1.0 + 1.0 / (sigma * sigma)

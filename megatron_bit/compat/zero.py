@@ -1,0 +1,208 @@
+"""The only file that knows DeepSpeed's engine: ZeRO-1 under a pipeline schedule, ZeRO-1/2/3 without.
+
+DeepSpeed owns the optimizer. With pp = 1 its engine also drives the backward pass, so that gradients are reduced
+and partitioned while it runs. With pp > 1 megatron-core's schedule drives it and DeepSpeed is told not to count
+micro-batches ("unmanaged" accumulation, new in 0.19): it reduces once, in `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bit.config import Config
+from megatron_bit.parallel.groups import Groups
+
+STATES = ("param", "exp_avg", "exp_avg_sq")  # fp32 master weights and AdamW's moments
+
+
+class Fragment(NamedTuple):
+    """The part of a local parameter whose optimizer state this rank owns."""
+
+    chunk: int  # index of the model chunk
+    name: str  # local parameter name
+    start: int  # first element, in the flattened parameter
+    states: dict[str, Tensor]  # float32 [numel] views, by the names in STATES
+
+
+class _Mpu:
+    """What DeepSpeed asks a Megatron-style model-parallel unit, answered by megatron-core."""
+
+    def __init__(self, groups: Groups) -> None:
+        from megatron.core import parallel_state
+
+        self._state = parallel_state
+        self._mp = groups.collection.mp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_model_parallel_group(self) -> Any:
+        return self._mp
+
+    def get_model_parallel_world_size(self) -> int:
+        return torch.distributed.get_world_size(self._mp)
+
+    def get_model_parallel_rank(self) -> int:
+        return torch.distributed.get_rank(self._mp)
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even in a world of one
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It would compile a shared-memory all-reduce (over a minute), and a killed build leaves a lock behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroOptimizer:
+    """AdamW under ZeRO over this rank's chunks."""
+
+    def __init__(self, config: Config, chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer, groups: Groups) -> None:
+        deepspeed = _import_deepspeed()
+        self.chunks = list(chunks)
+        self.base = optimizer
+        self.stage = config.parallel.zero_stage
+        self.managed = groups.dims.pp == 1
+        self._device = groups.device
+        module = self.chunks[0] if self.managed else nn.ModuleList(self.chunks)
+        micro_batches = groups.dims.micro_batches(config)
+        settings: dict[str, Any] = {
+            "train_batch_size": config.train.global_batch_size,
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": config.optim.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.stage,
+                # hooks reduce during the backward pass; under a schedule the reduction waits for `step`
+                "overlap_comm": torch.cuda.is_available() and self.managed,
+            },
+            "steps_per_print": None,
+        }
+        if not self.managed:
+            settings["managed_gradient_accumulation"] = False
+        if config.train.precision == "bf16":
+            settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.engine = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, mpu=_Mpu(groups), dist_init_required=False
+        )[0]
+
+    def forward_backward(self, batches: Sequence[Any]) -> list[Tensor]:
+        """Forward and backward of all micro-batches through DeepSpeed's engine (pp = 1), up to the last reduction.
+
+        Each item is an argument of the model, which returns (loss, metrics). Returns the metrics.
+        """
+        metrics = []
+        for index, batch in enumerate(batches):
+            if index:
+                self.engine.step()  # between micro-batches this only counts
+            output = self.engine(batch)
+            self.engine.backward(output[0])
+            metrics.append(output[1])
+        return metrics
+
+    def step(self, lrs: Sequence[float]) -> None:
+        """Reduce what is not reduced yet, clip by the global norm, update; non-finite gradients skip the update.
+
+        Args:
+            lrs: learning rate of every parameter group.
+        """
+        for group, lr in zip(self.base.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        self.engine.step()
+
+    def discard(self) -> None:
+        """Drop the gradients of this step on every rank, as for a non-finite gradient."""
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = None
+        raise_nothing = self.engine.optimizer
+        raise_nothing.zero_grad(set_to_none=True)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped for a non-finite gradient; the same on every rank."""
+        return bool(self.engine.optimizer.overflow)
+
+    @property
+    def grad_norm(self) -> Tensor | float:
+        """Global gradient norm before clipping, of the last step."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else norm
+
+    def _flat_partitions(self) -> list[Tensor]:
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            return list(zero.fp32_partitioned_groups_flat)
+        return [p for group in self.base.param_groups for p in group["params"]]
+
+    def create_states(self) -> None:
+        """Give AdamW its (zero) moments now rather than at the first step, so that a checkpoint can fill them."""
+        for flat in self._flat_partitions():
+            if not self.base.state.get(flat):
+                self.base.state[flat] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
+        if self.stage < 3:  # DeepSpeed links all groups' states in the first group's first step, when the rest have none
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The optimizer state that this rank owns, by parameter. `create_states` must have been called once."""
+        dp_rank = torch.distributed.get_rank(self.engine.optimizer.dp_process_group) if self.stage == 3 else 0
+        for index, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.named_parameters():
+                if self.stage == 3:
+                    yield from self._stage3_fragment(index, name, parameter, dp_rank)
+                    continue
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:
+                    states = {"param": mapping.get_hp_fragment()}
+                    states |= {key: mapping.get_optim_state_fragment(key) for key in STATES[1:]}
+                    yield Fragment(index, name, mapping.lp_fragment_address.start, states)
+
+    def _stage3_fragment(self, index: int, name: str, parameter: Any, dp_rank: int) -> Iterator[Fragment]:
+        zero = self.engine.optimizer
+        partition = parameter.ds_tensor.ds_numel
+        start = partition * dp_rank
+        count = min(partition, parameter.ds_numel - start)  # the last partition is padded
+        if count > 0:
+            states = {
+                key: zero._get_fp32_opt_state_partition(
+                    parameter, release_swap_buffers=False, optim_state_key=None if key == "param" else key
+                )[0].narrow(0, 0, count)
+                for key in STATES
+            }
+            yield Fragment(index, name, start, states)
+
+    @property
+    def updates(self) -> int:
+        """Updates applied so far (AdamW's step count, for its bias correction)."""
+        state = self.base.state.get(self._flat_partitions()[0])
+        return int(state["step"].item()) if state else 0
+
+    def loaded(self, updates: int) -> None:
+        """Call after filling the fragments: sets the step count and refreshes the model's weights from the masters."""
+        for flat in self._flat_partitions():
+            self.base.state[flat]["step"].fill_(float(updates))
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+            zero._partition_all_parameters()
+        else:
+            zero.update_lp_params()

@@ -1,0 +1,369 @@
+"""The configuration: one typed, frozen tree. Imports no torch, so that every command can validate quickly.
+
+Layers, later wins: defaults < preset < YAML file < ``key=value`` on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_bit.errors import UserError
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class HeadConfig(Section):
+    num_layers: int = Field(2, ge=1)
+    """Layers of the denoising head, a bidirectional transformer over the K tokens of one block."""
+    hidden_size: int = Field(256, ge=8)
+    """Width of the head."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads of the head; divisible by `parallel.tp`."""
+    ffn_hidden_size: int = Field(640, ge=8)
+    """SwiGLU width of the head; divisible by `parallel.tp`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HeadConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class ModelConfig(Section):
+    bits: int = Field(16, ge=1, le=256)
+    """Bits of one token, B. The vocabulary of the data has to fit: V <= 2^B."""
+    code: Literal["binary", "gray", "random"] = "binary"
+    """How a token id becomes bits: the id itself, its Gray code, or a seeded permutation (the negative control)."""
+    block_size: int = Field(4, ge=1, le=64)
+    """Tokens generated at once, K."""
+    attention: Literal["causal", "block_causal"] = "causal"
+    """Inside a block of the backbone: causal, or every token sees its whole block."""
+    num_layers: int = Field(6, ge=1)
+    """Layers of the backbone."""
+    hidden_size: int = Field(256, ge=8)
+    """Width of the backbone, D."""
+    num_heads: int = Field(4, ge=1)
+    """Query heads; divisible by `parallel.tp`."""
+    num_kv_heads: int = Field(2, ge=1)
+    """Key/value heads (grouped-query attention); divisible by `parallel.tp`."""
+    ffn_hidden_size: int = Field(640, ge=8)
+    """SwiGLU width; divisible by `parallel.tp`."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys."""
+    rope_base: float = Field(10_000.0, gt=0)
+    """Base of the rotary position embedding."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of every RMSNorm."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    head: HeadConfig = HeadConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}")
+        if (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} has to be even for RoPE")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} has to be a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class DiffusionConfig(Section):
+    loss: Literal["mse", "bce"] = "mse"
+    """Squared error of the posterior mean with the EDM weight, or binary cross-entropy of the bits."""
+    noise_samples: int = Field(4, ge=1)
+    """Independent noise levels that share one backbone state (stratified)."""
+    sigma_min: float = Field(0.1, gt=0)
+    """Smallest noise level (on bits of -1, +1)."""
+    sigma_max: float = Field(160.0, gt=0)
+    """Largest noise level."""
+    log_mean: float = -1.2
+    """Mean of ln(sigma / 2) in training (log-normal, truncated to the range above)."""
+    log_std: float = Field(1.2, gt=0)
+    """Standard deviation of ln(sigma / 2) in training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} has to be smaller than sigma_max {self.sigma_max}")
+        return self
+
+
+class ParallelConfig(Section):
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel size."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel size. The data-parallel size is what remains: world size / (tp * pp)."""
+    vpp: int = Field(1, ge=1)
+    """Model chunks a pipeline rank; above 1 the schedule is interleaved 1F1B."""
+    sequence_parallel: bool = True
+    """With tp > 1: shard the activations between tensor-parallel regions along the sequence."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """ZeRO stage of the optimizer. Stages 2 and 3 need pp = 1."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only each backbone layer's input and recomputes the rest in the backward pass."""
+    timeout_minutes: float = Field(10.0, gt=0)
+    """How long a collective may wait for another rank before the job is given up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.pp > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"zero_stage {self.zero_stage} with pp {self.pp} is not possible: DeepSpeed shards gradients in its own "
+                "backward, which a pipeline schedule replaces; use zero_stage=1, or pp=1"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp {self.vpp} needs pp > 1; use vpp=1, or pp=2 and more")
+        return self
+
+
+class OptimConfig(Section):
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    head_lr_scale: float = Field(1.0, gt=0)
+    """The head's learning rate is lr times this."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's exponential decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices; vectors (norms, biases) and learned positions are not decayed."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Cosine, or warm-up, stable, decay."""
+    warmup_steps: int = Field(100, ge=0)
+    """Linear warm-up from 0."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """`wsd`: share of `train.steps` in the final linear decay."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Final learning rate over the peak."""
+    spike_guard: float = Field(0.0, ge=0)
+    """Skip an update whose loss is above this many times the running mean; 0 is off. Costs a host sync a step."""
+
+
+class DataConfig(Section):
+    path: str = ""
+    """Folder written by `megatron-bit prepare` (it holds manifest.json)."""
+    seq_length: int = Field(256, ge=2)
+    """Tokens of one sample; a multiple of `model.block_size`."""
+    shuffle_shards: int = Field(8, ge=1)
+    """Samples are shuffled within windows of this many shards; a window is what a rank holds in memory."""
+    prefetch: int = Field(2, ge=1)
+    """Global batches read ahead."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run."""
+    stop_at: int | None = Field(None, ge=1)
+    """Save and stop at this step; the schedule still aims at `steps`, and the same command goes on from there."""
+    global_batch_size: int = Field(16, ge=1)
+    """Samples a step over all ranks."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Samples a forward pass on one data-parallel rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights, moments and gradient accumulation."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """Seed of weights, noise and data order."""
+
+
+class EvaluateConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between validations of the likelihood bound; 0 is never."""
+    samples: int = Field(32, ge=1)
+    """Validation samples; at most what the validation split holds."""
+    noise_samples: int = Field(16, ge=2)
+    """Stratified noise levels a hidden state in validation."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, ge=1)
+    """Steps between checkpoints. The last step and a signal always save."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class LogConfig(Section):
+    every: int = Field(10, ge=1)
+    """Steps between progress lines; the JSON-lines log has a record for every step."""
+    tensorboard: bool = True
+    """Write tensorboard scalars, with tokens on the x axis."""
+
+
+class Config(Section):
+    run: str = "runs/default"
+    """The run folder: configuration, checkpoints, logs. A folder that already has a run is continued."""
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        k, s = self.model.block_size, self.data.seq_length
+        if s % k:
+            down = max(s // k, 1) * k
+            raise ValueError(
+                f"data.seq_length {s} has to be a multiple of model.block_size {k}; use {down} or {down + k}"
+            )
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {self.train.global_batch_size} has to be a multiple of "
+                f"train.micro_batch_size {self.train.micro_batch_size}"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(p.name[: -len(".yaml")] for p in resources.files("megatron_bit.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the tree as (dotted name, pydantic field)."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from leaves(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
+) -> Config:
+    """Merge the layers and validate.
+
+    A YAML file may itself name a `preset`. Raises UserError with one line: key, value, where it was set, what to do.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if path is not None:
+        tree = _read_yaml(Path(path))
+        named = tree.pop("preset", None)
+        preset = preset or named
+        layers.append((str(path), tree))
+    if preset is not None:
+        if preset not in preset_names():
+            raise UserError(f"preset {preset!r} does not exist; choose one of {', '.join(preset_names())}")
+        text = resources.files("megatron_bit.presets").joinpath(f"{preset}.yaml").read_text()
+        layers.insert(0, (f"preset {preset}", yaml.safe_load(text)))
+    layers.append(("command line", _parse_overrides(overrides)))
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, tree in layers:
+        _merge(merged, tree, source, origin)
+    return config_from_dict(merged, origin)
+
+
+def config_from_dict(tree: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:
+    """Validate a plain tree; UserError with one line on the first thing that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = error.errors()
+        first = problems[0]
+        key = ".".join(str(part) for part in first["loc"])
+        source = (origin or {}).get(key, "")
+        message = first["msg"].removeprefix("Value error, ")
+        value = first.get("input")
+        if isinstance(value, Mapping | Section):  # a check between keys: the message names them
+            where = f"{key}: " if key else ""
+            text = f"{where}{message}"
+        else:
+            text = f"{key} = {value!r}{f' ({source})' if source else ''}: {message[:1].lower()}{message[1:]}"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(text + more) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` reads it back to the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def bits_for(vocab_size: int) -> int:
+    """Smallest B with 2^B >= vocab_size."""
+    return max(1, math.ceil(math.log2(vocab_size)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"configuration {path} does not exist; give a YAML file, or --preset {'|'.join(preset_names())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {path} has to be a mapping of keys, not {type(tree).__name__}")
+    return tree
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"{item!r} is not key=value; write for example train.steps=2000")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        node = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{item!r}: {part} already has a value; it cannot have keys too")
+        node[leaf] = value
+    return tree
+
+
+def _merge(into: dict[str, Any], tree: Mapping[str, Any], source: str, origin: dict[str, str]) -> None:
+    def walk(target: dict[str, Any], node: Mapping[Any, Any], section: type[Section], prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            field = section.model_fields.get(str(name))
+            if field is None:
+                raise UserError(f"{key} ({source}) is not a configuration key; {_suggest(key)}")
+            origin[key] = source
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                if not isinstance(value, Mapping):
+                    raise UserError(f"{key} = {value!r} ({source}) is a section; set its keys, such as "
+                                    f"{key}.{next(iter(field.annotation.model_fields))}=...")
+                walk(target.setdefault(name, {}), value, field.annotation, f"{key}.")
+            else:
+                target[name] = value
+
+    walk(into, tree, Config, "")
+
+
+def _suggest(key: str) -> str:
+    names = [name for name, _ in leaves()]
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not close:  # the right leaf in the wrong section, or without one
+        tail = key.rsplit(".", 1)[-1]
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in names}
+        close = [by_leaf[m] for m in difflib.get_close_matches(tail, list(by_leaf), n=1, cutoff=0.6)]
+    return f"did you mean {close[0]}?" if close else "`megatron-bit config` lists them all"

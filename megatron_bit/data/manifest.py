@@ -1,0 +1,195 @@
+"""What a prepared data folder holds: `manifest.json` as frozen dataclasses, written and read here only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT = "megatron_bit.data"
+VERSION = 1
+SPLITS = ("train", "validation")
+DTYPES = ("uint16", "uint32")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of whole documents. `tokens` counts the end-of-document tokens too."""
+
+    file: str  # name inside the data folder
+    documents: int
+    tokens: int
+    text_bytes: int  # UTF-8 bytes of the documents before tokenizing
+    size: int  # bytes of the tar file
+    sha256: str  # of the tar file
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split in the order they were written."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished data folder. `identity` is what the shards were made from: options and input hash."""
+
+    folder: Path
+    splits: Mapping[str, Split]
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    dtype: str  # of the token payload: uint16 or uint32, little endian
+    identity: Mapping[str, Any]
+    package_version: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that decides which tokens a run sees; a checkpoint stores it."""
+        content = {
+            "version": VERSION,
+            "dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "tokenizer": self.tokenizer_sha256,
+            "splits": {
+                name: [[shard.file, shard.tokens, shard.sha256] for shard in split.shards]
+                for name, split in self.splits.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / self.tokenizer_file
+
+    def split(self, name: str) -> Split:
+        """The split of that name. Raises UserError if the folder has none."""
+        if name not in self.splits:
+            raise UserError(f"{self.folder}: no split {name!r}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def shard_path(self, shard: Shard) -> Path:
+        return self.folder / shard.file
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`; the totals in it are for people, the loader adds them up itself."""
+        splits = {
+            name: {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "text_bytes": split.text_bytes,
+                "shards": [asdict(shard) for shard in split.shards],
+            }
+            for name, split in self.splits.items()
+        }
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "package_version": self.package_version,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "dtype": self.dtype,
+            "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
+            "identity": dict(self.identity),
+            "splits": splits,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def load_manifest(folder: Path | str, check_files: bool = True) -> Manifest:
+    """Read `folder/manifest.json`; with `check_files`, also that every shard is there at its full size.
+
+    Raises UserError: no such folder or manifest, broken or edited JSON, a format version this package does
+    not know, a shard or tokenizer that is missing or of another size (hashes are for `mbit_data.verify`).
+    """
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist; make it with `megatron-bit prepare`")
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {FILE_NAME}: `megatron-bit prepare` did not make it or did not finish"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); prepare the data again") from error
+    manifest = _parse(folder, path, content)
+    if check_files:
+        check_sizes(manifest)
+    return manifest
+
+
+def _parse(folder: Path, path: Path, content: Any) -> Manifest:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a {FORMAT} manifest; name a folder made by `megatron-bit prepare`")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {content.get('version')!r}, known is {VERSION}; prepare again"
+        )
+    try:
+        manifest = Manifest(
+            folder=folder,
+            splits={
+                name: Split(tuple(Shard(**shard) for shard in split["shards"]))
+                for name, split in content["splits"].items()
+            },
+            tokenizer_file=content["tokenizer"]["file"],
+            tokenizer_sha256=content["tokenizer"]["sha256"],
+            vocab_size=content["vocab_size"],
+            eos_id=content["eos_id"],
+            dtype=content["dtype"],
+            identity=content["identity"],
+            package_version=content["package_version"],
+        )
+        stored, computed = content["fingerprint"], manifest.fingerprint
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}; prepare the data again") from error
+    if stored != computed:
+        raise UserError(
+            f"{path} was edited: it states fingerprint {stored}, its content gives {computed}; prepare again"
+        )
+    if manifest.dtype not in DTYPES:
+        raise UserError(f"{path}: dtype {manifest.dtype!r}, allowed are {', '.join(DTYPES)}; prepare again")
+    return manifest
+
+
+def check_sizes(manifest: Manifest) -> None:
+    """Raises UserError naming the first shard (or the tokenizer) that is missing or of another size."""
+    if not manifest.tokenizer_path.is_file():
+        raise UserError(f"tokenizer {manifest.tokenizer_path} is missing; copy it back or prepare again")
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = manifest.shard_path(shard)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise UserError(
+                    f"shard {path} cannot be opened ({error.strerror}); copy it back or prepare again"
+                ) from error
+            if size != shard.size:
+                raise UserError(
+                    f"shard {path} has {size} bytes, not {shard.size} as the manifest says; copy it again"
+                )

@@ -1,0 +1,48 @@
+"""The training loss and the likelihood bound, both from one evaluation of the head."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from mbit_kernels.matched_filter import cross_entropy, edm_weight, posterior_logits, squared_error
+from torch import Tensor
+
+from megatron_bit.diffusion.noise import NoiseDistribution
+
+
+class LossTerms(NamedTuple):
+    """Per token and noise sample, float32 [s, b, M]."""
+
+    loss: Tensor  # mean over bits of the weighted error
+    bound: Tensor  # importance-weighted integrand of the likelihood bound, nats per token (its mean is the bound)
+
+
+def denoising_loss(
+    residual: Tensor,
+    z: Tensor,
+    x: Tensor,
+    log_sigma: Tensor,
+    distribution: NoiseDistribution,
+    kind: Literal["mse", "bce"],
+) -> LossTerms:
+    """Matched-filter loss of one noise draw.
+
+    The bound is -ln p(x|h) <= integral E||x - x_hat||^2 / sigma^2 d ln sigma (I-MMSE; MATH.md, "Likelihood bound"),
+    estimated here by dividing the integrand by the density the levels were drawn from. The reconstruction term
+    at sigma_min is not part of it; validation adds it.
+
+    Args:
+        residual: [s, b, M, B] head output.
+        z: float32 [s, b, M, B], x + sigma eps.
+        x: float32 [s, b, 1, B] clean bits, -1 or +1.
+        log_sigma: float32 [s, b, M].
+    """
+    sigma = log_sigma.exp()[..., None]
+    logits = posterior_logits(residual, z, sigma)
+    error = squared_error(logits, x)
+    if kind == "mse":
+        loss = (edm_weight(sigma) * error).mean(-1)
+    else:
+        loss = cross_entropy(logits, x).mean(-1)
+    inverse = 1.0 / (sigma.squeeze(-1).square() * distribution.density(log_sigma))
+    return LossTerms(loss, (error.detach().sum(-1) * inverse))

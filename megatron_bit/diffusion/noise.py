@@ -1,0 +1,93 @@
+"""Noise levels and noise of the diffusion, keyed by global indices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_bit.config import DiffusionConfig
+from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
+
+TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION = 0, 1, 2, 3  # streams: the same indices never share noise
+_LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count up from 0
+
+
+@dataclass(frozen=True)
+class NoiseDistribution:
+    """ln(sigma / 2) ~ Normal(mean, std), truncated to [sigma_min, sigma_max] (CoBit's log-normal on {0, 1} bits)."""
+
+    sigma_min: float
+    sigma_max: float
+    mean: float
+    std: float
+
+    @classmethod
+    def from_config(cls, config: DiffusionConfig) -> NoiseDistribution:
+        return cls(config.sigma_min, config.sigma_max, config.log_mean, config.log_std)
+
+    def _cdf(self, sigma: float) -> float:
+        return 0.5 * (1.0 + math.erf((math.log(sigma / 2) - self.mean) / (self.std * math.sqrt(2.0))))
+
+    def log_sigma(self, u: Tensor) -> Tensor:
+        """Inverse distribution function: u in (0, 1) to ln sigma, float32, same shape."""
+        low, high = self._cdf(self.sigma_min), self._cdf(self.sigma_max)
+        standard = torch.special.ndtri(low + u * (high - low))
+        return (self.mean + self.std * standard + math.log(2.0)).clamp(
+            math.log(self.sigma_min), math.log(self.sigma_max)
+        )
+
+    def density(self, log_sigma: Tensor) -> Tensor:
+        """Density over ln sigma, float32, same shape."""
+        mass = self._cdf(self.sigma_max) - self._cdf(self.sigma_min)
+        standard = (log_sigma - math.log(2.0) - self.mean) / self.std
+        return torch.exp(-0.5 * standard * standard) / (math.sqrt(2 * math.pi) * self.std * mass)
+
+
+def _counters(sample: Tensor, first_block: int, num_blocks: int, noise_samples: int) -> tuple[Tensor, ...]:
+    """Counter words (noise sample, block, sample low, sample high) with shapes that broadcast to [n, b, M]."""
+    device = sample.device
+    level = torch.arange(noise_samples, device=device)[None, None, :]
+    block = torch.arange(first_block, first_block + num_blocks, device=device)[:, None, None]
+    low = (sample & 0xFFFFFFFF)[None, :, None]
+    high = ((sample >> 32) & 0xFFFFFFFF)[None, :, None]
+    return level, block, low, high
+
+
+def stratified_levels(
+    seed: int, stream: int, sample: Tensor, first_block: int, num_blocks: int, noise_samples: int
+) -> Tensor:
+    """One uniform for every block and noise sample, the m-th in the m-th of M equal strata of (0, 1).
+
+    Args:
+        sample: int64 [b], global sample indices.
+        first_block, num_blocks: the blocks of the sequence this rank holds.
+
+    Returns:
+        float32 [num_blocks, b, noise_samples].
+    """
+    level, block, low, high = _counters(sample, first_block, num_blocks, noise_samples)
+    words = philox(seed_key(seed, stream), (level * 65536 + _LEVEL, block, low, high))
+    return (level + uniform(words[0])) / noise_samples
+
+
+def gaussian(
+    seed: int, stream: int, sample: Tensor, first_block: int, num_blocks: int, noise_samples: int, block_size: int, bits: int
+) -> Tensor:
+    """Standard normal noise for every bit.
+
+    Returns:
+        float32 [num_blocks * block_size, b, noise_samples, bits]; the value of a bit depends on (seed, stream,
+        sample, block, noise sample, place in the block) alone.
+    """
+    count = block_size * bits
+    groups = -(-count // 4)
+    level, block, low, high = (c[..., None] for c in _counters(sample, first_block, num_blocks, noise_samples))
+    element = torch.arange(groups, device=sample.device)
+    eps = normal(philox(seed_key(seed, stream), (level * 65536 + element, block, low, high)))
+    n, b = num_blocks, sample.shape[0]
+    eps = eps.reshape(n, b, noise_samples, groups * 4)[..., :count]
+    eps = eps.reshape(n, b, noise_samples, block_size, bits).permute(0, 3, 1, 2, 4)
+    return eps.reshape(n * block_size, b, noise_samples, bits)

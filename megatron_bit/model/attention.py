@@ -1,0 +1,49 @@
+"""The attention seam: one module that megatron-core's layer calls with queries, keys and values.
+
+SDPA serves everywhere. A GPU path (FlexAttention, TE) takes its place here, behind the same call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def block_causal_mask(length: int, block_size: int, device: torch.device) -> Tensor:
+    """bool [length, length], True where the query (row) may see the key: every token of its own and earlier blocks."""
+    block = torch.arange(length, device=device) // block_size
+    return block[:, None] >= block[None, :]
+
+
+class CoreAttention(nn.Module):
+    """Attention of the heads this rank holds.
+
+    Built by megatron-core through the layer spec; `block_size` comes from the spec's `functools.partial` and is
+    None for causal attention. The mask is made here rather than passed in: a mask argument breaks recomputation.
+    """
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, block_size: int | None = None, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        self.block_size = block_size
+        self._mask: Tensor | None = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, kv_heads, d] to [s, b, heads * d]."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        mask = None if self.block_size is None else self._block_mask(q.shape[2], q.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _block_mask(self, length: int, device: torch.device) -> Tensor:
+        assert self.block_size is not None
+        if self._mask is None or self._mask.shape[0] != length or self._mask.device != device:
+            self._mask = block_causal_mask(length, self.block_size, device)
+        return self._mask

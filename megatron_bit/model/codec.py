@@ -1,0 +1,68 @@
+"""Codes: token ids to bits and back. The table of V x B bits is the only thing here that grows with V."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from mbit_kernels.decode import nearest_token
+from torch import Tensor, nn
+
+from megatron_bit.errors import UserError
+
+
+def _binary(vocab_size: int, bits: int) -> Tensor:
+    return torch.arange(vocab_size)
+
+
+def _gray(vocab_size: int, bits: int) -> Tensor:
+    ids = torch.arange(vocab_size)
+    return ids ^ (ids >> 1)
+
+
+def _random(vocab_size: int, bits: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0xB17)
+    if bits <= 22:
+        return torch.randperm(2**bits, generator=generator)[:vocab_size]
+    # too many codes to permute: an odd multiplier is a bijection modulo 2^bits
+    return (torch.arange(vocab_size) * 0x9E3779B1 + 0x7F4A7C15) % 2 ** min(bits, 62)
+
+
+# A code maps every id to a distinct integer below 2^bits; its binary digits are the bits. Add yours here.
+CODES: dict[str, Callable[[int, int], Tensor]] = {"binary": _binary, "gray": _gray, "random": _random}
+
+
+class Codec(nn.Module):
+    """Maps token ids to bits of -1 and +1 and bit logits to the nearest valid id."""
+
+    table: Tensor
+
+    def __init__(self, code: str, vocab_size: int, bits: int) -> None:
+        """
+        Raises:
+            UserError: the vocabulary has more tokens than there are codes of `bits` bits.
+        """
+        super().__init__()
+        if bits < 63 and vocab_size > 2**bits:
+            raise UserError(
+                f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits make "
+                f"{2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
+            )
+        words = CODES[code](vocab_size, bits)
+        digits = torch.arange(bits - 1, -1, -1)
+        shifted = torch.where(digits < 63, words[:, None] >> digits.clamp(max=62), 0)
+        self.register_buffer("table", ((shifted & 1) * 2 - 1).to(torch.int8), persistent=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the table: two models with different codes are different models."""
+        return hashlib.sha256(self.table.cpu().numpy().tobytes()).hexdigest()
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """int64 [...] ids to int8 [..., B] bits of -1 and +1."""
+        return self.table[ids]
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """float [..., B] log-odds to int64 [...] ids."""
+        return nearest_token(logits, self.table)

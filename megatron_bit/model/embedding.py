@@ -1,0 +1,44 @@
+"""The input: bits -> MLP -> width, shifted by one block behind K learned start vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bit.config import Config
+from megatron_bit.model.layers import RMSNorm, init_device, linear, mark_partial
+
+
+class BitEmbedding(nn.Module):
+    """Bits of the previous block in, hidden states out.
+
+    The weights are replicated over TP. Under sequence parallelism every rank embeds its own part of the sequence,
+    which costs each rank 1/tp of the work and needs no communication in the forward pass.
+    """
+
+    def __init__(self, config: Config, mcore: Any) -> None:
+        super().__init__()
+        m = config.model
+        self.block_size = m.block_size
+        self.start = nn.Parameter(torch.empty(m.block_size, m.hidden_size, dtype=mcore.params_dtype, device=init_device(mcore)))
+        self.fc1 = linear(mcore, m.bits, m.hidden_size)
+        self.fc2 = linear(mcore, m.hidden_size, m.hidden_size)
+        self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)
+        mark_partial(self, mcore.sequence_parallel)
+
+    def forward(self, bits: Tensor, first_position: int) -> Tensor:
+        """
+        Args:
+            bits: int8 [s, b, B], the bits at the *input* positions: position p holds token p - K, anything for p < K.
+            first_position: position of the first row in the whole sequence.
+
+        Returns:
+            [s, b, D].
+        """
+        x = self.norm(self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype)))))
+        position = torch.arange(first_position, first_position + bits.shape[0], device=bits.device)
+        start = self.start[position.clamp(max=self.block_size - 1)]
+        return torch.where((position < self.block_size)[:, None, None], start[:, None, :], x)

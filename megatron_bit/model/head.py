@@ -1,0 +1,118 @@
+"""The denoising head: a light bidirectional transformer over the K tokens of one block, tensor-parallel.
+
+Shape suffixes: s sequence (local under sequence parallelism), S gathered sequence, b micro-batch, M noise samples,
+R = b * M rows, K block size, W head width, B bits, n blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bit.config import Config
+from megatron_bit.model.layers import PARTIAL, init_device, linear
+from megatron_bit.parallel.split import FREQUENCIES
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """ln sigma to W channels: sinusoidal features of ln(sigma) / 4 (EDM's c_noise), then an MLP."""
+
+    def __init__(self, mcore: Any, width: int) -> None:
+        super().__init__()
+        self.fc1 = linear(mcore, FREQUENCIES, width, bias=True)
+        self.fc2 = linear(mcore, width, width, bias=True)
+
+    def forward(self, log_sigma: Tensor) -> Tensor:
+        """float32 [n, b, M] to [n, b, M, W]."""
+        half = FREQUENCIES // 2
+        frequency = torch.exp(torch.arange(half, device=log_sigma.device) * (math.log(1000.0) / (half - 1)))
+        angle = (log_sigma * 0.25)[..., None] * frequency
+        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class HeadLayer(nn.Module):
+    """Attention inside the block and SwiGLU, both modulated by AdaLN; heads and channels split over TP."""
+
+    def __init__(self, config: Config, mcore: Any, tp_group: Any) -> None:
+        super().__init__()
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+        h = config.model.head
+        self.block_size = config.model.block_size
+        self.head_dim = h.hidden_size // h.num_heads
+        common: dict[str, Any] = {"config": mcore, "init_method": None, "bias": False, "tp_group": tp_group}
+        column = {**common, "gather_output": False}
+        row = {**common, "input_is_parallel": True, "skip_bias_add": False}
+        self.qkv = ColumnParallelLinear(h.hidden_size, 3 * h.hidden_size, **column)
+        self.proj = RowParallelLinear(h.hidden_size, h.hidden_size, **row)
+        self.fc1 = ColumnParallelLinear(h.hidden_size, 2 * h.ffn_hidden_size, **column)
+        self.fc2 = RowParallelLinear(h.ffn_hidden_size, h.hidden_size, **row)
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        x = x + gate_a * self._attention(_modulate(x, shift_a, scale_a))
+        return x + gate_m * self._mlp(_modulate(x, shift_m, scale_m))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
+        length, rows = mixed.shape[:2]
+        mixed = mixed.view(length // self.block_size, self.block_size, rows, -1, 3, self.head_dim)
+        q, k, v = mixed.permute(4, 0, 2, 3, 1, 5).unbind(0)  # each [n, R, heads/tp, K, d]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.fc1(x)[0].chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * up)[0]
+
+
+class DenoisingHead(nn.Module):
+    """Predicts, for every bit of every token of a block, the log-odds that the matched filter lacks."""
+
+    def __init__(self, config: Config, mcore: Any, tp_group: Any) -> None:
+        super().__init__()
+        m, w = config.model, config.model.head.hidden_size
+        self.block_size = m.block_size
+        self.input = linear(mcore, m.bits, w)
+        self.position = nn.Parameter(torch.empty(m.block_size, w, dtype=mcore.params_dtype, device=init_device(mcore)))
+        self.condition = linear(mcore, m.hidden_size, w)
+        self.noise_level = NoiseLevelEmbedding(mcore, w)
+        self.modulation = linear(mcore, w, 6 * w, bias=True)  # shared by all layers, zero at the start
+        self.layers = nn.ModuleList(HeadLayer(config, mcore, tp_group) for _ in range(m.head.num_layers))
+        self.final_modulation = linear(mcore, w, 2 * w, bias=True)
+        self.output = linear(mcore, w, m.bits)  # zero at the start: the untrained model is the matched filter
+        setattr(self.position, PARTIAL, mcore.sequence_parallel)
+
+    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
+        """
+        Args:
+            z: float32 [s, b, M, B], noised bits x + sigma eps.
+            log_sigma: float32 [n, b, M], one level a block, n = s / K.
+            hidden: [s, b, D], the backbone's state that conditions each token.
+
+        Returns:
+            [s, b, M, B], residual log-odds.
+        """
+        s, b, m, bits = z.shape
+        dtype = self.input.weight.dtype
+        scale = torch.rsqrt(1.0 + torch.exp(2.0 * log_sigma)).repeat_interleave(self.block_size, dim=0)
+        level = self.noise_level(log_sigma).repeat_interleave(self.block_size, dim=0)
+        condition = F.silu(level + self.condition(hidden)[:, :, None, :]).view(s, b * m, -1)
+        position = self.position.repeat(s // self.block_size, 1)[:, None, :]
+        x = self.input((z * scale[..., None]).to(dtype)).view(s, b * m, -1) + position
+        modulation = self.modulation(condition).chunk(6, dim=-1)
+        for layer in self.layers:
+            x = layer(x, modulation)
+        shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
+        return self.output(_modulate(x, shift, gain)).view(s, b, m, bits)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: RMSNorm without a learned scale, then a shift and a scale from the condition."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift

@@ -1,0 +1,52 @@
+"""Initial weights, drawn by logical name: the same model whatever the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from torch import nn
+
+from megatron_bit.config import Config
+from megatron_bit.model.logical import Piece, pieces
+from megatron_bit.parallel.groups import Groups
+
+_ONES = re.compile(r"(norm|layernorm)\.weight$")
+_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.output\.weight)$")
+_RESIDUAL = re.compile(r"(linear_proj|linear_fc2|layers\.\d+\.(proj|fc2))\.weight$")
+
+
+@torch.no_grad()
+def initialize(chunk: nn.Module, config: Config, groups: Groups) -> None:
+    """Fill every parameter of a chunk.
+
+    Each logical tensor has its own generator, seeded by (train.seed, name). It is drawn whole and cut, so peak
+    memory is one unsharded tensor in float32.
+    """
+    parameters = dict(chunk.named_parameters())
+    for name, parts in pieces(chunk, groups).items():
+        for part in parts:
+            part.of(parameters[name]).copy_(_draw(part, config, groups.device)[part.slices()])
+
+
+def _draw(part: Piece, config: Config, device: torch.device) -> torch.Tensor:
+    if _ONES.search(part.name):
+        return torch.ones(part.full_shape, device=device)
+    if _ZEROS.search(part.name):
+        return torch.zeros(part.full_shape, device=device)
+    digest = hashlib.sha256(f"{config.train.seed}/{part.name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(part.full_shape, generator=generator, device=device) * _std(part.name, config)
+
+
+def _std(name: str, config: Config) -> float:
+    """Normal(0, init_std); outputs onto the residual stream divided by sqrt(2 layers) (GPT-2); bits see 1/sqrt(B)."""
+    m = config.model
+    if name in ("embedding.fc1.weight", "head.input.weight"):
+        return 1.0 / math.sqrt(m.bits)
+    if _RESIDUAL.search(name):
+        layers = m.head.num_layers if name.startswith("head.") else m.num_layers
+        return m.init_std / math.sqrt(2 * layers)
+    return m.init_std

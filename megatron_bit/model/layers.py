@@ -1,0 +1,74 @@
+"""Small layers shared by backbone and head, and how replicated parameters behave under tensor parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PARTIAL = "tp_partial_grad"  # a replicated parameter whose gradient is a partial sum on every TP rank
+
+
+def mark_partial(module: nn.Module, partial: bool) -> None:
+    """Say of all parameters of `module` that each TP rank sees a part of their use (SP: part of the sequence)."""
+    for parameter in module.parameters():
+        setattr(parameter, PARTIAL, partial)
+
+
+def sum_partial_grads(module: nn.Module, tp_group: dist.ProcessGroup) -> None:
+    """Complete the gradients of partial parameters inside the backward pass, by an all-reduce over TP.
+
+    Megatron does this once after the last micro-batch. Doing it where the gradient appears costs a small
+    collective per parameter and micro-batch, and in return holds under every ZeRO stage, where the gradient is
+    reduced and given away before the backward pass has ended. The sum is taken in float32.
+    """
+    if dist.get_world_size(tp_group) == 1:
+        return
+
+    def hook(grad: Tensor) -> Tensor:
+        total = grad.float().contiguous()
+        total = total.clone() if total.data_ptr() == grad.data_ptr() else total
+        dist.all_reduce(total, group=tp_group)
+        return total.to(grad.dtype)
+
+    for parameter in module.parameters():
+        if getattr(parameter, PARTIAL, False):
+            parameter.register_hook(hook)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale, in the form that megatron-core's layer specs build.
+
+    megatron-core's own wrapper refuses sequence parallelism; torch.nn.RMSNorm does the arithmetic here too.
+    """
+
+    partial_always = False
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=init_device(config)))
+        self.eps = eps
+        mark_partial(self, self.partial_always or config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class QKNorm(RMSNorm):
+    """RMSNorm over a head's channels: each TP rank holds some of the heads, so its gradient is always partial."""
+
+    partial_always = True
+
+
+def init_device(config: Any) -> torch.device:
+    """Where parameters of this megatron-core configuration are created."""
+    return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+
+
+def linear(config: Any, inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    """A replicated linear layer (weights the same on every TP rank), partial under sequence parallelism."""
+    layer = nn.Linear(inputs, outputs, bias=bias, dtype=config.params_dtype, device=init_device(config))
+    mark_partial(layer, config.sequence_parallel)
+    return layer

@@ -1,0 +1,101 @@
+"""ParallelDims: the degrees of parallelism, checked once against the world size. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bit.config import Config
+from megatron_bit.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Degrees whose product is the world size.
+
+    Ranks are laid out as megatron-core does: tensor-parallel innermost, then data, then pipeline.
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    vpp: int
+    sequence_parallel: bool
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks over the whole pipeline."""
+        return self.pp * self.vpp
+
+    def micro_batches(self, config: Config) -> int:
+        """Micro-batches a step on one data-parallel rank."""
+        return config.train.global_batch_size // (config.train.micro_batch_size * self.dp)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(pp, dp, tp) rank of a global rank."""
+        tp = rank % self.tp
+        dp = rank // self.tp % self.dp
+        return rank // (self.tp * self.dp), dp, tp
+
+    def __str__(self) -> str:
+        parts = [f"TP={self.tp}", f"PP={self.pp}", f"DP={self.dp}"]
+        if self.vpp > 1:
+            parts.append(f"VPP={self.vpp}")
+        if self.sequence_parallel:
+            parts.append("SP")
+        return " ".join(parts)
+
+    @classmethod
+    def build(cls, config: Config, world_size: int) -> ParallelDims:
+        """Check the degrees against the world size and the model; UserError says what would fit."""
+        p, m, t = config.parallel, config.model, config.train
+        if world_size % (p.tp * p.pp):
+            fits = [w for w in range(p.tp * p.pp, world_size + p.tp * p.pp, p.tp * p.pp)]
+            layouts = [f"tp={a} pp={b}" for a in _divisors(world_size) for b in _divisors(world_size // a)]
+            raise UserError(
+                f"parallel.tp {p.tp} x parallel.pp {p.pp} = {p.tp * p.pp} does not divide the world size {world_size}; "
+                f"start {fits[-1]} ranks, or use one of: {', '.join(layouts[:8])}"
+            )
+        dp = world_size // (p.tp * p.pp)
+        for key, value in {
+            "model.num_heads": m.num_heads,
+            "model.num_kv_heads": m.num_kv_heads,
+            "model.ffn_hidden_size": m.ffn_hidden_size,
+            "model.head.num_heads": m.head.num_heads,
+            "model.head.ffn_hidden_size": m.head.ffn_hidden_size,
+        }.items():
+            if value % p.tp:
+                allowed = [d for d in _divisors(value) if d <= 64]
+                raise UserError(f"{key} {value} cannot be split over parallel.tp {p.tp}; tp may be one of {allowed}")
+        sequence_parallel = p.sequence_parallel and p.tp > 1
+        if sequence_parallel and config.data.seq_length % (p.tp * m.block_size):
+            raise UserError(
+                f"data.seq_length {config.data.seq_length} has to be a multiple of parallel.tp x model.block_size = "
+                f"{p.tp * m.block_size} for sequence parallelism; change it, or set parallel.sequence_parallel=false"
+            )
+        if t.global_batch_size % (t.micro_batch_size * dp):
+            unit = t.micro_batch_size * dp
+            up = -(-t.global_batch_size // unit) * unit
+            raise UserError(
+                f"train.global_batch_size {t.global_batch_size} has to be a multiple of train.micro_batch_size "
+                f"{t.micro_batch_size} x data-parallel size {dp} = {unit}; use for example {up}"
+            )
+        dims = cls(tp=p.tp, pp=p.pp, dp=dp, vpp=p.vpp, sequence_parallel=sequence_parallel)
+        if m.num_layers + 1 < dims.num_chunks:  # the head may be a chunk of its own
+            raise UserError(
+                f"model.num_layers {m.num_layers} is too few for parallel.pp {p.pp} x parallel.vpp {p.vpp} = "
+                f"{dims.num_chunks} chunks; use at most {m.num_layers + 1}"
+            )
+        if p.vpp > 1 and dims.micro_batches(config) % p.pp:
+            raise UserError(
+                f"the interleaved schedule needs a multiple of parallel.pp {p.pp} micro-batches, and there are "
+                f"{dims.micro_batches(config)}; change train.global_batch_size or train.micro_batch_size, or use vpp=1"
+            )
+        return dims
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,109 @@
+"""Process groups: torch.distributed and megatron-core's groups, started and ended in one place."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bit.compat import mcore
+from megatron_bit.config import Config
+from megatron_bit.errors import UserError
+from megatron_bit.parallel.dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the layout, and its process groups."""
+
+    dims: ParallelDims
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    collection: Any  # megatron-core's ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.dims.pp - 1
+
+
+def world_size_from_env() -> int:
+    """World size given by torchrun or SLURM's launch, else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init(config: Config) -> Groups:
+    """Join the job: device, default process group (NCCL or gloo) and megatron-core's groups.
+
+    Without torchrun's environment this is a world of one. Raises UserError for degrees that do not fit and for
+    a port that is taken; every rank computes the same checks, so that none is left waiting.
+    """
+    dims = ParallelDims.build(config, world_size_from_env())
+    mcore.prepare()
+    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl"
+    if not dist.is_initialized():
+        try:
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        except dist.DistNetworkError as error:
+            host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+            raise UserError(
+                f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
+                "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose)"
+            ) from None
+    return build_groups(config, dims)
+
+
+def build_groups(config: Config, dims: ParallelDims) -> Groups:
+    """megatron-core's groups over the running default group."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tp,
+        pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
+        distributed_timeout_minutes=max(1, round(config.parallel.timeout_minutes)),
+    )
+    mcore.seed_tracker(config.train.seed)
+    return Groups(
+        dims=dims,
+        rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        device=mcore.device(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the groups; safe to call twice."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,60 @@
+"""How many backbone layers each pipeline chunk gets, with the head's cost counted. Imports no torch."""
+
+from __future__ import annotations
+
+from megatron_bit.config import Config
+
+
+def layer_flops(config: Config) -> float:
+    """Forward FLOPs of one backbone layer for one token (multiply-adds count twice; causal attention half)."""
+    m, s = config.model, config.data.seq_length
+    kv = m.hidden_size // m.num_heads * m.num_kv_heads
+    projections = m.hidden_size * (2 * m.hidden_size + 2 * kv)
+    return 2.0 * (projections + 3 * m.hidden_size * m.ffn_hidden_size) + 2.0 * s * m.hidden_size
+
+
+def head_flops(config: Config) -> float:
+    """Forward FLOPs of the head for one token: all its noise samples and the projection of the hidden state."""
+    m, h, n = config.model, config.model.head, config.diffusion.noise_samples
+    w = h.hidden_size
+    layer = 2.0 * (4 * w * w + 3 * w * h.ffn_hidden_size) + 4.0 * m.block_size * w
+    noise_level = 2.0 * (FREQUENCIES * w + w * w) / m.block_size  # one level a block
+    modulation = 2.0 * 8 * w * w
+    ends = 2.0 * 2 * m.bits * w
+    return n * (h.num_layers * layer + noise_level + modulation + ends) + 2.0 * m.hidden_size * w
+
+
+def embedding_flops(config: Config) -> float:
+    """Forward FLOPs of bits -> MLP -> width for one token."""
+    m = config.model
+    return 2.0 * (m.bits * m.hidden_size + m.hidden_size * m.hidden_size)
+
+
+def train_flops(config: Config) -> float:
+    """FLOPs of forward and backward (twice the forward) for one token; recomputation is not counted, as in MFU."""
+    return 3.0 * (config.model.num_layers * layer_flops(config) + head_flops(config) + embedding_flops(config))
+
+
+FREQUENCIES = 128  # sinusoidal features of the noise level
+
+
+def split_layers(config: Config, num_chunks: int) -> list[int]:
+    """Layers of each chunk, in pipeline order; the slowest chunk is as fast as it can be.
+
+    The last chunk also carries the head and the first the embedding. Among the splits with the same slowest
+    chunk, the more even one wins. Only the last chunk may be without layers (the head is its work).
+    """
+    layer, head, embedding = layer_flops(config), head_flops(config), embedding_flops(config)
+    total = config.model.num_layers
+    if num_chunks == 1:
+        return [total]
+
+    def cost(chunk: int, layers: int) -> float:
+        extra = (embedding if chunk == 0 else 0.0) + (head if chunk == num_chunks - 1 else 0.0)
+        return layers * layer + extra
+
+    counts = [1] * (num_chunks - 1) + [0]
+    for _ in range(total - sum(counts)):  # greedy is optimal here: every layer costs the same
+        cheapest = min(range(num_chunks), key=lambda c: (cost(c, counts[c] + 1), c))
+        counts[cheapest] += 1
+    return counts

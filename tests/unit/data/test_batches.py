@@ -1,0 +1,193 @@
+"""Batches do not depend on data-parallel size, prefetch, or where a run was stopped and resumed."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from megatron_bit.data.batches import BatchStream
+from megatron_bit.data.stream import ShardReader
+from megatron_bit.errors import UserError
+
+SEQ_LENGTH = 10
+GLOBAL = 24
+SHARDS = [333, 5, 128, 256, 90, 400]  # 119 samples an epoch: not a multiple of the batch
+
+
+def stream(manifest, dp_rank=0, dp_size=1, micro=2, **options):
+    options = {"seq_length": SEQ_LENGTH, "seed": 5, "shuffle_shards": 2, **options}
+    return BatchStream(
+        manifest,
+        options.pop("split", "train"),
+        global_batch_size=options.pop("global_batch_size", GLOBAL),
+        micro_batch_size=micro,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        **options,
+    )
+
+
+def take(batches, cursor, steps):
+    """[[micro-batch, ...] of each step], the stream closed afterwards."""
+    iterator = batches.steps(cursor)
+    result = [next(iterator) for _ in range(steps)]
+    batches.close()
+    return result
+
+
+def global_batches(manifest, dp_size, micro, cursor, steps, **options):
+    """(sample [steps * GLOBAL], tokens [steps * GLOBAL, SEQ_LENGTH]) put together from all ranks."""
+    ranks = [
+        take(stream(manifest, rank, dp_size, micro, **options), cursor, steps) for rank in range(dp_size)
+    ]
+    in_order = [
+        ranks[rank][step][m]
+        for step in range(steps)
+        for m in range(GLOBAL // (dp_size * micro))
+        for rank in range(dp_size)
+    ]
+    return np.concatenate([b.sample for b in in_order]), np.concatenate([b.tokens for b in in_order])
+
+
+@pytest.mark.parametrize("dp_size,micro", [(1, 24), (2, 3), (3, 4), (4, 2), (6, 1), (6, 4), (1, 1)])
+def test_the_same_sequence_for_every_data_parallel_size(make_data, dp_size, micro):
+    manifest = make_data(SHARDS)
+    steps = 12  # 288 samples: over two epoch borders
+    samples, tokens = global_batches(manifest, dp_size, micro, 0, steps)
+    expected = global_batches(manifest, 1, 2, 0, steps, prefetch=0)
+    np.testing.assert_array_equal(samples, np.arange(steps * GLOBAL))
+    np.testing.assert_array_equal(tokens, expected[1])
+
+
+def test_batches_hold_the_tokens_of_their_samples(make_data):
+    manifest = make_data(SHARDS)
+    reader = ShardReader(manifest, "train", capacity=len(SHARDS))
+    batches = stream(manifest)
+    seen = set()
+    for batch in [batch for step in take(batches, 0, 5) for batch in step]:
+        assert batch.tokens.dtype == np.int64 and batch.tokens.shape == (2, SEQ_LENGTH)
+        for sample, tokens in zip(batch.sample, batch.tokens, strict=True):
+            _, shard, place = batches.order.locate(int(sample))
+            expected = reader.tokens(shard)[place * SEQ_LENGTH : (place + 1) * SEQ_LENGTH]
+            np.testing.assert_array_equal(tokens, expected)
+            seen.add(shard)
+    assert seen == {0, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("cursor", [24, 96, 120, 17, 12_345])
+def test_resume_at_any_cursor_and_another_size(make_data, cursor):
+    manifest = make_data(SHARDS)
+    whole = global_batches(manifest, 1, 2, cursor, 8)
+    before = global_batches(manifest, 2, 3, cursor, 3)
+    after = global_batches(manifest, 6, 2, cursor + 3 * GLOBAL, 5)
+    for part in (0, 1):
+        np.testing.assert_array_equal(np.concatenate([before[part], after[part]]), whole[part])
+    np.testing.assert_array_equal(whole[0], np.arange(cursor, cursor + 8 * GLOBAL))
+
+
+def test_validation_goes_through_the_shards_in_order(make_data):
+    manifest = make_data([40, 25])
+    steps = take(stream(manifest, shuffle=False, global_batch_size=6, micro=6), 0, 1)
+    reader = ShardReader(manifest, "train", capacity=2)
+    expected = np.concatenate([reader.tokens(0)[:40], reader.tokens(1)[:20]]).reshape(6, 10)
+    np.testing.assert_array_equal(steps[0][0].tokens, expected)
+
+
+def test_a_prepared_folder_streams(prepared):
+    batches = stream(prepared, split="validation", shuffle=False, global_batch_size=4, micro=4)
+    tokens = take(batches, 0, 1)[0][0].tokens
+    assert tokens.max() < prepared.vocab_size
+    assert len(prepared.split("train").shards) > 2
+
+
+@pytest.mark.parametrize("options", [{"micro": 5}, {"dp_size": 5}, {"micro": 0}, {"seq_length": 1000}])
+def test_wrong_sizes_are_user_errors(make_data, options):
+    with pytest.raises(UserError, match=r"global_batch_size is 24|seq_length 1000"):
+        stream(make_data(SHARDS), **options)
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "batch-prefetch"]
+
+
+def wait_until_no_threads():
+    deadline = time.monotonic() + 5
+    while prefetch_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not prefetch_threads()
+
+
+def test_the_prefetch_thread_ends_with_close_and_with_a_new_call(make_data):
+    batches = stream(make_data(SHARDS))
+    iterator = batches.steps(0)
+    next(iterator)
+    assert len(prefetch_threads()) == 1
+    for cursor in range(5):
+        next(batches.steps(cursor))
+    assert len(prefetch_threads()) == 1
+    begin = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begin < 1
+    assert not prefetch_threads()
+    assert next(iterator, None) is None
+
+
+def test_the_prefetch_thread_ends_when_the_stream_is_dropped(make_data):
+    batches = stream(make_data(SHARDS))
+    next(batches.steps(0))
+    assert prefetch_threads()
+    del batches
+    gc.collect()
+    assert wait_until_no_threads()
+
+
+def test_prefetch_stays_within_its_bound(make_data, monkeypatch):
+    batches = stream(make_data(SHARDS), prefetch=3)
+    made = []
+    gather = batches._maker.gather
+    monkeypatch.setattr(batches._maker, "gather", lambda samples: made.append(1) or gather(samples))
+    iterator = batches.steps(0)
+    next(iterator)
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # time for it to run on, if it would
+    assert len(made) == 4  # one taken, three waiting
+    batches.close()
+
+
+def test_an_error_in_the_prefetch_thread_reaches_the_consumer(make_data):
+    manifest = make_data([240, 240, 240])
+    order = stream(manifest, prefetch=0, shuffle=False).order
+    assert order.locate(24)[1] == 1
+    path = manifest.shard_path(manifest.split("train").shards[1])
+    path.write_bytes(path.read_bytes()[:700])
+    batches = stream(manifest, shuffle=False)
+    iterator = batches.steps(0)
+    assert next(iterator)[0].sample[0] == 0  # the batch before the damaged shard still arrives
+    with pytest.raises(UserError, match=path.name):
+        next(iterator)
+    batches.close()
+
+
+def test_no_more_shards_in_memory_than_the_window(make_data):
+    batches = stream(make_data([100] * 12), shuffle_shards=3, prefetch=0)
+    iterator = batches.steps(0)
+    for _ in range(20):
+        next(iterator)
+        assert len(batches._maker.reader._cache) <= 3
+
+
+def test_each_shard_is_read_once_an_epoch(make_data, monkeypatch):
+    import megatron_bit.data.stream as module
+
+    reads = []
+    read = module.read_shard
+    monkeypatch.setattr(module, "read_shard", lambda path, *rest: reads.append(path) or read(path, *rest))
+    batches = stream(make_data([100] * 12), shuffle_shards=3, prefetch=0, global_batch_size=8, micro=8)
+    iterator = batches.steps(0)
+    for _ in range(15):  # 120 samples: one epoch
+        next(iterator)
+    assert len(reads) == 12
