@@ -235,7 +235,9 @@ class Config(Section):
 
 def preset_names() -> list[str]:
     """Names of the shipped presets."""
-    return sorted(p.name[: -len(".yaml")] for p in resources.files("megatron_bit.presets").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name[: -len(".yaml")] for p in resources.files("megatron_bit.presets").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -248,9 +250,7 @@ def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{name}", field
 
 
-def load_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
-) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
     """Merge the layers and validate.
 
     A YAML file may itself name a `preset`. Raises UserError with one line: key, value, where it was set, what to do.
@@ -308,7 +308,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"configuration {path} does not exist; give a YAML file, or --preset {'|'.join(preset_names())}") from None
+        raise UserError(
+            f"configuration {path} does not exist; give a YAML file, or --preset {'|'.join(preset_names())}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -350,8 +352,10 @@ def _merge(into: dict[str, Any], tree: Mapping[str, Any], source: str, origin: d
             origin[key] = source
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
                 if not isinstance(value, Mapping):
-                    raise UserError(f"{key} = {value!r} ({source}) is a section; set its keys, such as "
-                                    f"{key}.{next(iter(field.annotation.model_fields))}=...")
+                    raise UserError(
+                        f"{key} = {value!r} ({source}) is a section; set its keys, such as "
+                        f"{key}.{next(iter(field.annotation.model_fields))}=..."
+                    )
                 walk(target.setdefault(name, {}), value, field.annotation, f"{key}.")
             else:
                 target[name] = value

@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class LocalUserError(UserError):
+    """A UserError that one rank found by itself, such as a damaged shard: that rank prints it, whatever its number."""
+
+
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 85  # saved on a signal; the same command continues the run

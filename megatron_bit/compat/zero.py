@@ -67,7 +67,9 @@ def _import_deepspeed() -> Any:
 class ZeroOptimizer:
     """AdamW under ZeRO over this rank's chunks."""
 
-    def __init__(self, config: Config, chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer, groups: Groups) -> None:
+    def __init__(
+        self, config: Config, chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer, groups: Groups
+    ) -> None:
         deepspeed = _import_deepspeed()
         self.chunks = list(chunks)
         self.base = optimizer
@@ -157,7 +159,9 @@ class ZeroOptimizer:
                     "exp_avg": torch.zeros_like(flat),
                     "exp_avg_sq": torch.zeros_like(flat),
                 }
-        if self.stage < 3:  # DeepSpeed links all groups' states in the first group's first step, when the rest have none
+        if (
+            self.stage < 3
+        ):  # DeepSpeed links all groups' states in the first group's first step, when the rest have none
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -129,9 +129,7 @@ def load_manifest(folder: Path | str, check_files: bool = True) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; make it with `megatron-bit prepare`")
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no {FILE_NAME}: `megatron-bit prepare` did not make it or did not finish"
-        )
+        raise UserError(f"{folder} has no {FILE_NAME}: `megatron-bit prepare` did not make it or did not finish")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -146,9 +144,7 @@ def _parse(folder: Path, path: Path, content: Any) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a {FORMAT} manifest; name a folder made by `megatron-bit prepare`")
     if content.get("version") != VERSION:
-        raise UserError(
-            f"{path} has format version {content.get('version')!r}, known is {VERSION}; prepare again"
-        )
+        raise UserError(f"{path} has format version {content.get('version')!r}, known is {VERSION}; prepare again")
     try:
         manifest = Manifest(
             folder=folder,
@@ -190,6 +186,4 @@ def check_sizes(manifest: Manifest) -> None:
                     f"shard {path} cannot be opened ({error.strerror}); copy it back or prepare again"
                 ) from error
             if size != shard.size:
-                raise UserError(
-                    f"shard {path} has {size} bytes, not {shard.size} as the manifest says; copy it again"
-                )
+                raise UserError(f"shard {path} has {size} bytes, not {shard.size} as the manifest says; copy it again")

@@ -52,9 +52,7 @@ def read_shard(path: Path, tokens: int, dtype: str, vocab_size: int) -> np.ndarr
             f"shard {path} is damaged after {filled} of {tokens} tokens: {reason}; copy it again"
         ) from error
     if filled != tokens:
-        raise UserError(
-            f"shard {path} ends after {filled} of {tokens} tokens; copy it again or prepare the data again"
-        )
+        raise UserError(f"shard {path} ends after {filled} of {tokens} tokens; copy it again or prepare the data again")
     if tokens and int(result.max()) >= vocab_size:
         raise UserError(
             f"shard {path} is damaged: token {int(result.max())} is outside the vocabulary of {vocab_size}; "

@@ -74,7 +74,14 @@ def stratified_levels(
 
 
 def gaussian(
-    seed: int, stream: int, sample: Tensor, first_block: int, num_blocks: int, noise_samples: int, block_size: int, bits: int
+    seed: int,
+    stream: int,
+    sample: Tensor,
+    first_block: int,
+    num_blocks: int,
+    noise_samples: int,
+    block_size: int,
+    bits: int,
 ) -> Tensor:
     """Standard normal noise for every bit.
 

@@ -25,7 +25,9 @@ class CoreAttention(nn.Module):
     None for causal attention. The mask is made here rather than passed in: a mask argument breaks recomputation.
     """
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, block_size: int | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: Any, softmax_scale: float | None = None, block_size: int | None = None, **_: Any
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
         self.block_size = block_size
@@ -38,7 +40,13 @@ class CoreAttention(nn.Module):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if self.block_size is None else self._block_mask(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 

@@ -30,7 +30,11 @@ def transformer_config(config: Config, groups: Groups) -> Any:
         layout[-1].append("loss")
     recompute: dict[str, Any] = {}
     if config.parallel.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -110,7 +114,9 @@ def _layer_spec(config: Config) -> Any:
 class Backbone(nn.Module):
     """The layers of one pipeline chunk."""
 
-    def __init__(self, config: Config, mcore: Any, groups: Groups, vp_stage: int | None, first: bool, last: bool) -> None:
+    def __init__(
+        self, config: Config, mcore: Any, groups: Groups, vp_stage: int | None, first: bool, last: bool
+    ) -> None:
         super().__init__()
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.transformer_block import (

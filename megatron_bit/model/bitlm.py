@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
+from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
 from megatron_bit.diffusion.noise import TRAIN, NoiseDistribution, gaussian, stratified_levels
 from megatron_bit.model.backbone import Backbone, transformer_config
@@ -40,7 +42,14 @@ class BitLM(nn.Module):
     """Bits -> MLP -> backbone layers -> head and loss; the first and last parts where this chunk has them."""
 
     def __init__(
-        self, config: Config, mcore: Any, codec: Codec, groups: Groups, vp_stage: int | None, first: bool, last: bool
+        self,
+        config: Config,
+        mcore: Any,
+        codec: Codec,
+        groups: Groups,
+        vp_stage: int | None,
+        first: bool,
+        last: bool,
     ) -> None:
         super().__init__()
         self.settings = config
@@ -49,6 +58,7 @@ class BitLM(nn.Module):
         self.noise = NoiseDistribution.from_config(config.diffusion)
         self.shards = groups.dims.tp if groups.dims.sequence_parallel else 1
         self.shard = groups.tp_rank if groups.dims.sequence_parallel else 0
+        self.tp_group = groups.tp
         self.embedding = BitEmbedding(config, mcore) if first else None
         self.backbone = Backbone(config, mcore, groups, vp_stage, first, last)
         self.head = DenoisingHead(config, mcore, groups.tp) if last else None
@@ -62,7 +72,7 @@ class BitLM(nn.Module):
         hidden = self.hidden(batch.tokens)
         if self.head is None:
             return hidden
-        return self.loss(hidden, batch)
+        return self.loss(hidden, batch) if self.training else self.bound(hidden, batch)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Backbone states of this chunk; row p conditions token p. tokens int64 [b, S] to [s, b, D]."""
@@ -92,6 +102,31 @@ class BitLM(nn.Module):
         terms = denoising_loss(residual, z, x, per_token, self.noise, d.loss)
         loss = terms.loss.mean() / self.shards
         return LossOutput(loss, torch.stack((loss.detach(), terms.bound.mean() / self.shards)))
+
+    def bound(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
+        """The likelihood bound of every sample; `metrics` is (sum, sum of squares, count) over the micro-batch.
+
+        Unlike in training these are totals over TP, the same on each of its ranks.
+        """
+        assert self.head is not None
+        config, head = self.settings, self.head
+        first, last = self._bounds(batch.tokens.shape[1])
+        x = self.codec.encode(batch.tokens[:, first:last].t()).float()[:, :, None, :]
+        nats = token_bound(
+            lambda z, log_sigma: head(z, log_sigma, hidden),
+            x,
+            batch.sample,
+            self.noise,
+            seed=config.train.seed,
+            first_block=first // config.model.block_size,
+            block_size=config.model.block_size,
+            noise_samples=config.evaluate.noise_samples,
+        )
+        per_sample = nats.sum(0) / batch.tokens.shape[1]
+        if self.shards > 1:
+            dist.all_reduce(per_sample, group=self.tp_group)
+        count = torch.full_like(per_sample[0], len(per_sample))
+        return LossOutput(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
 
     def _bounds(self, length: int) -> tuple[int, int]:
         """First and last (exclusive) position of the sequence that this rank's activations hold."""

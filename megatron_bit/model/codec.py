@@ -46,8 +46,8 @@ class Codec(nn.Module):
         super().__init__()
         if bits < 63 and vocab_size > 2**bits:
             raise UserError(
-                f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits make "
-                f"{2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
+                f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits "
+                f"make {2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
             )
         words = CODES[code](vocab_size, bits)
         digits = torch.arange(bits - 1, -1, -1)

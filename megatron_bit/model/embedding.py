@@ -23,7 +23,9 @@ class BitEmbedding(nn.Module):
         super().__init__()
         m = config.model
         self.block_size = m.block_size
-        self.start = nn.Parameter(torch.empty(m.block_size, m.hidden_size, dtype=mcore.params_dtype, device=init_device(mcore)))
+        self.start = nn.Parameter(
+            torch.empty(m.block_size, m.hidden_size, dtype=mcore.params_dtype, device=init_device(mcore))
+        )
         self.fc1 = linear(mcore, m.bits, m.hidden_size)
         self.fc2 = linear(mcore, m.hidden_size, m.hidden_size)
         self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)

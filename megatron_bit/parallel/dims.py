@@ -53,11 +53,11 @@ class ParallelDims:
         """Check the degrees against the world size and the model; UserError says what would fit."""
         p, m, t = config.parallel, config.model, config.train
         if world_size % (p.tp * p.pp):
-            fits = [w for w in range(p.tp * p.pp, world_size + p.tp * p.pp, p.tp * p.pp)]
+            fits = -(-world_size // (p.tp * p.pp)) * p.tp * p.pp
             layouts = [f"tp={a} pp={b}" for a in _divisors(world_size) for b in _divisors(world_size // a)]
             raise UserError(
                 f"parallel.tp {p.tp} x parallel.pp {p.pp} = {p.tp * p.pp} does not divide the world size {world_size}; "
-                f"start {fits[-1]} ranks, or use one of: {', '.join(layouts[:8])}"
+                f"start {fits} ranks, or use one of: {', '.join(layouts[:8])}"
             )
         dp = world_size // (p.tp * p.pp)
         for key, value in {

@@ -32,7 +32,9 @@ def forward_backward(batches: Sequence[TokenBatch], zero: ZeroOptimizer, groups:
     return torch.stack(list(metrics)).sum(0) / (len(batches) * dims.dp * replicas)
 
 
-def pipeline(batches: Sequence[TokenBatch], chunks: Sequence[Any], groups: Groups, forward_only: bool = False) -> list[Tensor]:
+def pipeline(
+    batches: Sequence[TokenBatch], chunks: Sequence[Any], groups: Groups, forward_only: bool = False
+) -> list[Tensor]:
     """Run megatron-core's schedule (1F1B, interleaved with several chunks). Returns the last stage's metrics."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator

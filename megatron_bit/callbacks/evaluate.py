@@ -1,0 +1,107 @@
+"""Validation: the likelihood bound on held-out samples, with its standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_bit.data.batches import BatchStream
+from megatron_bit.errors import UserError
+from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.parallel.step import pipeline
+from megatron_bit.trainer import Callback, Trainer
+
+
+class EvaluateCallback(Callback):
+    """Every `evaluate.every` steps, and at the last step of the run."""
+
+    def start(self, trainer: Trainer) -> None:
+        self._stream: BatchStream | None = None
+        config, dims = trainer.config, trainer.groups.dims
+        if not config.evaluate.every:
+            return
+        unit = config.train.micro_batch_size * dims.dp
+        if dims.vpp > 1:
+            unit *= dims.pp  # the interleaved schedule wants a multiple of pp micro-batches
+        stream = BatchStream(
+            trainer.manifest,
+            "validation",
+            seq_length=config.data.seq_length,
+            seed=config.train.seed,
+            global_batch_size=unit,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=trainer.groups.dp_rank,
+            dp_size=dims.dp,
+            shuffle=False,
+            prefetch=0,
+        )
+        available = stream.order.samples_per_epoch
+        self._rounds = min(config.evaluate.samples, available) // unit
+        if self._rounds == 0:
+            raise UserError(
+                f"evaluate.samples {config.evaluate.samples} (the validation split has {available}) is less than "
+                f"train.micro_batch_size x data-parallel size = {unit}; prepare more data, or set evaluate.every=0"
+            )
+        self._stream = stream
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = trainer.config.evaluate.every
+        if self._stream is None or trainer.preempted:
+            return
+        if trainer.state.step % every and trainer.state.step < trainer.config.train.steps:
+            return
+        begin = time.perf_counter()
+        mean, error, count = self.bound(trainer)
+        if trainer.groups.rank == 0:
+            seconds = time.perf_counter() - begin
+            print(
+                f"validation at step {trainer.state.step}: {mean:.3f} +- {error:.3f} nats/token bound "
+                f"({count} samples, {seconds:.1f} s)",
+                flush=True,
+            )
+            record = {
+                "step": trainer.state.step,
+                "tokens": trainer.state.tokens,
+                "nats_per_token_bound": mean,
+                "standard_error": error,
+                "samples": count,
+            }
+            with open(trainer.run / "validation.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def bound(self, trainer: Trainer) -> tuple[float, float, int]:
+        """(mean, standard error over samples, samples) of the bound, the same on every rank."""
+        assert self._stream is not None
+        zero, groups = trainer.zero, trainer.groups
+        totals = torch.zeros(3, dtype=torch.float64, device=groups.device)
+        for chunk in zero.chunks:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                steps = self._stream.steps(0)
+                for _ in range(self._rounds):
+                    batches = [trainer.to_device(batch) for batch in next(steps)]
+                    totals += self._sums(batches, trainer)
+        finally:
+            self._stream.close()
+            for chunk in zero.chunks:
+                chunk.train()
+        dist.all_reduce(totals)
+        total, squares, count = (totals / groups.dims.tp).tolist()
+        mean = total / count
+        variance = max(0.0, squares / count - mean * mean)
+        return mean, math.sqrt(variance / max(1.0, count - 1)), round(count)
+
+    @staticmethod
+    def _sums(batches: Sequence[TokenBatch], trainer: Trainer) -> torch.Tensor:
+        zero = trainer.zero
+        if zero.managed:
+            outputs = [zero.engine(batch)[1] for batch in batches]
+        else:
+            outputs = pipeline(batches, zero.chunks, trainer.groups, forward_only=True)
+        return torch.stack(list(outputs)).sum(0) if outputs else torch.zeros(3, device=trainer.groups.device)

@@ -1,0 +1,137 @@
+"""What a person sees of a run: the progress line, the JSON-lines log (a record a step) and tensorboard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_bit.parallel.split import train_flops
+from megatron_bit.trainer import Callback, StepRecord, Trainer
+
+# Dense bf16 FLOP/s by the vendor's datasheets; a device that is not here has no MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+class MetricsCallback(Callback):
+    """Keeps the records of a log interval on the device and reads them together, so that no step waits."""
+
+    def start(self, trainer: Trainer) -> None:
+        self._records: list[tuple[StepRecord, float]] = []
+        self._writer: Any = None
+        self._log: Any = None
+        self._tty = sys.stdout.isatty()
+        self._peak = _peak_flops()
+        self._begin = self._last = time.perf_counter()
+        self._first_step = trainer.state.step
+        if trainer.groups.rank == 0:
+            self._log = open(trainer.run / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            if trainer.config.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(trainer.run / "tensorboard"))
+
+    def after_step(self, trainer: Trainer) -> None:
+        assert trainer.record is not None
+        now = time.perf_counter()
+        self._records.append((trainer.record, now - self._last))
+        self._last = now
+        if trainer.stopping or trainer.state.step % trainer.config.log.every == 0:
+            self._flush(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        if getattr(self, "_log", None) is not None:
+            self._log.close()
+        if getattr(self, "_writer", None) is not None:
+            self._writer.close()
+
+    def _flush(self, trainer: Trainer) -> None:
+        records, self._records = self._records, []
+        memory = torch.tensor([_memory_bytes()], dtype=torch.float64, device=trainer.groups.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        if trainer.groups.rank != 0:
+            return
+        per_step = trainer.config.train.global_batch_size * trainer.config.data.seq_length
+        lines = []
+        for record, seconds in records:
+            loss, bound, _ = record.totals.tolist()
+            lines.append(
+                {
+                    "step": record.step,
+                    "tokens": record.tokens,
+                    "loss": loss,
+                    "nats_per_token_bound": bound,
+                    "lr": record.lr,
+                    "grad_norm": float(record.grad_norm),
+                    "skipped": record.skipped,
+                    "seconds": round(seconds, 6),
+                    "tokens_per_second": round(per_step / seconds, 1),
+                }
+            )
+        self._log.writelines(json.dumps(line) + "\n" for line in lines)
+        self._log.flush()
+        if self._writer is not None:
+            for line in lines:
+                for key in ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second"):
+                    self._writer.add_scalar(f"train/{key}", line[key], line["tokens"])
+            self._writer.add_scalar("train/skipped", trainer.state.skipped, trainer.state.tokens)
+        self._print(trainer, lines, memory.item())
+
+    def _print(self, trainer: Trainer, lines: list[dict[str, Any]], memory: float) -> None:
+        def mean(key: str) -> float:
+            return sum(line[key] for line in lines) / len(lines)
+
+        config, state = trainer.config, trainer.state
+        seconds = mean("seconds")
+        rate = config.train.global_batch_size * config.data.seq_length / seconds
+        if self._peak is None:
+            mfu = "n/a on CPU" if trainer.groups.device.type == "cpu" else "n/a"
+        else:
+            mfu = f"{100 * rate * train_flops(config) / (self._peak * trainer.groups.dims.world_size):.1f} %"
+        # the pace of this whole start, which contains saves and validation
+        pace = (time.perf_counter() - self._begin) / max(1, state.step - self._first_step)
+        eta = _duration(pace * (trainer.last_step - state.step))
+        skipped = f"  skipped {state.skipped}" if state.skipped else ""
+        text = (
+            f"step {state.step}/{config.train.steps}  loss {mean('loss'):.4f}  "
+            f"bound {mean('nats_per_token_bound'):.3f} nats/token  {_count(rate)} tokens/s  MFU {mfu}  "
+            f"grad norm {lines[-1]['grad_norm']:.3f}  lr {lines[-1]['lr']:.2e}  "
+            f"memory {memory / 2**30:.2f} GiB  ETA {eta}{skipped}"
+        )
+        if self._tty and not trainer.stopping:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+        else:
+            print(f"\r\x1b[K{text}" if self._tty else text, flush=True)
+
+
+def _memory_bytes() -> float:
+    """Peak device memory of this rank, or its resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return float(psutil.Process().memory_info().rss)
+
+
+def _peak_flops() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def _count(value: float) -> str:
+    for unit in ("", "k", "M"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}G"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

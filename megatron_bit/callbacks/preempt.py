@@ -1,0 +1,27 @@
+"""Signals: save and leave. SLURM sends USR1 (or TERM) before it takes the nodes; a person presses Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from megatron_bit.trainer import Callback, Trainer
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class PreemptCallback(Callback):
+    """Sets a flag that goes into the next step's all-reduce, so that all ranks stop at the same step."""
+
+    def start(self, trainer: Trainer) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            trainer.asked_to_stop = True
+            if number == signal.SIGINT:  # a second Ctrl-C does not wait
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        self._before: dict[int, Any] = {number: signal.signal(number, ask) for number in SIGNALS}
+
+    def finish(self, trainer: Trainer) -> None:
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)

@@ -1,0 +1,115 @@
+"""What is where in a checkpoint: rectangles of logical tensors, spread over one safetensors file a rank.
+
+A checkpoint folder holds
+
+    meta.json            step, counters, configuration, fingerprints
+    index.json           logical tensor -> shape, and for each state the rectangles: file, key, offset, shape
+    rank-00000.safetensors ...
+    COMMITTED            written last; a folder without it is not a checkpoint
+
+JSON and safetensors only: nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_bit.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A box of a logical tensor (one or two dimensions)."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def intersect(self, other: Rectangle) -> Rectangle | None:
+        low = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        high = tuple(
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        )
+        shape = tuple(h - lo for lo, h in zip(low, high, strict=True))
+        return Rectangle(low, shape) if all(n > 0 for n in shape) else None
+
+    def slices(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
+        """Index of this box in a tensor whose first element is at `origin`."""
+        return tuple(slice(o - g, o - g + n) for o, g, n in zip(self.offset, origin, self.shape, strict=True))
+
+
+def flat_rectangles(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[int, Rectangle]]:
+    """Cut elements [start, stop) of a row-major tensor into boxes; yields (first element, box), in order.
+
+    ZeRO shards flat ranges. A range of a matrix is at most a piece of a row, whole rows, and a piece of a row.
+    """
+    if len(shape) == 1:
+        yield start, Rectangle((start,), (stop - start,))
+        return
+    columns = shape[1]
+    while start < stop:
+        row, column = divmod(start, columns)
+        if column or stop - start < columns:
+            width = min(columns - column, stop - start)
+            yield start, Rectangle((row, column), (1, width))
+            start += width
+        else:
+            rows = (stop - start) // columns
+            yield start, Rectangle((row, 0), (rows, columns))
+            start += rows * columns
+
+
+class Reader:
+    """Reads any box of any logical tensor of one checkpoint."""
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self._folder = folder
+        self._index = index
+        self._files: dict[str, Any] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """UserError if the checkpoint has no tensor of this name."""
+        if name not in self._index:
+            raise UserError(f"checkpoint {self._folder} has no tensor {name}; it is of another model")
+        return tuple(self._index[name]["shape"])
+
+    def read(self, name: str, state: str, box: Rectangle) -> Tensor:
+        """float32 tensor of box.shape."""
+        self.shape(name)
+        out = torch.empty(box.shape)
+        filled = 0
+        for entry in self._index[name]["states"][state]:
+            have = Rectangle(tuple(entry["offset"]), tuple(entry["shape"]))
+            common = box.intersect(have)
+            if common is not None:
+                source = self._file(entry["file"]).get_slice(entry["key"])
+                out[common.slices(box.offset)] = source[common.slices(have.offset)]
+                filled += common.numel
+        if filled != box.numel:
+            raise UserError(
+                f"checkpoint {self._folder} holds {filled} of the {box.numel} values of {name} ({state}) asked for; "
+                "it is incomplete"
+            )
+        return out
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            path = self._folder / name
+            try:
+                self._files[name] = safe_open(str(path), framework="pt")
+            except Exception as error:  # safetensors raises its own type, and FileNotFoundError
+                raise UserError(f"checkpoint file {path} cannot be read: {error}") from None
+        return self._files[name]

@@ -1,0 +1,123 @@
+"""Save: every rank writes the optimizer state it owns, then rank 0 commits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_bit.checkpoint.index import FORMAT, Rectangle, flat_rectangles
+from megatron_bit.compat.zero import STATES, ZeroOptimizer
+from megatron_bit.errors import UserError
+from megatron_bit.model.logical import pieces
+from megatron_bit.parallel.agree import on_every_rank, on_rank0
+from megatron_bit.parallel.groups import Groups
+
+
+def save(root: Path, step: int, meta: dict[str, Any], zero: ZeroOptimizer, groups: Groups) -> Path:
+    """Write `root/step-XXXXXXXX`; it appears under that name complete, or not at all. All ranks call it.
+
+    Raises:
+        UserError: on all ranks, if any of them cannot write.
+    """
+    final = root / f"step-{step:08d}"
+    temporary = root / f"{final.name}.tmp"
+    on_rank0(lambda: _fresh(temporary))
+    on_every_rank(lambda: _write_rank(temporary, zero, groups))
+    on_rank0(lambda: _commit(temporary, final, {**meta, "format": FORMAT, "step": step}))
+    return final
+
+
+def _fresh(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed save has left
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"checkpoint folder {folder} cannot be made: {error.strerror}") from None
+
+
+def _write_rank(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
+    file = f"rank-{groups.rank:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, Any] = {}
+    layout = [pieces(chunk, groups) for chunk in zero.chunks]
+    for fragment in zero.fragments():
+        for part in layout[fragment.chunk][fragment.name]:
+            if part.full_shape == part.shape and groups.tp_rank and groups.dims.tp > 1:
+                continue  # replicated over TP: the first rank writes it
+            width = part.shape[1] if len(part.shape) > 1 else 1
+            first = part.row * width  # of the piece, in the flattened local parameter
+            count = next(iter(fragment.states.values())).numel()
+            start, stop = (
+                max(fragment.start, first),
+                min(fragment.start + count, first + part.shape[0] * width),
+            )
+            if start >= stop:
+                continue
+            entry = index.setdefault(part.name, {"shape": part.full_shape, "states": {s: [] for s in STATES}})
+            for begin, box in flat_rectangles(start - first, stop - first, part.shape):
+                offset = tuple(a + b for a, b in zip(box.offset, part.offset, strict=True))
+                place = Rectangle(offset, box.shape)
+                for state in STATES:
+                    key = f"{part.name}/{state}/{'-'.join(map(str, place.offset))}"
+                    at = begin + first - fragment.start
+                    view = fragment.states[state].detach().narrow(0, at, box.numel).view(box.shape)
+                    tensors[key] = view.clone() if view.device.type == "cpu" else view.cpu()
+                    entry["states"][state].append(
+                        {"file": file, "key": key, "offset": place.offset, "shape": box.shape}
+                    )
+    try:
+        save_file(tensors, str(folder / file))
+        _write(folder / f"rank-{groups.rank:05d}.json", json.dumps(index))
+    except Exception as error:  # safetensors wraps OSError in its own exception
+        raise UserError(f"checkpoint file {folder / file} cannot be written: {error}") from None
+
+
+def _commit(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
+    merged: dict[str, Any] = {}
+    for rank in range(dist.get_world_size()):
+        part = temporary / f"rank-{rank:05d}.json"
+        for name, entry in json.loads(part.read_text()).items():
+            target = merged.setdefault(name, {"shape": entry["shape"], "states": {s: [] for s in STATES}})
+            for state in STATES:
+                target["states"][state].extend(entry["states"][state])
+        part.unlink()
+    try:
+        _write(temporary / "index.json", json.dumps(merged))
+        _write(temporary / "meta.json", json.dumps(meta, indent=1))
+        _write(temporary / "COMMITTED", "")
+        if final.exists():  # the same step of this run, saved before
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise UserError(f"checkpoint {final} cannot be committed: {error.strerror}") from None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints. Rank 0 calls it."""
+    from megatron_bit.checkpoint.load import complete
+
+    for folder in complete(root)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

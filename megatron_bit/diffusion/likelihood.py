@@ -1,0 +1,61 @@
+"""The likelihood bound of whole sequences: what validation reports (MATH.md, "Likelihood bound")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from mbit_kernels.matched_filter import cross_entropy, posterior_logits, squared_error
+from torch import Tensor
+
+from megatron_bit.diffusion.noise import (
+    RECONSTRUCTION,
+    VALIDATION,
+    NoiseDistribution,
+    gaussian,
+    stratified_levels,
+)
+
+Head = Callable[[Tensor, Tensor], Tensor]  # (z [s, b, M, B], log_sigma [n, b, M]) -> residual [s, b, M, B]
+
+
+def token_bound(
+    head: Head,
+    x: Tensor,
+    sample: Tensor,
+    distribution: NoiseDistribution,
+    *,
+    seed: int,
+    first_block: int,
+    block_size: int,
+    noise_samples: int,
+) -> Tensor:
+    """Upper bound of -ln p of every token given its context, in nats; unbiased over the noise.
+
+    The integral over ln sigma by stratified importance sampling, plus the reconstruction term at sigma_min (how
+    well bits are read off when there is almost no noise), plus a bound of what lies above sigma_max: there
+    E||x - x_hat||^2 <= B for the optimal denoiser, hence at most B / (2 sigma_max^2).
+
+    Args:
+        x: float32 [s, b, 1, B], clean bits.
+        sample: int64 [b], indices of the validation samples; the noise is the same at every validation.
+
+    Returns:
+        float32 [s, b].
+    """
+    s, bits = x.shape[0], x.shape[-1]
+    blocks = s // block_size
+    level = stratified_levels(seed, VALIDATION, sample, first_block, blocks, noise_samples)
+    log_sigma = distribution.log_sigma(level)
+    eps = gaussian(seed, VALIDATION, sample, first_block, blocks, noise_samples, block_size, bits)
+    per_token = log_sigma.repeat_interleave(block_size, dim=0)
+    sigma = per_token.exp()[..., None]
+    z = x + sigma * eps
+    error = squared_error(posterior_logits(head(z, log_sigma), z, sigma), x).sum(-1)
+    integral = (error / (per_token.exp().square() * distribution.density(per_token))).mean(-1)
+
+    lowest = log_sigma[..., :1] * 0 + math.log(distribution.sigma_min)
+    sigma = lowest.repeat_interleave(block_size, dim=0).exp()[..., None]
+    z = x + sigma * gaussian(seed, RECONSTRUCTION, sample, first_block, blocks, 1, block_size, bits)
+    reconstruction = cross_entropy(posterior_logits(head(z, lowest), z, sigma), x).sum(-1).squeeze(-1)
+    return integral + reconstruction + bits / (2.0 * distribution.sigma_max**2)

@@ -1,0 +1,135 @@
+"""`--dry-run`: what a configuration means, worked out without torch: parameters, memory, layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_bit.config import Config
+from megatron_bit.parallel.dims import ParallelDims
+from megatron_bit.parallel.split import FREQUENCIES, head_flops, layer_flops, split_layers, train_flops
+
+
+def parameter_counts(config: Config) -> dict[str, int]:
+    """Parameters of the unsharded model, by part. A test holds them against the built model."""
+    m, h = config.model, config.model.head
+    d, w = m.hidden_size, h.hidden_size
+    head_dim = d // m.num_heads
+    attention = d * (d + 2 * head_dim * m.num_kv_heads) + d * d + (2 * head_dim if m.qk_norm else 0)
+    layer = attention + 3 * d * m.ffn_hidden_size + 2 * d
+    ends = m.bits * w * 2 + m.block_size * w + d * w
+    noise_level = FREQUENCIES * w + w + w * w + w
+    modulation = w * 6 * w + 6 * w + w * 2 * w + 2 * w
+    return {
+        "embedding": m.block_size * d + m.bits * d + d * d + d,
+        "backbone": m.num_layers * layer + d,
+        "head": h.num_layers * (4 * w * w + 3 * w * h.ffn_hidden_size) + ends + noise_level + modulation,
+    }
+
+
+def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
+    """Estimated bytes on the fullest rank: weights, gradients, optimizer, activations.
+
+    Activations count what autograd keeps for the micro-batches in flight (1F1B holds up to pp of them), by the
+    per-layer sum of saved tensors; it is an estimate, and `docs/architecture.md` says how far off it was.
+    """
+    counts = parameter_counts(config)
+    split = split_layers(config, dims.num_chunks)
+    per_layer = counts["backbone"] / config.model.num_layers
+    width = 2 if config.train.precision == "bf16" else 4
+    stages = []
+    for stage in range(dims.pp):
+        mine = range(stage, dims.num_chunks, dims.pp)
+        layers = sum(split[chunk] for chunk in mine)
+        parameters = layers * per_layer / dims.tp
+        parameters += counts["embedding"] if stage == 0 else 0
+        last = stage == dims.pp - 1
+        parameters += counts["head"] / dims.tp if last else 0
+        flight = min(dims.pp - stage, dims.micro_batches(config)) if dims.pp > 1 else 1
+        stages.append(
+            {
+                "weights": parameters * width / (dims.dp if config.parallel.zero_stage == 3 else 1),
+                "gradients": parameters * 4 / (dims.dp if config.parallel.zero_stage > 1 else 1),
+                "optimizer": parameters * (12 if width == 2 else 8) / dims.dp,
+                "activations": _activations(config, dims, layers, flight, last, width),
+            }
+        )
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, last: bool, width: int) -> float:
+    m, h = config.model, config.model.head
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    shared = dims.tp if dims.sequence_parallel else 1
+    # saved per token and layer: block inputs and norms (sharded with SP), and what lies between (sharded with TP)
+    outside, inside = 4 * m.hidden_size, 4 * m.hidden_size + 4 * m.ffn_hidden_size
+    layer = outside / shared + inside / dims.tp
+    if config.parallel.recompute == "full":
+        layer, extra = m.hidden_size / shared, layer
+    else:
+        extra = 0.0
+    total = flight * layers * layer + extra
+    if last:
+        rows = config.diffusion.noise_samples
+        head_layer = 8 * h.hidden_size / shared + (4 * h.hidden_size + 4 * h.ffn_hidden_size) / dims.tp
+        total += rows * (h.num_layers * head_layer + 16 * h.hidden_size / shared + 8 * m.bits / shared)
+    return tokens * width * total
+
+
+def describe(config: Config, world_size: int) -> dict[str, Any]:
+    """Everything `--dry-run` shows, as plain data; UserError if the layout does not fit."""
+    dims = ParallelDims.build(config, world_size)
+    counts = parameter_counts(config)
+    split = split_layers(config, dims.num_chunks)
+    memory = memory_per_rank(config, dims)
+    tokens = config.train.global_batch_size * config.data.seq_length
+    stages = []
+    for chunk, layers in enumerate(split):
+        parts = (["embedding"] if chunk == 0 else []) + ([f"{layers} layers"] if layers else [])
+        stages.append(
+            {
+                "chunk": chunk,
+                "pp_rank": chunk % dims.pp,
+                "holds": " + ".join(parts + (["head"] if chunk == dims.num_chunks - 1 else [])),
+            }
+        )
+    return {
+        "config": config.model_dump(mode="json"),
+        "parameters": {**counts, "total": sum(counts.values())},
+        "layout": {
+            "world_size": world_size,
+            "tp": dims.tp,
+            "pp": dims.pp,
+            "dp": dims.dp,
+            "vpp": dims.vpp,
+            "sequence_parallel": dims.sequence_parallel,
+            "zero_stage": config.parallel.zero_stage,
+            "micro_batches": dims.micro_batches(config),
+            "chunks": stages,
+        },
+        "memory_bytes_per_rank": {**{k: round(v) for k, v in memory.items()}, "total": round(sum(memory.values()))},
+        "tokens_per_step": tokens,
+        "tokens_of_run": tokens * config.train.steps,
+        "train_flops_per_token": train_flops(config),
+        "head_cost_in_layers": round(head_flops(config) / layer_flops(config), 2),
+    }
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan for a person."""
+    layout, memory, parameters = plan["layout"], plan["memory_bytes_per_rank"], plan["parameters"]
+    lines = [
+        "parameters  " + ", ".join(f"{name} {value:,}" for name, value in parameters.items()),
+        f"layout      {layout['world_size']} ranks = TP {layout['tp']} x PP {layout['pp']} x DP {layout['dp']}"
+        + (f", VPP {layout['vpp']}" if layout["vpp"] > 1 else "")
+        + (", sequence parallel" if layout["sequence_parallel"] else "")
+        + f", ZeRO-{layout['zero_stage']}, {layout['micro_batches']} micro-batches a step",
+    ]
+    lines += [f"  pp rank {c['pp_rank']}, chunk {c['chunk']}: {c['holds']}" for c in layout["chunks"]]
+    lines += [
+        "memory      "
+        + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in memory.items())
+        + " (estimate, fullest rank)",
+        f"compute     {plan['train_flops_per_token'] / 1e9:.3f} GFLOP a token, the head costs {plan['head_cost_in_layers']} layers",
+        f"data        {plan['tokens_per_step']:,} tokens a step, {plan['tokens_of_run']:,} in the run",
+    ]
+    return "\n".join(lines)

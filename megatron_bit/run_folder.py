@@ -1,0 +1,113 @@
+"""The run folder: what a run is, where it stands, and whether a configuration may continue it.
+
+RUN/config.yaml         resolved configuration of the newest start
+RUN/starts/0000.yaml    resolved configuration of every start
+RUN/identity.json       what may not change: model, data, order of samples
+RUN/checkpoints/        complete checkpoints
+RUN/log.jsonl           one record a step
+RUN/FINISHED            there when train.steps are done
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.config import Config, load_config, to_yaml
+from megatron_bit.data.manifest import Manifest
+from megatron_bit.errors import UserError
+
+
+def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
+    """What every start of a run has to share. `code` is the fingerprint of the table of codes."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "train.seed": config.train.seed,
+        "data.seq_length": config.data.seq_length,
+        "data.shuffle_shards": config.data.shuffle_shards,
+        "vocabulary size": manifest.vocab_size,
+        "code table": code,
+        "data": manifest.fingerprint,
+        "tokenizer": manifest.tokenizer_sha256,
+    }
+
+
+def open_run(config: Config, mine: dict[str, Any]) -> Path | None:
+    """Claim or continue the run folder; returns the newest complete checkpoint, if there is one. Rank 0 calls it.
+
+    Raises:
+        UserError: the folder holds a run of another model or other data, or cannot be written.
+    """
+    from megatron_bit.checkpoint.load import complete, read_meta
+
+    run = Path(config.run)
+    try:
+        (run / "starts").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(exist_ok=True)
+        known = run / "identity.json"
+        newest = next(reversed(complete(run / "checkpoints")), None)
+        if known.exists():
+            _compare(json.loads(known.read_text()), mine, f"run folder {run}")
+        if newest is not None:
+            _compare(read_meta(newest)["identity"], mine, f"checkpoint {newest}")
+        if not known.exists():
+            _write(known, json.dumps(mine, indent=1))
+        _write(run / "starts" / f"{len(list((run / 'starts').iterdir())):04d}.yaml", to_yaml(config))
+        _write(run / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
+    except ValueError as error:
+        raise UserError(f"{run / 'identity.json'} is not readable: {error}; choose another run=... folder") from None
+    return newest
+
+
+def resolve(target: str | None, overrides: tuple[str, ...], preset: str | None) -> Config:
+    """The configuration of `train TARGET key=value ...`: TARGET is a YAML file or an existing run folder."""
+    if target is not None and Path(target).is_dir():
+        saved = Path(target) / "config.yaml"
+        if not saved.exists():
+            raise UserError(f"{target} is a folder without config.yaml, so not a run; give a YAML file or a run folder")
+        return load_config(saved, (*overrides, f"run={target}"))
+    return load_config(target, overrides, preset)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run (or `run` itself, if it is one); UserError if there is none."""
+    from megatron_bit.checkpoint.load import complete
+
+    if (run / "COMMITTED").exists():
+        return run
+    found = complete(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run} has no complete checkpoint in {run / 'checkpoints'}; train first, or give another run")
+    return found[-1]
+
+
+def _compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
+    for key, value in mine.items():
+        other = there.get(key)
+        if other == value:
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            _compare(_prefixed(other, key), _prefixed(value, key), where)
+            continue
+        raise UserError(
+            f"{where} is of another run: {key} is {_short(other)} there and {_short(value)} here; "
+            "choose another run=... folder, or set it back"
+        )
+
+
+def _prefixed(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {f"{prefix}.{key}": value for key, value in tree.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}..."
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,20 @@
+"""TrainState: everything that a run carries from step to step besides weights and optimizer state."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """A handful of counters; the data cursor is one of them, and random numbers are functions of them."""
+
+    step: int = 0  # global batches done
+    samples: int = 0  # samples consumed: the data cursor
+    tokens: int = 0
+    skipped: int = 0  # updates skipped, for non-finite gradients or by the spike guard
+    loss_mean: float = 0.0  # running mean of the loss, for the spike guard
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,69 @@
+"""`megatron-bit train`: load, build, fit."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from megatron_bit.callbacks.checkpoint import CheckpointCallback
+from megatron_bit.callbacks.evaluate import EvaluateCallback
+from megatron_bit.callbacks.metrics import MetricsCallback
+from megatron_bit.callbacks.preempt import PreemptCallback
+from megatron_bit.checkpoint.load import load_optimizer, read_meta
+from megatron_bit.compat.zero import ZeroOptimizer
+from megatron_bit.config import Config
+from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.errors import EXIT_PREEMPTED, UserError
+from megatron_bit.model.bitlm import build_model
+from megatron_bit.optim.groups import adamw, parameter_groups
+from megatron_bit.parallel import groups as process_groups
+from megatron_bit.parallel.agree import on_every_rank, on_rank0
+from megatron_bit.parallel.groups import Groups
+from megatron_bit.run_folder import identity, open_run
+from megatron_bit.state import TrainState
+from megatron_bit.trainer import Trainer
+
+
+def main(config: Config) -> int:
+    """Train this run to its last step. Every rank of the job calls it.
+
+    Returns:
+        the exit code: 0, or 85 if a signal asked the run to save and leave.
+    """
+    groups = process_groups.init(config)
+    trainer = build(config, groups)
+    trainer.fit()
+    process_groups.shutdown()
+    return EXIT_PREEMPTED if trainer.preempted else 0
+
+
+def build(config: Config, groups: Groups) -> Trainer:
+    """Model, optimizer, data and callbacks, at the newest checkpoint of the run if it has one."""
+    manifest = open_data(config)
+    chunks = build_model(config, manifest.vocab_size, groups)
+    mine = identity(config, manifest, chunks[0].codec.fingerprint)
+    checkpoint = on_rank0(functools.partial(open_run, config, mine))
+    zero = ZeroOptimizer(config, chunks, adamw(parameter_groups(chunks, config), config), groups)
+    zero.create_states()
+    state = TrainState()
+    if checkpoint is not None:
+        meta = on_rank0(functools.partial(read_meta, checkpoint))
+        on_every_rank(functools.partial(load_optimizer, checkpoint, zero, groups, meta["updates"]))
+        state = TrainState(**meta["state"])
+    if groups.rank == 0:
+        device = "CPU, gloo" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name()}, NCCL"
+        begin = f"continuing {checkpoint} at step {state.step}" if checkpoint else "a new run"
+        print(f"{config.run}: {groups.dims}, ZeRO-{config.parallel.zero_stage} on {device}; {begin}", flush=True)
+    callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback())
+    return Trainer(config, groups, manifest, zero, state, callbacks, mine)
+
+
+def open_data(config: Config) -> Manifest:
+    """The manifest, its files checked once by rank 0."""
+    if not config.data.path:
+        raise UserError(
+            "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
+        )
+    on_rank0(lambda: load_manifest(config.data.path) and None)
+    return load_manifest(config.data.path, check_files=False)

@@ -1,0 +1,152 @@
+"""The training loop, and nothing but the loop; what happens around a step is in callbacks/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bit.compat.zero import ZeroOptimizer
+from megatron_bit.config import Config
+from megatron_bit.data.batches import Batch, BatchStream
+from megatron_bit.data.manifest import Manifest
+from megatron_bit.errors import LocalUserError, UserError
+from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.optim.guard import accept
+from megatron_bit.optim.schedule import learning_rate
+from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.step import forward_backward
+from megatron_bit.state import TrainState
+
+
+@dataclass
+class StepRecord:
+    """What a step leaves behind. `totals` stays on the device; reading it waits for the step."""
+
+    step: int
+    tokens: int
+    lr: float
+    grad_norm: Tensor | float
+    skipped: bool
+    totals: Tensor  # float32 [3]: loss, bound, ranks that were asked to stop; summed over all ranks
+
+
+class Callback:
+    """Something that happens around steps, on every rank alike."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After every step; `trainer.record` is its record."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step, and after an exception."""
+
+
+class Trainer:
+    """Holds the parts of a run. State that outlives a step is in `state` (saved) and `record` (not saved)."""
+
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        manifest: Manifest,
+        zero: ZeroOptimizer,
+        state: TrainState,
+        callbacks: Sequence[Callback],
+        identity: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.manifest = manifest
+        self.zero = zero
+        self.state = state
+        self.callbacks = callbacks
+        self.identity = identity
+        self.record: StepRecord | None = None
+        self.asked_to_stop = False  # this rank got a signal
+        self.preempted = False  # all ranks know that one of them did
+        self.stream = BatchStream(
+            manifest,
+            "train",
+            seq_length=config.data.seq_length,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dims.dp,
+            shuffle_shards=config.data.shuffle_shards,
+            prefetch=config.data.prefetch,
+        )
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this start of the run ends by itself."""
+        return min(self.config.train.steps, self.config.train.stop_at or self.config.train.steps)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the step just done is the last; the same on every rank."""
+        return self.preempted or self.state.step >= self.last_step
+
+    def fit(self) -> None:
+        """Train from `state` to the last step, or until a signal."""
+        try:
+            for callback in self.callbacks:
+                callback.start(self)
+            if self.stopping:
+                return
+            for batches in self._batches():
+                self.train_step(batches)
+                for callback in self.callbacks:
+                    callback.after_step(self)
+                if self.stopping:
+                    break
+        finally:
+            self.stream.close()
+            for callback in self.callbacks:
+                callback.finish(self)
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        try:
+            yield from self.stream.steps(self.state.samples)
+        except UserError as error:  # a damaged shard: this rank alone knows, and the others end with it
+            raise LocalUserError(str(error)) from None
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """One global batch: forward and backward of this rank's micro-batches, then one update."""
+        config, state = self.config, self.state
+        metrics = forward_backward([self.to_device(batch) for batch in batches], self.zero, self.groups)
+        totals = torch.cat((metrics, metrics.new_full((1,), float(self.asked_to_stop))))
+        dist.all_reduce(totals)
+        lr = learning_rate(config, state.step)
+        if config.optim.spike_guard and not accept(totals[0].item(), state, config.optim.spike_guard):
+            self.zero.discard()
+            skipped = True
+        else:
+            self.zero.step([lr * group["lr_scale"] for group in self.zero.base.param_groups])
+            skipped = self.zero.skipped
+        if self.record is not None:  # the step before: its value is there without waiting
+            self.preempted = self.record.totals[2].item() > 0
+        state.step += 1
+        state.samples += config.train.global_batch_size
+        state.tokens += config.train.global_batch_size * config.data.seq_length
+        state.skipped += skipped
+        self.record = StepRecord(state.step, state.tokens, lr, self.zero.grad_norm, skipped, totals)
+
+    def to_device(self, batch: Batch) -> TokenBatch:
+        """numpy to this rank's device, without waiting for the copy."""
+        tensors = (torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample))
+        if self.groups.device.type == "cuda":
+            tensors = tuple(t.pin_memory() for t in tensors)
+        return TokenBatch(*(t.to(self.groups.device, non_blocking=True) for t in tensors))

@@ -1,0 +1,318 @@
+"""The numerical reference: the model and the training loop again, in one file of plain PyTorch.
+
+Written from docs and MATH.md, without megatron-core, DeepSpeed or the code under test (only the configuration is
+shared), so that a mistake has to be made twice to go unseen. Everything is batch-first and float32, and one
+process holds the whole model. It is also the opponent of `megatron-bit bench step`.
+
+Shape letters: b samples, S sequence, n blocks, K block size, M noise samples, B bits, D width, W head width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bit.config import Config
+
+MicroBatch = tuple[Tensor, Tensor]  # tokens int64 [b, S], global sample indices int64 [b]
+LEVEL_ELEMENT = 0xFFFF  # element counter of a block's noise level
+FEATURES = 128  # sinusoids of the noise level
+
+
+# ---------------------------------------------------------------- noise: Philox4x32-10 on (seed, stream, sample, ...)
+def philox(key: tuple[int, int], counter: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Four uint32 arrays [N] from a 64-bit key and four uint32 arrays [N]."""
+    c0, c1, c2, c3 = counter
+    for i in range(10):
+        k0 = np.uint32((key[0] + i * 0x9E3779B9) & 0xFFFFFFFF)
+        k1 = np.uint32((key[1] + i * 0xBB67AE85) & 0xFFFFFFFF)
+        p0 = np.multiply(c0, np.uint64(0xD2511F53), dtype=np.uint64).view(np.uint32)  # little-endian: low, high
+        p1 = np.multiply(c2, np.uint64(0xCD9E8D57), dtype=np.uint64).view(np.uint32)
+        c0, c1, c2, c3 = p1[1::2] ^ c1 ^ k0, p1[0::2], p0[1::2] ^ c3 ^ k1, p0[0::2]
+    return [c0, c1, c2, c3]
+
+
+def _words(config: Config, stream: int, sample: Tensor, blocks: int, elements: np.ndarray) -> list[Tensor]:
+    """Uniforms in (0, 1) for every (sample, block, noise sample, element): four float32 [b, n, M, E]."""
+    m, seed = config.diffusion.noise_samples, config.train.seed
+    ids = sample.cpu().numpy().astype(np.uint64)[:, None, None, None]
+    counter = np.broadcast_arrays(
+        np.arange(m)[None, None, :, None] * 65536 + elements,
+        np.arange(blocks)[None, :, None, None],
+        ids & np.uint64(0xFFFFFFFF),
+        ids >> np.uint64(32),
+    )
+    shape = counter[0].shape
+    key = (seed & 0xFFFFFFFF, ((seed >> 32) ^ (stream * 0x9E3779B9)) & 0xFFFFFFFF)
+    words = philox(key, [c.astype(np.uint32).ravel() for c in counter])
+    uniforms = [((w >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23) for w in words]
+    return [torch.from_numpy(u).view(shape) for u in uniforms]
+
+
+def draw_noise(config: Config, sample: Tensor, blocks: int, stream: int = 0) -> tuple[Tensor, Tensor]:
+    """Stratified ln sigma [b, n, M] and standard normals [b, n, M, K, B]."""
+    d, k, bits = config.diffusion, config.model.block_size, config.model.bits
+    m, count = d.noise_samples, k * bits
+    first = _words(config, stream, sample, blocks, np.array([LEVEL_ELEMENT]))[0][..., 0]
+    u = (torch.arange(m) + first) / m
+    low, high = _normal_cdf(config, d.sigma_min), _normal_cdf(config, d.sigma_max)
+    standard = torch.special.ndtri(low + u * (high - low))
+    log_sigma = (d.log_mean + d.log_std * standard + math.log(2.0)).clamp(math.log(d.sigma_min), math.log(d.sigma_max))
+    u0, u1, u2, u3 = _words(config, stream, sample, blocks, np.arange((count + 3) // 4))
+    r0, r1 = (-2.0 * u0.log()).sqrt(), (-2.0 * u2.log()).sqrt()
+    a0, a1 = u1 * (2 * math.pi), u3 * (2 * math.pi)
+    eps = torch.stack((r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()), dim=-1)
+    return log_sigma, eps.flatten(3)[..., :count].unflatten(3, (k, bits))
+
+
+def _normal_cdf(config: Config, sigma: float) -> float:
+    d = config.diffusion
+    return 0.5 * (1.0 + math.erf((math.log(sigma / 2) - d.log_mean) / (d.log_std * math.sqrt(2.0))))
+
+
+# ---------------------------------------------------------------- initial values
+def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Logical name to shape of every parameter."""
+    m, h = config.model, config.model.head
+    d, w, head_dim = m.hidden_size, h.hidden_size, m.hidden_size // m.num_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.start": (m.block_size, d),
+        "embedding.fc1.weight": (d, m.bits),
+        "embedding.fc2.weight": (d, d),
+        "embedding.norm.weight": (d,),
+        "backbone.final_layernorm.weight": (d,),
+        "head.input.weight": (w, m.bits),
+        "head.position": (m.block_size, w),
+        "head.condition.weight": (w, d),
+        "head.noise_level.fc1.weight": (w, FEATURES),
+        "head.noise_level.fc1.bias": (w,),
+        "head.noise_level.fc2.weight": (w, w),
+        "head.noise_level.fc2.bias": (w,),
+        "head.modulation.weight": (6 * w, w),
+        "head.modulation.bias": (6 * w,),
+        "head.final_modulation.weight": (2 * w, w),
+        "head.final_modulation.bias": (2 * w,),
+        "head.output.weight": (m.bits, w),
+    }
+    for i in range(m.num_layers):
+        layer = f"backbone.layers.{i}."
+        shapes[f"{layer}input_layernorm.weight"] = (d,)
+        shapes[f"{layer}self_attention.linear_qkv.weight"] = ((m.num_heads + 2 * m.num_kv_heads) * head_dim, d)
+        shapes[f"{layer}self_attention.linear_proj.weight"] = (d, d)
+        if m.qk_norm:
+            shapes[f"{layer}self_attention.q_layernorm.weight"] = (head_dim,)
+            shapes[f"{layer}self_attention.k_layernorm.weight"] = (head_dim,)
+        shapes[f"{layer}pre_mlp_layernorm.weight"] = (d,)
+        shapes[f"{layer}mlp.linear_fc1.gate.weight"] = (m.ffn_hidden_size, d)
+        shapes[f"{layer}mlp.linear_fc1.up.weight"] = (m.ffn_hidden_size, d)
+        shapes[f"{layer}mlp.linear_fc2.weight"] = (d, m.ffn_hidden_size)
+    for i in range(h.num_layers):
+        layer = f"head.layers.{i}."
+        shapes[f"{layer}qkv.weight"] = (3 * w, w)
+        shapes[f"{layer}proj.weight"] = (w, w)
+        shapes[f"{layer}fc1.gate.weight"] = (h.ffn_hidden_size, w)
+        shapes[f"{layer}fc1.up.weight"] = (h.ffn_hidden_size, w)
+        shapes[f"{layer}fc2.weight"] = (w, h.ffn_hidden_size)
+    return shapes
+
+
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """Every parameter from its own generator, seeded by SHA-256 of "seed/name"; norms one, adaLN, biases, output zero."""
+    m, weights = config.model, {}
+    for name, shape in logical_shapes(config).items():
+        owner, leaf = name.rsplit(".", 1)
+        if leaf == "weight" and owner.endswith("norm"):
+            weights[name] = torch.ones(shape)
+        elif leaf == "bias" or owner.endswith("modulation") or owner == "head.output":
+            weights[name] = torch.zeros(shape)
+        else:
+            std = m.init_std
+            if owner in ("embedding.fc1", "head.input"):
+                std = m.bits**-0.5
+            elif ".layers." in owner and owner.rsplit(".", 1)[1] in ("linear_proj", "linear_fc2", "proj", "fc2"):
+                std /= math.sqrt(2 * (m.head.num_layers if owner.startswith("head") else m.num_layers))
+            digest = hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            weights[name] = torch.randn(shape, generator=generator) * std
+    return weights
+
+
+# ---------------------------------------------------------------- model
+class ReferenceModel:
+    """BitLM over a dict of leaf tensors (`weights`, by logical name; the given tensors are copied)."""
+
+    def __init__(self, config: Config, weights: dict[str, Tensor]) -> None:
+        if config.model.code not in ("binary", "gray"):
+            raise NotImplementedError(f"code {config.model.code!r}")
+        expected = logical_shapes(config)
+        assert {n: tuple(w.shape) for n, w in weights.items()} == expected, set(weights) ^ set(expected)
+        self.config = config
+        self.weights = {n: w.detach().clone().float().requires_grad_() for n, w in weights.items()}
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Ids [...] to float32 bits [..., B] of -1 and +1, the most significant first."""
+        if self.config.model.code == "gray":
+            tokens = tokens ^ (tokens >> 1)
+        shifts = torch.arange(self.config.model.bits - 1, -1, -1)
+        return ((tokens[..., None] >> shifts) & 1).float() * 2 - 1
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """tokens [b, S] to [b, S, D]; row p conditions token p and knows the blocks before p's alone."""
+        m, w = self.config.model, self.weights
+        batch, length = tokens.shape
+        x = w["embedding.start"].expand(batch, -1, -1)
+        if length > m.block_size:
+            bits = self.encode(tokens[:, : length - m.block_size])
+            mlp = F.silu(bits @ w["embedding.fc1.weight"].T) @ w["embedding.fc2.weight"].T
+            x = torch.cat((x, self._norm(mlp, "embedding.norm")), dim=1)
+        angle = self._rope_angles(length)
+        mask = None
+        if m.attention == "block_causal":
+            block = torch.arange(length) // m.block_size
+            mask = block[:, None] >= block
+        for i in range(m.num_layers):
+            layer = f"backbone.layers.{i}."
+            x = x + self._attention(self._norm(x, f"{layer}input_layernorm"), f"{layer}self_attention.", angle, mask)
+            y = self._norm(x, f"{layer}pre_mlp_layernorm")
+            x = x + self._swiglu(y, f"{layer}mlp.linear_fc1", f"{layer}mlp.linear_fc2")
+        return self._norm(x, "backbone.final_layernorm")
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.config.model.norm_eps)
+
+    def _swiglu(self, x: Tensor, fc1: str, fc2: str) -> Tensor:
+        w = self.weights
+        return (F.silu(x @ w[f"{fc1}.gate.weight"].T) * (x @ w[f"{fc1}.up.weight"].T)) @ w[f"{fc2}.weight"].T
+
+    def _rope_angles(self, length: int) -> Tensor:
+        m = self.config.model
+        dim = m.hidden_size // m.num_heads
+        inverse = 1.0 / m.rope_base ** (torch.arange(0, dim, 2).float() / dim)
+        return torch.outer(torch.arange(length).float(), inverse)  # [S, d / 2]
+
+    def _attention(self, x: Tensor, prefix: str, angle: Tensor, mask: Tensor | None) -> Tensor:
+        m = self.config.model
+        dim, group = m.hidden_size // m.num_heads, m.num_heads // m.num_kv_heads
+        # the fused rows go group by group: the group's query heads, its key head, its value head
+        mixed = (x @ self.weights[f"{prefix}linear_qkv.weight"].T).unflatten(-1, (m.num_kv_heads, group + 2, dim))
+        q, k, v = mixed[..., :group, :].flatten(2, 3), mixed[..., group, :], mixed[..., group + 1, :]
+        if m.qk_norm:
+            q, k = self._norm(q, f"{prefix}q_layernorm"), self._norm(k, f"{prefix}k_layernorm")
+        q, k, v = (t.transpose(1, 2) for t in (_rotate(q, angle), _rotate(k, angle), v))
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return out.transpose(1, 2).flatten(2) @ self.weights[f"{prefix}linear_proj.weight"].T
+
+    def head(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
+        """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to residual log-odds [b, n, M, K, B]."""
+        m, w = self.config.model, self.weights
+        frequency = torch.logspace(0, 3, FEATURES // 2)
+        angle = log_sigma[..., None] / 4 * frequency
+        level = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])
+        level = F.linear(F.silu(level), w["head.noise_level.fc2.weight"], w["head.noise_level.fc2.bias"])
+        context = (hidden @ w["head.condition.weight"].T).unflatten(1, (-1, m.block_size))  # [b, n, K, W]
+        condition = F.silu(level[:, :, :, None] + context[:, :, None])  # [b, n, M, K, W]
+        modulation = F.linear(condition, w["head.modulation.weight"], w["head.modulation.bias"]).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        scaled = z / (1.0 + (2 * log_sigma).exp()).sqrt()[..., None, None]
+        x = scaled @ w["head.input.weight"].T + w["head.position"]
+        for i in range(m.head.num_layers):
+            layer = f"head.layers.{i}."
+            y = _adaptive_norm(x, shift_a, scale_a) @ w[f"{layer}qkv.weight"].T
+            y = y.flatten(0, 2).unflatten(-1, (m.head.num_heads, 3, -1))  # rows head by head: query, key, value
+            q, k, v = (y[:, :, :, j].transpose(1, 2) for j in range(3))
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+            x = x + gate_a * (attended @ w[f"{layer}proj.weight"].T)
+            x = x + gate_m * self._swiglu(_adaptive_norm(x, shift_m, scale_m), f"{layer}fc1", f"{layer}fc2")
+        final = F.linear(condition, w["head.final_modulation.weight"], w["head.final_modulation.bias"])
+        return _adaptive_norm(x, *final.chunk(2, dim=-1)) @ w["head.output.weight"].T
+
+    def loss(self, tokens: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Training loss and likelihood bound (nats a token), means over the tokens of a micro-batch."""
+        d, k = self.config.diffusion, self.config.model.block_size
+        log_sigma, eps = draw_noise(self.config, sample, tokens.shape[1] // k)
+        sigma = log_sigma.exp()[..., None, None]
+        x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
+        z = x + sigma * eps
+        residual = self.head(z, log_sigma, self.hidden(tokens))
+        logits = residual + (2 * z / sigma**2).clamp(-30, 30)
+        error = (2 * torch.sigmoid(-x * logits)) ** 2  # (x - tanh(logits / 2))^2 without cancellation
+        if d.loss == "mse":
+            loss = ((sigma**2 + 1) / sigma**2 * error).mean()
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, ((x + 1) / 2).expand_as(logits))
+        mass = _normal_cdf(self.config, d.sigma_max) - _normal_cdf(self.config, d.sigma_min)
+        density = torch.distributions.Normal(d.log_mean + math.log(2.0), d.log_std).log_prob(log_sigma).exp() / mass
+        integrand = error.detach().sum(-1) / sigma.squeeze(-1) ** 2 / density[..., None]  # [b, n, M, K]
+        return loss, integrand.mean()
+
+
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotary embedding of [b, S, heads, d]: channel i turns with channel i + d / 2."""
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _adaptive_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+# ---------------------------------------------------------------- training
+def schedule(config: Config, step: int) -> float:
+    """Learning rate of update `step` (0-based) over the peak."""
+    o, total = config.optim, config.train.steps
+    warmup = min(o.warmup_steps, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if o.schedule == "cosine":
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        return o.min_lr_ratio + (1 - o.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
+    begin = max(warmup, total - max(1, round(total * o.decay_fraction)))
+    done = min(1.0, max(0, step - begin) / max(1, total - begin))
+    return 1 - (1 - o.min_lr_ratio) * done
+
+
+def train_reference(
+    config: Config, weights: dict[str, Tensor], steps: Sequence[Sequence[MicroBatch]]
+) -> tuple[list[float], list[float], list[float], dict[str, Tensor]]:
+    """Train from `weights`, one update for every list of micro-batches (the gradient is their mean).
+
+    Returns:
+        losses, likelihood bounds and gradient norms (before clipping) of every step, and the final weights.
+    """
+    model, o = ReferenceModel(config, weights), config.optim
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, weight in model.weights.items():
+        decay = weight.dim() > 1 and name not in ("embedding.start", "head.position")
+        groups.setdefault((name.startswith("head."), decay), []).append(weight)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "weight_decay": o.weight_decay * decay, "head": head} for (head, decay), p in groups.items()],
+        lr=o.lr,
+        betas=o.betas,
+        eps=o.eps,
+        fused=True,
+    )
+    losses, bounds, norms = [], [], []
+    for step, micro_batches in enumerate(steps):
+        optimizer.zero_grad()
+        total = torch.zeros(2)
+        for tokens, sample in micro_batches:
+            loss, bound = model.loss(tokens, sample)
+            (loss / len(micro_batches)).backward()
+            total += torch.stack((loss.detach(), bound)) / len(micro_batches)
+        norm = torch.nn.utils.clip_grad_norm_(list(model.weights.values()), o.grad_clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = o.lr * schedule(config, step) * (o.head_lr_scale if group["head"] else 1.0)
+        optimizer.step()
+        losses.append(total[0].item())
+        bounds.append(total[1].item())
+        norms.append(norm.item())
+    return losses, bounds, norms, {n: w.detach() for n, w in model.weights.items()}

@@ -1,0 +1,99 @@
+"""The model against an independent implementation of the same formulas: loss, bound and every gradient."""
+
+import pytest
+import torch
+
+from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.logical import pieces
+
+VOCAB_SIZE = 1999
+
+
+def batch(config, size=3, first=2**32 - 1, seed=0):
+    tokens = torch.randint(0, VOCAB_SIZE, (size, config.data.seq_length), generator=torch.Generator().manual_seed(seed))
+    return TokenBatch(tokens, torch.arange(first, first + size))  # crosses into the index's high word
+
+
+def logical(model, groups, values):
+    """Local tensors (by local name) as a dict by logical name."""
+    return {
+        part.name: part.of(values[name]).detach().clone()
+        for name, parts in pieces(model, groups).items()
+        for part in parts
+    }
+
+
+@pytest.mark.parametrize("attention", ["causal", "block_causal"])
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+@pytest.mark.parametrize(("block_size", "blocks"), [(1, 13), (3, 5), (4, 5)])
+def test_loss_bound_and_every_gradient(groups, reference, make_config, make_model, block_size, blocks, loss, attention):
+    config = make_config(block_size, blocks, f"diffusion.loss={loss}", f"model.attention={attention}")
+    model = make_model(config)
+    other = reference.ReferenceModel(config, logical(model, groups, dict(model.named_parameters())))
+    data = batch(config)
+
+    out = model(data)
+    out.loss.backward()
+    expected_loss, expected_bound = other.loss(*data)
+    expected_loss.backward()
+
+    torch.testing.assert_close(out.metrics, torch.stack((expected_loss.detach(), expected_bound)), rtol=1e-5, atol=0)
+    gradients = logical(model, groups, {n: p.grad for n, p in model.named_parameters()})
+    assert gradients.keys() == other.weights.keys()
+    for name, gradient in gradients.items():
+        expected = other.weights[name].grad
+        assert expected.norm() > 1e-7, f"{name} is invisible to the loss: the comparison is empty"
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("override", ["model.qk_norm=false", "model.code=gray", "model.num_kv_heads=6", "model.rope_base=77"])
+def test_model_switches(groups, reference, make_config, make_model, override):
+    config = make_config(3, 5, override)
+    model = make_model(config)
+    other = reference.ReferenceModel(config, logical(model, groups, dict(model.named_parameters())))
+    data = batch(config)
+    torch.testing.assert_close(model(data).metrics, torch.stack([v.detach() for v in other.loss(*data)]), rtol=1e-5, atol=0)
+
+
+def test_hidden_states_and_noise(groups, reference, make_config, make_model):
+    from megatron_bit.diffusion import noise
+
+    config = make_config(3, 5)
+    model = make_model(config)
+    other = reference.ReferenceModel(config, logical(model, groups, dict(model.named_parameters())))
+    data = batch(config)
+    torch.testing.assert_close(model.hidden(data.tokens).transpose(0, 1), other.hidden(data.tokens), rtol=1e-5, atol=1e-5)
+
+    log_sigma, eps = reference.draw_noise(config, data.sample, 5)
+    seed, samples = config.train.seed, config.diffusion.noise_samples
+    levels = model.noise.log_sigma(noise.stratified_levels(seed, noise.TRAIN, data.sample, 0, 5, samples))
+    values = noise.gaussian(seed, noise.TRAIN, data.sample, 0, 5, samples, 3, config.model.bits)
+    torch.testing.assert_close(levels.transpose(0, 1), log_sigma)
+    torch.testing.assert_close(values.unflatten(0, (5, 3)).permute(2, 0, 3, 1, 4), eps)
+
+
+def test_initial_values_follow_the_documented_rule(groups, reference, make_config, make_model):
+    config = make_config(3, 5)
+    model = make_model(config, perturb=False)
+    ours = logical(model, groups, dict(model.named_parameters()))
+    theirs = reference.initial_weights(config)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, msg=name)
+    other = reference.initial_weights(make_config(3, 5, "train.seed=78"))
+    assert not torch.equal(other["embedding.start"], theirs["embedding.start"])
+
+
+def test_reference_training_learns_and_ignores_the_cut_into_micro_batches(reference, make_config):
+    config = make_config(3, 5, "optim.warmup_steps=2", "optim.lr=5e-3", "optim.grad_clip=0.5", "optim.head_lr_scale=2")
+    tokens = torch.full((4, 15), 1234)
+    weights = reference.initial_weights(config)
+    whole = [[(tokens, torch.arange(4))] for _ in range(12)]
+    halves = [[(tokens[i : i + 2], torch.arange(i, i + 2)) for i in (0, 2)] for _ in range(12)]
+    losses, bounds, norms, final = reference.train_reference(config, weights, whole)
+    assert losses[-1] < 0.8 * losses[0] and bounds[-1] < 0.8 * bounds[0]
+    assert max(norms) > 0.5, "clipping never acted"
+    cut = reference.train_reference(config, weights, halves)
+    torch.testing.assert_close(torch.tensor(cut[:3]), torch.tensor((losses, bounds, norms)), rtol=1e-4, atol=0)
+    assert all(torch.equal(weights[n], w) for n, w in reference.initial_weights(config).items())  # given ones are kept
+    assert not torch.equal(final["head.output.weight"], weights["head.output.weight"])
