@@ -123,7 +123,7 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Every parameter from its own generator, seeded by SHA-256 of "seed/name"; norms one, adaLN, biases, output zero."""
+    """Norms are one; AdaLN, biases and output zero; the rest normal, seeded by SHA-256 of "seed/name"."""
     m, weights = config.model, {}
     for name, shape in logical_shapes(config).items():
         owner, leaf = name.rsplit(".", 1)
@@ -212,7 +212,8 @@ class ReferenceModel:
     def head(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
         """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to residual log-odds [b, n, M, K, B]."""
         m, w = self.config.model, self.weights
-        frequency = torch.logspace(0, 3, FEATURES // 2)
+        half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
+        frequency = torch.exp(torch.arange(half) * (math.log(1000.0) / (half - 1)))
         angle = log_sigma[..., None] / 4 * frequency
         level = torch.cat((angle.cos(), angle.sin()), dim=-1)
         level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])

@@ -15,12 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from megatron_bit.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 
-# -P: the working folder stays off sys.path, or `import kernels` would find the folder of a checkout.
+# -P keeps the working folder off sys.path, or `import kernels` would find the folder of a checkout.
 COMMAND = (sys.executable, "-P", "-m", "megatron_bit")
 SHORT_GRACE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
@@ -33,9 +33,7 @@ _FORWARD = {
 }
 
 
-class Exit(NamedTuple):
-    """How one rank ended."""
-
+class _Exit(NamedTuple):
     rank: int
     code: int  # negative: minus the signal that killed it
     stopped: bool  # after the launcher itself had begun to stop the ranks
@@ -52,52 +50,53 @@ def run_local(
 ) -> int:
     """Run `command` + `args` as `nproc` ranks and wait for all of them.
 
-    `env` replaces os.environ as the ranks' environment; RANK, WORLD_SIZE and the like are added to it. After a
-    rank ends with code 85 (saved on a signal) the others have `grace_seconds` to end as well, after any other
-    failure at most 10 s; then they get SIGTERM and, as long again but at most 10 s later, SIGKILL.
+    `env` takes the place of os.environ as what the ranks' environment starts from. After a rank ends with 85
+    (saved on a signal) the others have `grace_seconds` to end as well, after any other failure at most 10 s;
+    then they get SIGTERM and, after at most 10 s more, SIGKILL.
 
     Returns 0 if all ranks did; 2 if one exited with 2; else the code of the first rank that failed (128 + signal
     if one killed it); else 85 if one exited with 85. Raises UserError for a bad `nproc` or `port`.
     """
     if nproc < 1:
         raise UserError(f"nproc = {nproc} has to be at least 1: the number of processes to start on this machine")
-    ranks_env = _environment(os.environ if env is None else env, nproc, choose_port(port))
-    # Blocked, so that none is lost while ranks start, and none runs a handler of the caller; under nohup SIGHUP
-    # is ignored and stays so (a blocked signal is queued even if it is ignored).
+    base = _environment(os.environ if env is None else env, nproc, choose_port(port))
+    # Blocked, so that no signal is lost while ranks start. Under nohup SIGHUP is ignored, and has to stay so.
     watched = {s for s in _FORWARD if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    ranks: dict[int, int] = {}  # rank -> pid, of those that run
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    ranks: dict[int, subprocess.Popen[bytes]] = {}  # those that run
     try:
-        in_child = _child_setup(os.getpid(), previous)
+        setup = _child_setup(os.getpid(), mask)
         sys.stdout.flush()
-        for rank in range(nproc):
-            own = {**ranks_env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks[rank] = _spawn([*command, *args], own, in_child)
+        for rank in range(nproc):  # own session: Ctrl-C reaches the parent alone, the group is killed as a whole
+            ranks[rank] = subprocess.Popen(
+                [*command, *args],
+                env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=setup,
+            )
         exits = _watch(ranks, watched, grace_seconds)
     finally:
-        _kill(ranks)  # only after an exception, such as a command that does not exist
-        while signal.sigtimedwait(watched, 0):  # a late Ctrl-C must not become the caller's KeyboardInterrupt
+        _kill(ranks.values())  # some are left only after an exception: a command that does not exist
+        for process in ranks.values():
+            process.wait()
+        while signal.sigtimedwait(watched, 0):  # a late Ctrl-C is not to interrupt the caller
             pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return _result(exits, nproc)
 
 
 def choose_port(port: int | None = None) -> int:
-    """A free TCP port, or `port` if it is free on all interfaces, as rank 0 wants it; else UserError."""
+    """A free TCP port, or `port` if no one listens on it; else UserError."""
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port {port} is not a TCP port; choose 1024 to 65535, or leave it out to get a free one")
-    for family in (socket.AF_INET6, socket.AF_INET):
-        dual = family is socket.AF_INET6
-        try:
-            with socket.create_server(("", port or 0), family=family, dualstack_ipv6=dual) as server:
-                return server.getsockname()[1]
-        except (OSError, ValueError) as error:
-            code = error.errno if isinstance(error, OSError) else None
-            if dual and code not in (errno.EADDRINUSE, errno.EACCES):
-                continue  # no IPv6 here
-            reason = "is taken by another process" if code == errno.EADDRINUSE else f"cannot be used ({error})"
-            raise UserError(f"port {port} {reason}; choose another, or leave it out to get a free one") from None
-    raise AssertionError("the last family either returns or raises")
+    try:
+        with socket.create_server(("", port or 0)) as server:
+            return server.getsockname()[1]
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        reason = "is taken by another process" if taken else f"cannot be used ({os.strerror(error.errno or 0)})"
+        raise UserError(f"port {port} {reason}; choose another, or leave it out to get a free one") from None
 
 
 def _environment(base: Mapping[str, str], nproc: int, port: int) -> dict[str, str]:
@@ -107,8 +106,8 @@ def _environment(base: Mapping[str, str], nproc: int, port: int) -> dict[str, st
     return {**defaults, **base, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _child_setup(parent: int, mask: set[signal.Signals | int]) -> Callable[[], None]:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: after the fork only plain calls are safe
+def _child_setup(parent: int, mask: Iterable[int]) -> Callable[[], None]:
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: a lock held then is held for ever in the child
 
     def setup() -> None:
         # The kernel kills this process when the parent dies, even by SIGKILL, which no handler sees. It survives
@@ -123,82 +122,71 @@ def _child_setup(parent: int, mask: set[signal.Signals | int]) -> Callable[[], N
     return setup
 
 
-def _spawn(command: Sequence[str], env: Mapping[str, str], setup: Callable[[], None]) -> int:
-    # Its own session: the terminal's Ctrl-C reaches the parent alone, and the group can be killed as a whole.
-    process = subprocess.Popen(
-        command, env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=setup
-    )
-    process.returncode = 0  # reaped by pid in _reap; without this Popen's own clean-up would race for it
-    return process.pid
-
-
-def _watch(ranks: dict[int, int], watched: set[signal.Signals], grace_seconds: float) -> list[Exit]:
-    """Wait until all have ended, in the order in which they end; takes each out of `ranks`."""
-    short = min(SHORT_GRACE_SECONDS, grace_seconds)
-    exits: list[Exit] = []
+def _watch(ranks: dict[int, subprocess.Popen[bytes]], watched: set[signal.Signals], grace: float) -> list[_Exit]:
+    """Wait until all have ended; takes each out of `ranks`. The result is in the order in which they ended."""
+    short = min(SHORT_GRACE_SECONDS, grace)
+    exits: list[_Exit] = []
     sent: set[signal.Signals] = set()
-    interrupts = 0
-    deadline, stopped = float("inf"), False
+    interrupts, deadline, stopped = 0, float("inf"), False
     while ranks:
-        received = signal.sigtimedwait(watched, max(0.0, min(deadline - time.monotonic(), 60.0)))
-        number = signal.Signals(received.si_signo) if received else None
+        info = signal.sigtimedwait(watched, max(0.0, min(deadline - time.monotonic(), 60.0)))
+        number = signal.Signals(info.si_signo) if info else signal.SIGCHLD
+        forwarded = _FORWARD.get(number)
+        if forwarded and forwarded not in sent:
+            sent.add(forwarded)
+            for process in ranks.values():  # not the group: a rank ends its helpers when it has saved
+                os.kill(process.pid, forwarded)
         if number is signal.SIGINT:
             interrupts += 1
             if interrupts == 1:
                 print("Ctrl-C: the ranks save and stop; again kills them at once", file=sys.stderr, flush=True)
             else:
                 stopped = True
-                _kill(ranks, reap=False)
-        if number in _FORWARD and _FORWARD[number] not in sent:
-            sent.add(_FORWARD[number])
-            _send(ranks, _FORWARD[number])
-        for rank in list(ranks):
-            code = _reap(ranks[rank])
-            if code is None:
-                continue
-            del ranks[rank]
-            exits.append(Exit(rank, code, stopped))
-            if code and not stopped:
-                grace = grace_seconds if code == EXIT_PREEMPTED else short
-                deadline = min(deadline, time.monotonic() + grace)
-        if time.monotonic() >= deadline:
-            if stopped:
-                _kill(ranks, reap=False)
-                deadline = float("inf")
-            else:
-                stopped, deadline = True, time.monotonic() + short
-                _send(ranks, signal.SIGTERM)
+                _kill(ranks.values())
+        for rank, process in list(ranks.items()):
+            if _ended(process):
+                del ranks[rank]
+                exits.append(_Exit(rank, process.wait(), stopped))
+                if exits[-1].code and not stopped:
+                    wait = grace if exits[-1].code == EXIT_PREEMPTED else short
+                    deadline = min(deadline, time.monotonic() + wait)
+        if time.monotonic() >= deadline and not stopped:
+            stopped, deadline = True, time.monotonic() + short
+            for process in ranks.values():
+                os.kill(process.pid, signal.SIGTERM)
+        elif time.monotonic() >= deadline:
+            deadline = float("inf")
+            _kill(ranks.values())
     return exits
 
 
-def _send(ranks: Mapping[int, int], number: signal.Signals) -> None:
-    for pid in ranks.values():  # the rank alone, not its helpers: it ends them itself. Not reaped, so still its pid
-        os.kill(pid, number)
-
-
-def _kill(ranks: dict[int, int], reap: bool = True) -> None:
-    for pid in ranks.values():
-        os.killpg(pid, signal.SIGKILL)
-    for pid in ranks.values() if reap else ():
-        os.waitpid(pid, 0)
-
-
-def _reap(pid: int) -> int | None:
-    """Exit code (minus the signal) of a rank that has ended, whose group is then cleared; None while it runs."""
-    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        return None
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a rank has ended; what is left of its group is then killed."""
     # While the dead leader is not reaped its pid cannot be given to anyone else: the group is surely ours.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return False
+    _kill([process])
+    return True
 
 
-def _result(exits: Sequence[Exit], nproc: int) -> int:
+def _kill(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _result(exits: Sequence[_Exit], nproc: int) -> int:
     codes = [e.code for e in exits]
     failed = [e for e in exits if e.code not in (0, EXIT_PREEMPTED)]
-    if EXIT_USER_ERROR in codes:
+    if EXIT_USER_ERROR in codes:  # rank 0 has said why
         return EXIT_USER_ERROR
     if not failed:
         return EXIT_PREEMPTED if EXIT_PREEMPTED in codes else 0
-    first = failed[0]
-    return 128 - first.code if first.code < 0 else first.code
+    rank, code, stopped = failed[0]
+    how = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    if stopped:
+        how += " because it did not stop"
+    elif code == -signal.SIGKILL:
+        how += " (often: out of memory; see dmesg)"
+    print(f"rank {rank} of {nproc} {how}", file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code

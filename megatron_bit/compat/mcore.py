@@ -40,9 +40,11 @@ def prepare() -> None:
     _prepared = True
     # One CUDA work queue keeps TP communication and compute in issue order, as Megatron's overlap expects.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with warnings.catch_warnings():  # advice on TE and apex; `megatron-bit doctor` gives it where it helps
-        warnings.simplefilter("ignore")
-        from megatron.core.tensor_parallel import random as mcore_random
+    # advice on TE, apex and deprecated options of its own; `megatron-bit doctor` gives it where it helps
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # names of collectives that megatron-core 0.16.1 still uses and torch 2.13 deprecates
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from megatron.core.tensor_parallel import random as mcore_random
 
     if torch.cuda.is_available():
         return

@@ -175,7 +175,7 @@ class ZeroOptimizer:
                     continue
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is not None:
-                    states = {"param": mapping.get_hp_fragment()}
+                    states = {"param": mapping.get_hp_fragment().detach()}
                     states |= {key: mapping.get_optim_state_fragment(key) for key in STATES[1:]}
                     yield Fragment(index, name, mapping.lp_fragment_address.start, states)
 
@@ -188,7 +188,9 @@ class ZeroOptimizer:
             states = {
                 key: zero._get_fp32_opt_state_partition(
                     parameter, release_swap_buffers=False, optim_state_key=None if key == "param" else key
-                )[0].narrow(0, 0, count)
+                )[0]
+                .detach()
+                .narrow(0, 0, count)
                 for key in STATES
             }
             yield Fragment(index, name, start, states)

@@ -1,0 +1,104 @@
+"""Every layout trains the single process's model: losses over 5 steps, gradient norms, final weights (fp32)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from gloo_ranks import run_ranks
+from tiny_runs import Result
+
+TOLERANCE = 1e-5
+
+LAYOUTS = {
+    "tp2_sp": (2, {"parallel.tp": 2}),
+    "tp2": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
+    "tp4_sp": (4, {"parallel.tp": 4}),
+    "pp2": (2, {"parallel.pp": 2}),
+    "pp3": (3, {"parallel.pp": 3}),
+    "pp2_interleaved": (2, {"parallel.pp": 2, "parallel.vpp": 2}),
+    "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
+    "tp2_pp2_no_sp": (4, {"parallel.tp": 2, "parallel.pp": 2, "parallel.sequence_parallel": False}),
+    "dp2_zero1": (2, {"parallel.zero_stage": 1}),
+    "dp2_zero2": (2, {"parallel.zero_stage": 2}),
+    "dp2_zero3": (2, {"parallel.zero_stage": 3}),
+    "dp4_zero1": (4, {"parallel.zero_stage": 1, "train.micro_batch_size": 2}),
+    "tp2_dp2_zero2": (4, {"parallel.tp": 2, "parallel.zero_stage": 2}),
+    "tp2_dp2_zero3": (4, {"parallel.tp": 2, "parallel.zero_stage": 3}),
+    "pp2_dp2": (4, {"parallel.pp": 2}),
+    "pp2_recompute": (2, {"parallel.pp": 2, "parallel.recompute": "full"}),
+    "tp2_pp2_dp2_interleaved": (
+        8,
+        {"parallel.tp": 2, "parallel.pp": 2, "parallel.vpp": 2, "parallel.recompute": "full"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """The single process's result for a set of settings; computed once for each."""
+    known: dict[str, Result] = {}
+
+    def run(**settings: object) -> Result:
+        key = repr(sorted(settings.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("single") / "run"
+            assert run_ranks(tiny_runs.train, 1, tiny_runs.overrides(folder, tiny_data, settings)) == [0]
+            known[key] = tiny_runs.read(folder)
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_single_process(name: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path) -> None:
+    world, settings = LAYOUTS[name]
+    assert set(run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, settings))) == {0}
+    result, reference = tiny_runs.read(tmp_path / "run"), single()
+    assert len(result.loss) == tiny_runs.STEPS
+    assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
+    assert result.bound == pytest.approx(reference.bound, rel=TOLERANCE)
+    assert result.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
+    difference, where = tiny_runs.worst(result.weights, reference.weights)
+    assert difference < TOLERANCE, where
+
+
+@pytest.mark.parametrize("attention", ["causal", "block_causal"])
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_variants_under_tp_and_pp(
+    attention: str, loss: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path
+) -> None:
+    variant = {"model.attention": attention, "diffusion.loss": loss, "model.code": "gray"}
+    layout = {"parallel.tp": 2, "parallel.pp": 2}
+    run_ranks(tiny_runs.train, 4, tiny_runs.overrides(tmp_path / "run", tiny_data, {**variant, **layout}))
+    result, reference = tiny_runs.read(tmp_path / "run"), single(**variant)
+    assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
+    assert tiny_runs.worst(result.weights, reference.weights)[0] < TOLERANCE
+    assert reference.loss != single().loss  # the variant is another model
+
+
+def test_same_seed_same_layout_is_bit_identical(tiny_data: Path, tmp_path: Path) -> None:
+    layout = {"parallel.tp": 2, "parallel.pp": 2}
+    results = []
+    for name in ("a", "b"):
+        run_ranks(tiny_runs.train, 4, tiny_runs.overrides(tmp_path / name, tiny_data, layout))
+        results.append(tiny_runs.read(tmp_path / name))
+    assert results[0].loss == results[1].loss
+    assert tiny_runs.worst(results[0].weights, results[1].weights)[0] == 0.0
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_zero1", "dp2_zero2", "dp2_zero3"])
+def test_bf16_keeps_fp32_masters(
+    layout: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path
+) -> None:
+    world, settings = LAYOUTS[layout]
+    bf16 = {"train.precision": "bf16"}
+    run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, {**settings, **bf16}))
+    result, reference, full = tiny_runs.read(tmp_path / "run"), single(**bf16), single()
+    assert result.loss == pytest.approx(reference.loss, rel=2e-2)
+    assert reference.loss == pytest.approx(full.loss, rel=2e-2)
+    assert tiny_runs.worst(result.weights, reference.weights)[0] < 2e-2
+    masters = result.weights["backbone.layers.0.mlp.linear_fc1.gate.weight"]
+    assert (masters != masters.bfloat16().float()).any()  # they hold more than bf16 can

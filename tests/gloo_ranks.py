@@ -1,0 +1,85 @@
+"""Run a function on N real processes over gloo, for tests.
+
+A fork server imports torch, megatron-core and DeepSpeed once; a rank is a fork of it, so that a job of 8 ranks
+costs a fork and a group rather than 8 imports.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_context: Any = None
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call `function(*args)` on every rank of a new job; returns the results by rank.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that failed, or if the job takes longer than `timeout`
+            seconds; no process is left behind.
+    """
+    context = _fork_server()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(queue, function, rank, world_size, port, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in ranks:
+            rank, ok, value = queue.get(timeout=timeout)
+            assert ok, f"rank {rank} of {world_size} failed:\n{value}"
+            results[rank] = value
+    except Exception as error:
+        if isinstance(error, AssertionError):
+            raise
+        raise AssertionError(f"{world_size} ranks gave {sorted(results)} within {timeout} s: {error!r}") from None
+    finally:
+        for process in ranks:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _fork_server() -> Any:
+    global _context
+    if _context is None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server and its ranks inherit it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # Python 3.11's fork server does not take over sys.path, and ignores what it cannot import
+        here = str(Path(__file__).parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        _context = multiprocessing.get_context("forkserver")
+        _context.set_forkserver_preload(["preload_ranks"])
+    return _context
+
+
+def _rank(queue: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        queue.put((rank, True, function(*args)))
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+    queue.close()
+    queue.join_thread()

@@ -1,0 +1,21 @@
+"""What the fork server of gloo_ranks imports before it forks ranks."""
+
+import warnings
+
+warnings.simplefilter("ignore")
+
+import deepspeed  # noqa: E402, F401
+import torch  # noqa: E402
+
+import megatron_bit.train  # noqa: E402, F401
+from megatron_bit.compat import mcore  # noqa: E402
+
+mcore.prepare()
+
+import megatron.core.models.common.embeddings.rotary_pos_embedding  # noqa: E402, F401
+import megatron.core.pipeline_parallel  # noqa: E402, F401
+import megatron.core.transformer.transformer_block  # noqa: E402, F401
+import tensorboard  # noqa: E402, F401
+import webdataset  # noqa: E402, F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,106 @@
+"""Tiny but complete runs of the product, for tests that compare layouts, resumes and signals."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STEPS = 5
+
+# Odd where the layout allows it: 5 layers, blocks of 3, 9 bits, a vocabulary that is no power of two.
+SETTINGS = {
+    "model.num_layers": 5,
+    "model.hidden_size": 48,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 4,
+    "model.ffn_hidden_size": 88,
+    "model.block_size": 3,
+    "model.bits": 9,
+    "model.init_std": 0.08,
+    "model.head.num_layers": 1,
+    "model.head.hidden_size": 40,
+    "model.head.num_heads": 4,
+    "model.head.ffn_hidden_size": 56,
+    "diffusion.noise_samples": 2,
+    "data.seq_length": 36,
+    "train.steps": STEPS,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 1,
+    "train.precision": "fp32",
+    "optim.lr": 3e-3,
+    "optim.eps": 1e-5,  # below it, AdamW turns rounding of a zero gradient into a full step
+    "optim.warmup_steps": 2,
+    "optim.grad_clip": 0.5,  # active, so that a wrong global norm shows in the weights
+    "optim.head_lr_scale": 0.7,
+    "log.tensorboard": False,
+    "parallel.timeout_minutes": 1.5,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    loss: list[float]
+    bound: list[float]
+    grad_norm: list[float]
+    skipped: list[bool]
+    weights: dict[str, Tensor]  # fp32 masters by logical name, of the newest checkpoint
+
+
+def overrides(run: Path, data: Path, settings: dict[str, Any]) -> list[str]:
+    """key=value arguments of a tiny run."""
+    tree = {**SETTINGS, **settings, "run": str(run), "data.path": str(data)}
+    return [f"{key}={value}" for key, value in tree.items()]
+
+
+def train(arguments: list[str], everything_visible: bool = True) -> int:
+    """Runs in a rank: `megatron-bit train` on these arguments, in this process.
+
+    With zero AdaLN gates and a zero output layer the backbone is invisible to the loss for two steps, and a broken
+    layout with it: `everything_visible` draws those weights like all the others.
+    """
+    from megatron_bit import train as job
+    from megatron_bit.config import load_config
+    from megatron_bit.model import init
+
+    if everything_visible:
+        init._ZEROS = re.compile(r"(?!)")
+    torch.set_num_threads(1)
+    return job.main(load_config(None, arguments))
+
+
+def read(run: Path) -> Result:
+    """Log and newest checkpoint of a run."""
+    from megatron_bit.run_folder import newest_checkpoint
+
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return Result(
+        loss=[r["loss"] for r in records],
+        bound=[r["nats_per_token_bound"] for r in records],
+        grad_norm=[r["grad_norm"] for r in records],
+        skipped=[r["skipped"] for r in records],
+        weights=read_state(newest_checkpoint(run), "param"),
+    )
+
+
+def read_state(checkpoint: Path, state: str) -> dict[str, Tensor]:
+    """One state of every logical tensor, whole."""
+    from megatron_bit.checkpoint.index import Reader, Rectangle
+
+    index = json.loads((checkpoint / "index.json").read_text())
+    reader = Reader(checkpoint, index)
+    shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
+    return {n: reader.read(n, state, Rectangle((0,) * len(s), s)) for n, s in shapes.items()}
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest absolute difference over all tensors, and whose it is."""
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    return max(((a[name] - b[name]).abs().max().item(), name) for name in a)

@@ -1,0 +1,229 @@
+"""The configuration: layers, messages, round trip."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from megatron_bit.config import Config, bits_for, config_from_dict, leaves, load_config, preset_names, to_yaml
+from megatron_bit.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_later_layers_win(write):
+    """Each key is set by all layers up to one of them."""
+    assert load_config().model.num_layers == 6 and load_config() == Config()
+    assert load_config(preset="laptop").model.num_layers == 4
+    path = write("model: {num_layers: 3, head: {num_layers: 5}}\ntrain: {steps: 44}\n")
+    config = load_config(path, preset="laptop")
+    assert (config.model.num_layers, config.model.head.num_layers, config.train.steps) == (3, 5, 44)
+    assert config.model.bits == 12 and config.model.head.hidden_size == 192  # from the preset: sections merge
+    assert config.optim.grad_clip == 1.0  # from the defaults
+    config = load_config(path, ["model.num_layers=2", "train.steps=55", "train.steps=66"], preset="laptop")
+    assert (config.model.num_layers, config.model.head.num_layers, config.train.steps) == (2, 5, 66)
+
+
+def test_a_file_names_a_preset_and_the_command_line_overrules_it(write):
+    path = write("preset: laptop\nrun: here\n")
+    assert load_config(path).model.bits == 12 and load_config(path).run == "here"
+    assert load_config(path, preset="125m").model.hidden_size == 768
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_and_split_as_they_say(name):
+    from megatron_bit.parallel.dims import ParallelDims
+
+    config = load_config(preset=name)
+    ParallelDims.build(config, config.parallel.tp * config.parallel.pp)
+    assert set(preset_names()) == {"laptop", "125m", "1b", "8b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 3e-4), ("2.0E-4", 2e-4), ("1", 1.0)],
+)
+def test_floats_of_the_command_line(text, value):
+    """YAML 1.1 reads 3e-4 as a string."""
+    assert load_config(overrides=[f"optim.lr={text}"]).optim.lr == value
+
+
+def test_values_of_the_command_line():
+    config = load_config(overrides=["optim.betas=[0.8, 0.9]", "train.stop_at=null", "log.tensorboard=false", "run=a=b"])
+    assert config.optim.betas == (0.8, 0.9) and config.train.stop_at is None
+    assert config.log.tensorboard is False and config.run == "a=b"
+
+
+MESSAGES = {
+    "model.num_layer=3": "model.num_layer (command line) is not a configuration key; did you mean model.num_layers?",
+    "train.step=3": "train.step (command line) is not a configuration key; did you mean train.steps?",
+    "lr=1": "lr (command line) is not a configuration key; did you mean optim.lr?",
+    "model.head.hidden_sise=3": "model.head.hidden_sise (command line) is not a configuration key; did you mean "
+    "model.head.hidden_size?",
+    "zzzqqq=1": "zzzqqq (command line) is not a configuration key; `megatron-bit config` lists them all",
+    "train.steps": "'train.steps' is not key=value; write for example train.steps=2000",
+    "=3": "'=3' is not key=value; write for example train.steps=2000",
+    "model=3": "model = 3 (command line) is a section; set its keys, such as model.bits=...",
+    "train.steps=abc": "train.steps = 'abc' (command line): input should be a valid integer, unable to parse string as an "
+    "integer",
+    "train.steps=3.5": "train.steps = 3.5 (command line): input should be a valid integer, got a number with a fractional "
+    "part",
+    "train.steps=0": "train.steps = 0 (command line): input should be greater than or equal to 1",
+    "optim.lr=.nan": "optim.lr = nan (command line): input should be greater than 0",
+    "model.bits=257": "model.bits = 257 (command line): input should be less than or equal to 256",
+    "optim.schedule=linear": "optim.schedule = 'linear' (command line): input should be 'cosine' or 'wsd'",
+    "parallel.zero_stage=4": "parallel.zero_stage = 4 (command line): input should be 1, 2 or 3",
+    "data.seq_length=130": "data.seq_length 130 has to be a multiple of model.block_size 4; use 128 or 132",
+    "train.micro_batch_size=5": "train.global_batch_size 16 has to be a multiple of train.micro_batch_size 5",
+    "model.num_heads=7": "model: hidden_size 256 has to be a multiple of num_heads 7",
+    "model.num_heads=256": "model: hidden_size / num_heads = 1 has to be even for RoPE",
+    "model.num_kv_heads=3": "model: num_heads 4 has to be a multiple of num_kv_heads 3",
+    "model.head.num_heads=3": "model.head: hidden_size 256 has to be a multiple of num_heads 3",
+    "diffusion.sigma_min=200": "diffusion: sigma_min 200.0 has to be smaller than sigma_max 160.0",
+    "parallel.vpp=2": "parallel: vpp 2 needs pp > 1; use vpp=1, or pp=2 and more",
+}
+
+
+@pytest.mark.parametrize("override", MESSAGES)
+def test_message(override):
+    with pytest.raises(UserError) as error:
+        load_config(overrides=[override])
+    assert str(error.value) == MESSAGES[override]
+
+
+def test_messages_that_need_two_keys():
+    with pytest.raises(
+        UserError, match=r"^parallel: zero_stage 2 with pp 2 is not possible: .*; use zero_stage=1, or pp=1$"
+    ):
+        load_config(overrides=["parallel.zero_stage=2", "parallel.pp=2"])
+    with pytest.raises(UserError, match=r"^train.steps = 'a' .* \(and 1 more\)$"):
+        load_config(overrides=["train.steps=a", "train.seed=b"])
+    with pytest.raises(UserError, match=r"'train.steps.a=1': steps already has a value; it cannot have keys too"):
+        load_config(overrides=["train.steps=5", "train.steps.a=1"])
+    with pytest.raises(UserError, match="preset 'nope' does not exist; choose one of 125m, 1b, 8b, laptop"):
+        load_config(preset="nope")
+
+
+FILES = {
+    "train: {steps: x}": r"^train\.steps = 'x' \(FILE\): input should be a valid integer",
+    "train: {stepz: 1}": r"^train\.stepz \(FILE\) is not a configuration key; did you mean train\.steps\?$",
+    "preset: nope": r"^preset 'nope' does not exist; choose one of ",
+    "preset: [a]": r"^preset \['a'\] does not exist",
+    "a: [1": r"^configuration FILE is not valid YAML: .*line 1, column 4",
+    "- 1": r"^configuration FILE has to be a mapping of keys, not list$",
+    b"\xff\xfe\x00": r"^configuration FILE cannot be read: ",
+    "model:": r"^model = None \(FILE\) is a section; set its keys, such as model\.bits=\.\.\.$",
+    "true: 3": r"^True \(FILE\) is not a configuration key",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_message_of_a_file(write, text):
+    path = write(text)
+    with pytest.raises(UserError, match=FILES[text].replace("FILE", re.escape(str(path)))) as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_empty_file(write, tmp_path):
+    with pytest.raises(
+        UserError, match=r"none\.yaml does not exist; give a YAML file, or --preset 125m\|1b\|8b\|laptop"
+    ):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+    assert load_config(write("")) == Config()
+
+
+def test_the_origin_is_the_layer_that_won(write):
+    path = write("train: {steps: x}")
+    with pytest.raises(UserError, match=r"^train\.steps = 'y' \(command line\)"):
+        load_config(path, ["train.steps=y"])
+
+
+def test_frozen_and_closed():
+    config = load_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 5
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model = config.model
+    with pytest.raises(UserError):
+        config_from_dict({"train": {"stepz": 3}})
+
+
+def test_leaves_are_documented():
+    """Names, defaults and a docstring for each: the help and docs are made from them."""
+    names = dict(leaves())
+    assert {"run", "model.bits", "model.head.num_heads", "train.stop_at", "log.every"} <= names.keys()
+    assert not {"model", "model.head", "train"} & names.keys()
+    assert [name for name, field in names.items() if not field.description] == []
+
+
+finite = {"allow_nan": False, "allow_infinity": False}
+OVERRIDES = st.fixed_dictionaries(
+    {},
+    optional={
+        "run": st.text(st.characters(exclude_categories=["Cs"])),
+        "data": st.fixed_dictionaries({"path": st.text(st.characters(exclude_categories=["Cs"]))}),
+        "train": st.fixed_dictionaries(
+            {},
+            optional={
+                "seed": st.integers(0, 2**63 - 1),
+                "stop_at": st.none() | st.integers(1),
+                "precision": st.sampled_from(["fp32", "bf16"]),
+            },
+        ),
+        "optim": st.fixed_dictionaries(
+            {},
+            optional={
+                "lr": st.floats(0, exclude_min=True, **finite),
+                "betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+                "schedule": st.sampled_from(["cosine", "wsd"]),
+            },
+        ),
+        "diffusion": st.fixed_dictionaries({"log_mean": st.floats(**finite)}),
+        "log": st.fixed_dictionaries({"tensorboard": st.booleans()}),
+        "model": st.fixed_dictionaries(
+            {
+                "bits": st.integers(1, 256),
+                "code": st.sampled_from(["binary", "gray", "random"]),
+                "qk_norm": st.booleans(),
+            }
+        ),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=OVERRIDES)
+def test_yaml_round_trip(tmp_path_factory, tree):
+    config = config_from_dict(tree)
+    path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@given(st.integers(1, 2**40))
+def test_bits_for(vocab_size):
+    bits = bits_for(vocab_size)
+    assert bits >= 1 and 2**bits >= vocab_size and (bits == 1 or 2 ** (bits - 1) < vocab_size)
+
+
+def test_imports_no_torch():
+    """Every command validates its configuration before anything heavy is imported."""
+    code = "import sys, megatron_bit.config as c; c.load_config(preset='laptop'); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    heavy = {"torch", "numpy", "megatron", "deepspeed", "triton", "transformers"}
+    assert "megatron_bit.config" in modules and not heavy & set(modules)

@@ -1,0 +1,71 @@
+"""What an installation makes importable: four packages, and never a package named `kernels`."""
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("megatron_bit", "mbit_kernels", "mbit_launcher", "mbit_data")
+
+
+def python(code: str, cwd: Path) -> str:
+    """Run code in a fresh interpreter with cwd on its path, as `python -c` does (no PYTHONPATH, no safe path)."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, check=False, capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_kernels_is_nobody_elsewhere(tmp_path):
+    """A top-level `kernels` of ours would be taken by transformers for Hugging Face's package."""
+    assert python("import importlib.util; print(importlib.util.find_spec('kernels'))", tmp_path) == "None"
+    names = "('launcher', 'data_prep', 'tests', 'slurm')"
+    assert python(f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])", tmp_path) == "[]"
+
+
+def test_a_real_kernels_package_wins_even_in_the_repository(tmp_path):
+    """There the folder kernels/ is a namespace portion at best, which any regular package on the path beats."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("WHO = 'hugging face'")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\n"
+        "import importlib.util as u, kernels\n"
+        "print(kernels.WHO, kernels.__file__, u.find_spec('kernels.mbit_kernels'))"
+    )
+    assert python(code, ROOT) == f"hugging face {package / '__init__.py'} None"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_four_packages_import_from_anywhere(tmp_path):
+    code = f"import importlib\nfor n in {PACKAGES}: print(importlib.import_module(n).__file__)"
+    files = python(code, tmp_path).splitlines()
+    assert [Path(f).parent.name for f in files] == list(PACKAGES)
+
+
+def test_presets_come_with_the_package(tmp_path):
+    code = "from megatron_bit.config import preset_names; print(*preset_names())"
+    assert python(code, tmp_path) == "125m 1b 8b laptop"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")
+def test_wheel(tmp_path):
+    """Exactly the four packages at the top, with the presets, and no tests."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    for name in ("125m", "1b", "8b", "laptop"):
+        assert f"megatron_bit/presets/{name}.yaml" in names
+    sources = {p.relative_to(ROOT / "megatron_bit").as_posix() for p in (ROOT / "megatron_bit").rglob("*.py")}
+    assert {f"megatron_bit/{s}" for s in sources} <= set(names)
+    (metadata,) = [n for n in names if n.endswith("entry_points.txt")]
+    assert "megatron-bit = megatron_bit.cli:main" in zipfile.ZipFile(wheel).read(metadata).decode()
