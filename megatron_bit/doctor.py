@@ -1,7 +1,7 @@
 """`megatron-bit doctor`: what this machine has, what is missing, what that costs and how to get it.
 
-Also `python -m megatron_bit.doctor`, which needs nothing but Python. Versions come from package metadata; torch is
-the only heavy import, for the devices.
+Also `python -m megatron_bit.doctor`, which needs Python alone. Versions come from package metadata; torch
+is the only heavy import, for the devices.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _devices(torch: Any) -> Row:
             cards[card] = cards.get(card, 0) + 1
         return Row("Devices", "ok", "; ".join(f"{count} x {card}" for card, count in cards.items()))
     if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0"):
-        note = "the GPU is not used; install torch's CUDA build (pytorch.org), and check that nvidia-smi works"
+        note = "the GPU is not used; install torch's CUDA build (pytorch.org); check nvidia-smi"
         return Row("Devices", "problem", "a GPU that torch cannot use", note)
     note = "everything runs, under gloo; fit for small models and tests only"
     return Row("Devices", "optional", "none: CPU", note)
@@ -192,11 +192,11 @@ def _nccl(torch: Any) -> Row:
         try:
             return Row("NCCL", "ok", ".".join(str(part) for part in torch.cuda.nccl.version()))
         except Exception as error:
-            return Row("NCCL", "problem", _one_line(error), "several GPUs cannot work together; reinstall torch")
+            return Row("NCCL", "problem", _one_line(error), "no work on several GPUs; reinstall torch")
     if _has_cuda(torch):
         note = "several GPUs cannot work together; install torch's Linux CUDA build, which brings it"
         return Row("NCCL", "problem", "not in this build of torch", note)
-    return Row("NCCL", "optional", "not in this build of torch", "needed on GPUs only; comes with torch's CUDA build")
+    return Row("NCCL", "optional", "not in this build of torch", "for GPUs; comes with torch's CUDA build")
 
 
 def _gloo(torch: Any) -> Row:
@@ -223,13 +223,14 @@ def _transformer_engine(torch: Any) -> Row:
     what = "Transformer Engine"
     version = _version("transformer-engine") or _version("transformer-engine-torch")
     if version is None:
-        note = "its FP8 layers on Hopper and later GPUs; pip install -e '.[gpu]' there (it compiles: needs nvcc)"
+        note = "its FP8 layers on Hopper and later; pip install -e '.[gpu]' there (compiles: needs nvcc)"
         return Row(what, "optional", "not installed", note)
     if not _has_cuda(torch):
         return Row(what, "optional", f"{version}, not tried", "it works on a GPU only; it costs nothing here")
     low, high = TE_RANGE
     if not low <= _numbers(version) < high:
-        return Row(what, "problem", version, "megatron-core 0.16.1 takes >= 2.9, < 2.12: pip install -e '.[gpu]'")
+        note = "megatron-core 0.16.1 takes >= 2.9, < 2.12: pip install -e '.[gpu]'"
+        return Row(what, "problem", version, note)
     try:  # after torch, whose libraries it needs; the meta package alone raises RuntimeError, not ImportError
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
@@ -247,7 +248,7 @@ def _apex() -> Row:
 
 def _fp8(torch: Any) -> Row:
     if not _has_cuda(torch):
-        return Row("FP8", "optional", "no GPU", "training is bf16 or fp32; FP8 needs compute capability 8.9 or more")
+        return Row("FP8", "optional", "no GPU", "training is bf16 or fp32; FP8 needs compute capability 8.9")
     lowest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     found = f"compute capability {lowest[0]}.{lowest[1]}"
     if lowest >= FP8_CAPABILITY:
@@ -260,7 +261,8 @@ def _triton(torch: Any) -> Row:
     if version is not None and _findable("triton"):
         return Row("Triton", "ok", version)
     if _has_cuda(torch):
-        return Row("Triton", "problem", "not installed", "no GPU kernels of ours, no torch.compile; pip install triton")
+        note = "no GPU kernels of ours, no torch.compile; pip install triton"
+        return Row("Triton", "problem", "not installed", note)
     return Row("Triton", "optional", "not installed", "GPU kernels only; comes with torch's CUDA build")
 
 
@@ -272,9 +274,12 @@ def _slurm() -> Row:
     job = os.environ.get("SLURM_JOB_ID")
     inside = f", inside job {job}" if job else ""
     try:
-        out = subprocess.run([sbatch, "--version"], capture_output=True, text=True, timeout=5, check=True).stdout
+        command = [sbatch, "--version"]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=3, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        stderr = getattr(error, "stderr", None) or ""  # bytes after a time-out
+        text = stderr if isinstance(stderr, str) else stderr.decode(errors="replace")
+        said = text.strip().splitlines()
         note = f"no jobs from here: is there a slurm.conf? ({said[-1] if said else _one_line(error)})"
         return Row("SLURM", "problem", f"{sbatch} does not work{inside}", note)
     return Row("SLURM", "ok", out.strip() + inside)

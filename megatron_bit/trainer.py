@@ -131,11 +131,9 @@ class Trainer:
         dist.all_reduce(totals)
         lr = learning_rate(config, state.step)
         if config.optim.spike_guard and not accept(totals[0].item(), state, config.optim.spike_guard):
-            self.zero.discard()
-            skipped = True
-        else:
-            self.zero.step([lr * group["lr_scale"] for group in self.zero.base.param_groups])
-            skipped = self.zero.skipped
+            self.zero.poison()
+        self.zero.step([lr * group["lr_scale"] for group in self.zero.base.param_groups])
+        skipped = self.zero.skipped
         if self.record is not None:  # the step before: its value is there without waiting
             self.preempted = self.record.totals[2].item() > 0
         state.step += 1

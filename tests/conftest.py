@@ -18,7 +18,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tiny"
     inputs = tuple(str(Path(m.__file__).parent) for m in (module, email))
     prepare(
-        PrepareOptions(inputs=inputs, out=folder, vocab_size=421, validation_fraction=0.2, shard_tokens=40_000, workers=1),
+        PrepareOptions(
+            inputs=inputs, out=folder, vocab_size=421, validation_fraction=0.2, shard_tokens=40_000, workers=1
+        ),
         progress=False,
     )
     return folder

@@ -9,9 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 _context: Any = None
@@ -19,6 +21,8 @@ _context: Any = None
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*args)` on every rank of a new job; returns the results by rank.
+
+    `function` lives in a helper module (tests/*.py), not in a test file, whose module a rank cannot import.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or if the job takes longer than `timeout`
@@ -36,15 +40,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     for process in ranks:
         process.start()
     results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
     try:
-        for _ in ranks:
-            rank, ok, value = queue.get(timeout=timeout)
+        while len(results) < world_size:
+            try:
+                rank, ok, value = queue.get(timeout=1.0)
+            except Empty:
+                lost = [r for r, p in enumerate(ranks) if p.exitcode is not None and r not in results]
+                assert not lost, f"ranks {lost} of {world_size} died without a result"
+                assert time.monotonic() < deadline, f"ranks {sorted(results)} of {world_size} ended in {timeout} s"
+                continue
             assert ok, f"rank {rank} of {world_size} failed:\n{value}"
             results[rank] = value
-    except Exception as error:
-        if isinstance(error, AssertionError):
-            raise
-        raise AssertionError(f"{world_size} ranks gave {sorted(results)} within {timeout} s: {error!r}") from None
     finally:
         for process in ranks:
             process.join(timeout=10)

@@ -12,8 +12,8 @@ from megatron_bit.compat import mcore  # noqa: E402
 
 mcore.prepare()
 
-import megatron.core.models.common.embeddings.rotary_pos_embedding  # noqa: E402, F401
-import megatron.core.pipeline_parallel  # noqa: E402, F401
+import megatron.core.models.common.embeddings.rotary_pos_embedding  # noqa: E402
+import megatron.core.pipeline_parallel  # noqa: E402
 import megatron.core.transformer.transformer_block  # noqa: E402, F401
 import tensorboard  # noqa: E402, F401
 import webdataset  # noqa: E402, F401

@@ -104,3 +104,29 @@ def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
     """Largest absolute difference over all tensors, and whose it is."""
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     return max(((a[name] - b[name]).abs().max().item(), name) for name in a)
+
+
+BAD_SAMPLE = 8 * 2 + 3  # in the third step: one micro-batch, so one data-parallel rank
+
+
+def train_spiked(arguments: list[str], factor: float) -> int:
+    """Runs in a rank: like `train`, but the loss of BAD_SAMPLE is multiplied by `factor`."""
+    from megatron_bit.model import bitlm
+
+    plain = bitlm.BitLM.loss
+
+    def loss(self: Any, hidden: Any, batch: Any) -> Any:
+        output = plain(self, hidden, batch)
+        scale = torch.where((batch.sample == BAD_SAMPLE).any(), factor, 1.0)
+        return bitlm.LossOutput(output.loss * scale, output.metrics * scale)
+
+    bitlm.BitLM.loss = loss  # type: ignore[method-assign]
+    return train(arguments)
+
+
+def train_guarded(arguments: list[str]) -> int:
+    """Runs in a rank: a spike of 100 times the loss, and a guard that trusts its mean after two steps."""
+    from megatron_bit.optim import guard
+
+    guard.WARM_UP = 2
+    return train_spiked(arguments, 100.0)

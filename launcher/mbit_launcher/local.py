@@ -31,6 +31,7 @@ _FORWARD = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
 }
+_Running = dict[int, subprocess.Popen[bytes]]  # rank -> process, of those that have not ended
 
 
 class _Exit(NamedTuple):
@@ -54,20 +55,21 @@ def run_local(
     (saved on a signal) the others have `grace_seconds` to end as well, after any other failure at most 10 s;
     then they get SIGTERM and, after at most 10 s more, SIGKILL.
 
-    Returns 0 if all ranks did; 2 if one exited with 2; else the code of the first rank that failed (128 + signal
-    if one killed it); else 85 if one exited with 85. Raises UserError for a bad `nproc` or `port`.
+    Returns 0 if all ranks did; 2 if one exited with 2; else the code of the first rank that failed (128 +
+    signal if one killed it); else 85 if one exited with 85. Raises UserError for a bad `nproc` or `port`.
     """
     if nproc < 1:
-        raise UserError(f"nproc = {nproc} has to be at least 1: the number of processes to start on this machine")
+        raise UserError(f"nproc = {nproc} has to be at least 1: the processes to start on this machine")
     base = _environment(os.environ if env is None else env, nproc, choose_port(port))
     # Blocked, so that no signal is lost while ranks start. Under nohup SIGHUP is ignored, and has to stay so.
     watched = {s for s in _FORWARD if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    ranks: dict[int, subprocess.Popen[bytes]] = {}  # those that run
+    ranks: _Running = {}
     try:
         setup = _child_setup(os.getpid(), mask)
         sys.stdout.flush()
-        for rank in range(nproc):  # own session: Ctrl-C reaches the parent alone, the group is killed as a whole
+        # Each in its own session: Ctrl-C reaches the parent alone, and a group can be killed as a whole.
+        for rank in range(nproc):
             ranks[rank] = subprocess.Popen(
                 [*command, *args],
                 env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -89,13 +91,14 @@ def run_local(
 def choose_port(port: int | None = None) -> int:
     """A free TCP port, or `port` if no one listens on it; else UserError."""
     if port is not None and not 0 < port < 65536:
-        raise UserError(f"port {port} is not a TCP port; choose 1024 to 65535, or leave it out to get a free one")
+        raise UserError(f"port {port} is not a TCP port; choose 1024 to 65535, or leave it out")
     try:
         with socket.create_server(("", port or 0)) as server:
             return server.getsockname()[1]
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
-        reason = "is taken by another process" if taken else f"cannot be used ({os.strerror(error.errno or 0)})"
+        why = os.strerror(error.errno or 0)
+        reason = "is taken by another process" if taken else f"cannot be used ({why})"
         raise UserError(f"port {port} {reason}; choose another, or leave it out to get a free one") from None
 
 
@@ -107,11 +110,13 @@ def _environment(base: Mapping[str, str], nproc: int, port: int) -> dict[str, st
 
 
 def _child_setup(parent: int, mask: Iterable[int]) -> Callable[[], None]:
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: a lock held then is held for ever in the child
+    # Looked up before the fork: a lock that is held then is held for ever in the child.
+    prctl = ctypes.CDLL(None).prctl
 
     def setup() -> None:
-        # The kernel kills this process when the parent dies, even by SIGKILL, which no handler sees. It survives
-        # exec, not fork: helpers of a rank are the rank's to end. If the parent died before the call, stop here.
+        # The kernel kills this process when the parent dies, even by SIGKILL, which no handler sees. It
+        # survives exec, not fork: helpers of a rank are the rank's to end. If the parent died before the
+        # call, stop here.
         if prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) or os.getppid() != parent:
             os._exit(1)
         for number in _FORWARD:  # drops a Ctrl-C that came between fork and setsid; the parent forwards it
@@ -122,14 +127,15 @@ def _child_setup(parent: int, mask: Iterable[int]) -> Callable[[], None]:
     return setup
 
 
-def _watch(ranks: dict[int, subprocess.Popen[bytes]], watched: set[signal.Signals], grace: float) -> list[_Exit]:
-    """Wait until all have ended; takes each out of `ranks`. The result is in the order in which they ended."""
+def _watch(ranks: _Running, watched: set[signal.Signals], grace: float) -> list[_Exit]:
+    """Wait until all have ended; takes each out of `ranks`. The result is in the order of their ends."""
     short = min(SHORT_GRACE_SECONDS, grace)
     exits: list[_Exit] = []
     sent: set[signal.Signals] = set()
     interrupts, deadline, stopped = 0, float("inf"), False
     while ranks:
-        info = signal.sigtimedwait(watched, max(0.0, min(deadline - time.monotonic(), 60.0)))
+        # Never long: should the caller have threads after all, one of them may swallow a SIGCHLD.
+        info = signal.sigtimedwait(watched, max(0.0, min(deadline - time.monotonic(), 0.5)))
         number = signal.Signals(info.si_signo) if info else signal.SIGCHLD
         forwarded = _FORWARD.get(number)
         if forwarded and forwarded not in sent:
@@ -139,7 +145,7 @@ def _watch(ranks: dict[int, subprocess.Popen[bytes]], watched: set[signal.Signal
         if number is signal.SIGINT:
             interrupts += 1
             if interrupts == 1:
-                print("Ctrl-C: the ranks save and stop; again kills them at once", file=sys.stderr, flush=True)
+                print("Ctrl-C: the ranks save and stop; again to kill them", file=sys.stderr, flush=True)
             else:
                 stopped = True
                 _kill(ranks.values())

@@ -124,14 +124,19 @@ class ZeroOptimizer:
             group["lr"] = lr
         self.engine.step()
 
-    def discard(self) -> None:
-        """Drop the gradients of this step on every rank, as for a non-finite gradient."""
-        for chunk in self.chunks:
-            for parameter in chunk.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = None
-        raise_nothing = self.engine.optimizer
-        raise_nothing.zero_grad(set_to_none=True)
+    @torch.no_grad()
+    def poison(self) -> None:
+        """Make the next `step` skip its update, on every rank and cleanly: by the path of non-finite gradients.
+
+        Call it on every rank. Where DeepSpeed keeps gradients at this point depends on stage and precision.
+        """
+        zero = self.engine.optimizer
+        held = [p.grad for chunk in self.chunks for p in chunk.parameters() if p.grad is not None]
+        for gradients in getattr(zero, "averaged_gradients", {}).values():
+            held.extend(g for g in gradients or () if g is not None)
+        held.extend(getattr(zero, "fp32_groups_gradients_flat", ()))  # bf16, stage 1
+        for gradient in held:
+            gradient.fill_(float("inf"))
 
     @property
     def skipped(self) -> bool:

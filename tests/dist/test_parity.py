@@ -53,7 +53,9 @@ def single(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_single_process(name: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path) -> None:
+def test_layout_equals_single_process(
+    name: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path
+) -> None:
     world, settings = LAYOUTS[name]
     assert set(run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, settings))) == {0}
     result, reference = tiny_runs.read(tmp_path / "run"), single()
@@ -90,9 +92,7 @@ def test_same_seed_same_layout_is_bit_identical(tiny_data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_zero1", "dp2_zero2", "dp2_zero3"])
-def test_bf16_keeps_fp32_masters(
-    layout: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path
-) -> None:
+def test_bf16_keeps_fp32_masters(layout: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path) -> None:
     world, settings = LAYOUTS[layout]
     bf16 = {"train.precision": "bf16"}
     run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, {**settings, **bf16}))

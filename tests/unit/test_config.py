@@ -76,10 +76,10 @@ MESSAGES = {
     "train.steps": "'train.steps' is not key=value; write for example train.steps=2000",
     "=3": "'=3' is not key=value; write for example train.steps=2000",
     "model=3": "model = 3 (command line) is a section; set its keys, such as model.bits=...",
-    "train.steps=abc": "train.steps = 'abc' (command line): input should be a valid integer, unable to parse string as an "
-    "integer",
-    "train.steps=3.5": "train.steps = 3.5 (command line): input should be a valid integer, got a number with a fractional "
-    "part",
+    "train.steps=abc": "train.steps = 'abc' (command line): input should be a valid integer, "
+    "unable to parse string as an integer",
+    "train.steps=3.5": "train.steps = 3.5 (command line): input should be a valid integer, "
+    "got a number with a fractional part",
     "train.steps=0": "train.steps = 0 (command line): input should be greater than or equal to 1",
     "optim.lr=.nan": "optim.lr = nan (command line): input should be greater than 0",
     "model.bits=257": "model.bits = 257 (command line): input should be less than or equal to 256",

@@ -13,12 +13,23 @@ import torch
 
 from megatron_bit import doctor
 
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+SLURM = ("sbatch", "srun")
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: Patch) -> None:
+    """SLURM's tools wait for a configuration that is not there; what this machine has is not to matter."""
+    real = doctor.shutil.which
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: real(name) if name not in SLURM else None)
+
 
 def rows() -> dict[str, doctor.Row]:
     return {row.what: row for row in doctor.report()}
 
 
-def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+def without(monkeypatch: Patch, *names: str) -> None:
     """As if these distributions were not installed."""
     real = metadata.version
 
@@ -30,12 +41,12 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(metadata, "version", version)
 
 
-def with_versions(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+def with_versions(monkeypatch: Patch, **versions: str) -> None:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: versions.get(name.replace("-", "_")) or real(name))
 
 
-def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+def with_gpus(monkeypatch: Patch, *capabilities: tuple[int, int]) -> None:
     def properties(index: int) -> Any:
         major, minor = capabilities[index]
         return SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30, major=major, minor=minor)
@@ -46,13 +57,13 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
 
 
-def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_gpus(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.os.path, "exists", lambda path: False)
 
 
-def test_a_good_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_machine(monkeypatch: Patch) -> None:
     without_gpus(monkeypatch)
     found = rows()
     assert found["PyTorch"].status == "ok"
@@ -65,7 +76,7 @@ def test_a_good_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.note for row in found.values() if row.status != "ok")
 
 
-def test_the_json_and_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_and_the_exit_code(monkeypatch: Patch, capsys: Capture) -> None:
     assert doctor.main(json=True) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [set(row) for row in printed] == [{"what", "status", "found", "note"}] * len(printed)
@@ -77,7 +88,7 @@ def test_the_json_and_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "pip install -e ." in missing[0]["note"]
 
 
-def test_the_table_names_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_names_everything(capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert doctor.main() == 0
     out = capsys.readouterr().out
@@ -85,14 +96,14 @@ def test_the_table_names_everything(capsys: pytest.CaptureFixture[str], monkeypa
     assert "costs / how to get it" in out
 
 
-def test_no_rich_is_a_row_and_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_rich_is_a_row_and_plain_lines(monkeypatch: Patch, capsys: Capture) -> None:
     without(monkeypatch, "rich")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert doctor.main() == 1
     assert "rich: missing: not installed. no tables" in capsys.readouterr().out
 
 
-def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_torch(monkeypatch: Patch) -> None:
     without(monkeypatch, "torch")
     monkeypatch.setitem(sys.modules, "torch", None)
     found = rows()
@@ -100,7 +111,7 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["PyTorch"].found == "not installed"
 
 
-def test_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_does_not_load(monkeypatch: Patch) -> None:
     def broken(name: str) -> Any:
         raise OSError(f"{name}: libcudart.so.13:\ncannot open shared object file")
 
@@ -110,14 +121,14 @@ def test_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OSError: torch: libcudart.so.13: cannot open" in row.note
 
 
-def test_a_package_with_metadata_but_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_with_metadata_but_no_module(monkeypatch: Patch) -> None:
     real = doctor._findable
     monkeypatch.setattr(doctor, "_findable", lambda module: module != "webdataset" and real(module))
     assert rows()["webdataset"].status == "missing"
     assert "import webdataset" in rows()["webdataset"].found
 
 
-def test_a_version_beside_the_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_beside_the_pin(monkeypatch: Patch) -> None:
     with_versions(monkeypatch, megatron_core="0.17.0")
     row = rows()["megatron-core"]
     assert (row.status, row.found) == ("problem", "0.17.0")
@@ -125,27 +136,27 @@ def test_a_version_beside_the_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.main(json=True) == 0
 
 
-def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus(monkeypatch: Patch) -> None:
     with_gpus(monkeypatch, (9, 0), (9, 0))
     found = rows()
     assert found["Devices"].found == "2 x NVIDIA H200, 140 GiB, compute capability 9.0"
     assert found["FP8"].status == "ok"
 
 
-def test_fp8_is_as_good_as_the_weakest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_is_as_good_as_the_weakest_gpu(monkeypatch: Patch) -> None:
     with_gpus(monkeypatch, (9, 0), (8, 0))
     assert rows()["FP8"].status == "optional"
     assert rows()["FP8"].found == "compute capability 8.0"
 
 
-def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="slurm 24.05\n"))
     assert rows()["Devices"].status == "problem"
 
 
-def test_only_the_meta_package_of_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_meta_package_of_transformer_engine(monkeypatch: Patch) -> None:
     with_versions(monkeypatch, transformer_engine="2.11.0")
     without_gpus(monkeypatch)
     assert rows()["Transformer Engine"].found == "2.11.0, not tried"
@@ -164,27 +175,28 @@ def test_only_the_meta_package_of_transformer_engine(monkeypatch: pytest.MonkeyP
     assert "empty `transformer-engine` meta package" in row.note
 
 
-def test_apex_is_known_by_its_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_is_known_by_its_symbol(monkeypatch: Patch) -> None:
     with_versions(monkeypatch, apex="0.9.10.dev0")
     assert rows()["NVIDIA apex"].status == "optional"
     monkeypatch.setattr(doctor, "_findable", lambda module: True)
     assert rows()["NVIDIA apex"].found == "amp_C"
 
 
-def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm(monkeypatch: Patch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="slurm 24.05\n"))
     assert rows()["SLURM"] == doctor.Row("SLURM", "ok", "slurm 24.05, inside job 42")
 
     def hangs(*args: Any, **kwargs: Any) -> Any:
-        raise subprocess.TimeoutExpired(args[0], kwargs["timeout"])
+        raise subprocess.TimeoutExpired(args[0], kwargs["timeout"], stderr=b"no slurm.conf, retrying\n")
 
     monkeypatch.setattr(doctor.subprocess, "run", hangs)
     assert rows()["SLURM"].status == "problem"
+    assert "(no slurm.conf, retrying)" in rows()["SLURM"].note
 
 
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(monkeypatch: Patch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     assert rows()["Disk"].status == "problem"
 

@@ -49,7 +49,7 @@ def test_shapes_at_odd_sizes(block_size, bits):
 
 def test_every_index_is_independent():
     """No two draws that differ in one key share values, and their correlation is that of independent ones."""
-    base = dict(blocks=40, block_size=4, bits=16, noise_samples=2)
+    base = {"blocks": 40, "block_size": 4, "bits": 16, "noise_samples": 2}
     reference = noise(**base)
     others = [noise(**base, stream=s) for s in (VALIDATION, SAMPLING, RECONSTRUCTION)]
     others += [noise(**base, seed=s) for s in (SEED + 1, SEED + 2**32, 5)]

@@ -1,5 +1,6 @@
 """Learning-rate schedules at their corners."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def test_warmup_is_linear_and_reaches_the_peak(schedule):
     lr = rates(f"optim.schedule={schedule}")
     assert lr[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert lr[10] == max(lr) == 2.0
-    assert all(later <= earlier for earlier, later in zip(lr[10:], lr[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(lr[10:]))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

@@ -1,0 +1,101 @@
+"""A run that stops and goes on is the run that never stopped: same layout to the bit, any other within rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from gloo_ranks import run_ranks
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
+    "pp2_interleaved": (2, {"parallel.pp": 2, "parallel.vpp": 2}),
+    "dp2_zero1": (2, {}),
+    "dp2_zero2": (2, {"parallel.zero_stage": 2}),
+    "dp2_zero3": (2, {"parallel.zero_stage": 3}),
+    "tp2_dp2_zero3": (4, {"parallel.tp": 2, "parallel.zero_stage": 3}),
+    "tp4": (4, {"parallel.tp": 4}),
+}
+
+
+def _train(name: str, run: Path, data: Path, **settings: Any) -> None:
+    world, layout = LAYOUTS[name]
+    codes = run_ranks(tiny_runs.train, world, tiny_runs.overrides(run, data, {**layout, **settings}))
+    assert set(codes) == {0}
+
+
+@pytest.mark.parametrize("name", ["single", "tp2_pp2", "dp2_zero2", "dp2_zero3"])
+def test_same_layout_continues_bit_identically(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    _train(name, tmp_path / "whole", tiny_data)
+    _train(name, tmp_path / "halves", tiny_data, **{"train.stop_at": 3})
+    assert not (tmp_path / "halves" / "FINISHED").exists()
+    _train(name, tmp_path / "halves", tiny_data)
+    assert (tmp_path / "halves" / "FINISHED").exists()
+    whole, halves = tiny_runs.read(tmp_path / "whole"), tiny_runs.read(tmp_path / "halves")
+    assert halves.loss == whole.loss
+    assert tiny_runs.worst(halves.weights, whole.weights)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("tp2_pp2", "dp2_zero1"),
+        ("single", "tp2_dp2_zero3"),
+        ("dp2_zero3", "tp4"),
+        ("pp2_interleaved", "dp2_zero2"),
+        ("tp4", "single"),
+        ("dp2_zero2", "pp2_interleaved"),
+    ],
+)
+def test_another_layout_continues_within_rounding(first: str, second: str, tiny_data: Path, tmp_path: Path) -> None:
+    _train("single", tmp_path / "whole", tiny_data)
+    _train(first, tmp_path / "halves", tiny_data, **{"train.stop_at": 2})
+    _train(second, tmp_path / "halves", tiny_data)
+    whole, halves = tiny_runs.read(tmp_path / "whole"), tiny_runs.read(tmp_path / "halves")
+    assert halves.loss == pytest.approx(whole.loss, abs=1e-5)
+    assert halves.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+    assert tiny_runs.worst(halves.weights, whole.weights)[0] < 1e-5
+
+
+def test_bf16_resumes_from_its_masters(tiny_data: Path, tmp_path: Path) -> None:
+    bf16 = {"train.precision": "bf16"}
+    _train("single", tmp_path / "whole", tiny_data, **bf16)
+    _train("single", tmp_path / "halves", tiny_data, **bf16, **{"train.stop_at": 3})
+    _train("single", tmp_path / "halves", tiny_data, **bf16)
+    whole, halves = tiny_runs.read(tmp_path / "whole"), tiny_runs.read(tmp_path / "halves")
+    assert halves.loss == whole.loss
+    assert tiny_runs.worst(halves.weights, whole.weights)[0] == 0.0
+
+
+def test_counters_and_kept_checkpoints(tiny_data: Path, tmp_path: Path) -> None:
+    _train("single", tmp_path / "run", tiny_data, **{"checkpoint.every": 1, "checkpoint.keep": 2})
+    folders = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert folders == ["step-00000004", "step-00000005"]
+    meta = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "meta.json").read_text())
+    assert meta["state"]["step"] == 4
+    assert meta["state"]["samples"] == 32
+    assert meta["state"]["tokens"] == 32 * 36
+    assert meta["updates"] == 4
+
+
+def test_a_finished_run_stays_as_it_is(tiny_data: Path, tmp_path: Path) -> None:
+    _train("single", tmp_path / "run", tiny_data)
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    _train("single", tmp_path / "run", tiny_data)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def test_an_uncommitted_checkpoint_is_not_seen(tiny_data: Path, tmp_path: Path) -> None:
+    _train("single", tmp_path / "whole", tiny_data)
+    _train("single", tmp_path / "run", tiny_data, **{"checkpoint.every": 2, "train.stop_at": 4})
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004"
+    (newest / "COMMITTED").unlink()
+    _train("single", tmp_path / "run", tiny_data)
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 3, 4, 5]
+    whole = tiny_runs.read(tmp_path / "whole")
+    assert tiny_runs.worst(tiny_runs.read(tmp_path / "run").weights, whole.weights)[0] == 0.0
