@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,17 +21,17 @@ from megatron_bit.errors import UserError
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class HeadConfig(Section):
-    num_layers: int = Field(2, ge=1)
+    num_layers: int = Field(default=2, ge=1)
     """Layers of the denoising head, a bidirectional transformer over the K tokens of one block."""
-    hidden_size: int = Field(256, ge=8)
+    hidden_size: int = Field(default=256, ge=8)
     """Width of the head."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
     """Attention heads of the head; divisible by `parallel.tp`."""
-    ffn_hidden_size: int = Field(640, ge=8)
+    ffn_hidden_size: int = Field(default=640, ge=8)
     """SwiGLU width of the head; divisible by `parallel.tp`."""
 
     @model_validator(mode="after")
@@ -42,31 +42,32 @@ class HeadConfig(Section):
 
 
 class ModelConfig(Section):
-    bits: int = Field(16, ge=1, le=256)
+    bits: int = Field(default=16, ge=1, le=62)
     """Bits of one token, B. The vocabulary of the data has to fit: V <= 2^B."""
     code: Literal["binary", "gray", "random"] = "binary"
     """How a token id becomes bits: the id itself, its Gray code, or a seeded permutation (the negative control)."""
-    block_size: int = Field(4, ge=1, le=64)
+    block_size: int = Field(default=4, ge=1, le=64)
     """Tokens generated at once, K."""
     attention: Literal["causal", "block_causal"] = "causal"
-    """Inside a block of the backbone: causal, or every token sees its whole block."""
-    num_layers: int = Field(6, ge=1)
+    """Inside a block of the backbone: causal (the state of a block's first token has seen only the first token of
+    the block before; the head, which sees all K states, makes up for it), or every token sees its whole block."""
+    num_layers: int = Field(default=6, ge=1)
     """Layers of the backbone."""
-    hidden_size: int = Field(256, ge=8)
+    hidden_size: int = Field(default=256, ge=8)
     """Width of the backbone, D."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
     """Query heads; divisible by `parallel.tp`."""
-    num_kv_heads: int = Field(2, ge=1)
+    num_kv_heads: int = Field(default=2, ge=1)
     """Key/value heads (grouped-query attention); divisible by `parallel.tp`."""
-    ffn_hidden_size: int = Field(640, ge=8)
+    ffn_hidden_size: int = Field(default=640, ge=8)
     """SwiGLU width; divisible by `parallel.tp`."""
     qk_norm: bool = True
     """RMSNorm on queries and keys."""
-    rope_base: float = Field(10_000.0, gt=0)
+    rope_base: float = Field(default=10_000.0, gt=1)
     """Base of the rotary position embedding."""
-    norm_eps: float = Field(1e-5, gt=0)
-    """Epsilon of every RMSNorm."""
-    init_std: float = Field(0.02, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of the RMSNorms with a learned scale."""
+    init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
     head: HeadConfig = HeadConfig()
 
@@ -84,30 +85,38 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     loss: Literal["mse", "bce"] = "mse"
     """Squared error of the posterior mean with the EDM weight, or binary cross-entropy of the bits."""
-    noise_samples: int = Field(4, ge=1)
+    noise_samples: int = Field(default=4, ge=1, le=4096)
     """Independent noise levels that share one backbone state (stratified)."""
-    sigma_min: float = Field(0.1, gt=0)
+    sigma_min: float = Field(default=0.1, gt=0)
     """Smallest noise level (on bits of -1, +1)."""
-    sigma_max: float = Field(160.0, gt=0)
+    sigma_max: float = Field(default=160.0, gt=0)
     """Largest noise level."""
     log_mean: float = -1.2
     """Mean of ln(sigma / 2) in training (log-normal, truncated to the range above)."""
-    log_std: float = Field(1.2, gt=0)
+    log_std: float = Field(default=1.2, gt=0)
     """Standard deviation of ln(sigma / 2) in training."""
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} has to be smaller than sigma_max {self.sigma_max}")
+        low, high = ((math.log(s / 2) - self.log_mean) / self.log_std for s in (self.sigma_min, self.sigma_max))
+        mass = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
+        if mass < 0.05:
+            raise ValueError(
+                f"log_mean {self.log_mean} and log_std {self.log_std} put {100 * mass:.2g} % of the noise between "
+                f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max}; bring log_mean closer to "
+                f"{math.log(math.sqrt(self.sigma_min * self.sigma_max) / 2):.2f}"
+            )
         return self
 
 
 class ParallelConfig(Section):
-    tp: int = Field(1, ge=1)
+    tp: int = Field(default=1, ge=1)
     """Tensor-parallel size."""
-    pp: int = Field(1, ge=1)
+    pp: int = Field(default=1, ge=1)
     """Pipeline-parallel size. The data-parallel size is what remains: world size / (tp * pp)."""
-    vpp: int = Field(1, ge=1)
+    vpp: int = Field(default=1, ge=1)
     """Model chunks a pipeline rank; above 1 the schedule is interleaved 1F1B."""
     sequence_parallel: bool = True
     """With tp > 1: shard the activations between tensor-parallel regions along the sequence."""
@@ -115,90 +124,93 @@ class ParallelConfig(Section):
     """ZeRO stage of the optimizer. Stages 2 and 3 need pp = 1."""
     recompute: Literal["none", "full"] = "none"
     """`full` keeps only each backbone layer's input and recomputes the rest in the backward pass."""
-    timeout_minutes: float = Field(10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0)
     """How long a collective may wait for another rank before the job is given up."""
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
         if self.pp > 1 and self.zero_stage > 1:
             raise ValueError(
-                f"zero_stage {self.zero_stage} with pp {self.pp} is not possible: DeepSpeed shards gradients in its own "
-                "backward, which a pipeline schedule replaces; use zero_stage=1, or pp=1"
+                f"zero_stage {self.zero_stage} with pp {self.pp} is not possible: DeepSpeed shards gradients in its "
+                "own backward, which a pipeline schedule replaces; use zero_stage=1, or pp=1"
             )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp {self.vpp} needs pp > 1; use vpp=1, or pp=2 and more")
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
-    head_lr_scale: float = Field(1.0, gt=0)
+    head_lr_scale: float = Field(default=1.0, gt=0)
     """The head's learning rate is lr times this."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's exponential decay rates."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decay of matrices; vectors (norms, biases) and learned positions are not decayed."""
-    grad_clip: float = Field(1.0, ge=0)
+    grad_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Cosine, or warm-up, stable, decay."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
     """Linear warm-up from 0."""
-    decay_fraction: float = Field(0.2, gt=0, le=1)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """`wsd`: share of `train.steps` in the final linear decay."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate over the peak."""
-    spike_guard: float = Field(0.0, ge=0)
+    spike_guard: float = Field(default=0.0, ge=0)
     """Skip an update whose loss is above this many times the running mean; 0 is off. Costs a host sync a step."""
 
 
 class DataConfig(Section):
     path: str = ""
     """Folder written by `megatron-bit prepare` (it holds manifest.json)."""
-    seq_length: int = Field(256, ge=2)
+    seq_length: int = Field(default=256, ge=2)
     """Tokens of one sample; a multiple of `model.block_size`."""
-    shuffle_shards: int = Field(8, ge=1)
+    shuffle_shards: int = Field(default=8, ge=1)
     """Samples are shuffled within windows of this many shards; a window is what a rank holds in memory."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(default=2, ge=1)
     """Global batches read ahead."""
 
 
 class TrainConfig(Section):
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
-    stop_at: int | None = Field(None, ge=1)
+    stop_at: int | None = Field(default=None, ge=1)
     """Save and stop at this step; the schedule still aims at `steps`, and the same command goes on from there."""
-    global_batch_size: int = Field(16, ge=1)
+    global_batch_size: int = Field(default=16, ge=1)
     """Samples a step over all ranks."""
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(default=4, ge=1)
     """Samples a forward pass on one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights, moments and gradient accumulation."""
-    seed: int = Field(1234, ge=0, lt=2**63)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of weights, noise and data order."""
 
 
 class EvaluateConfig(Section):
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Steps between validations of the likelihood bound; 0 is never."""
-    samples: int = Field(32, ge=1)
+    samples: int = Field(default=32, ge=1)
     """Validation samples; at most what the validation split holds."""
-    noise_samples: int = Field(16, ge=2)
+    noise_samples: int = Field(default=16, ge=2, le=4096)
     """Stratified noise levels a hidden state in validation."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(500, ge=1)
+    every: int = Field(default=500, ge=1)
     """Steps between checkpoints. The last step and a signal always save."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(default=3, ge=1)
     """Newest checkpoints to keep."""
 
 
 class LogConfig(Section):
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """Steps between progress lines; the JSON-lines log has a record for every step."""
     tensorboard: bool = True
     """Write tensorboard scalars, with tokens on the x axis."""
@@ -225,6 +237,8 @@ class Config(Section):
             raise ValueError(
                 f"data.seq_length {s} has to be a multiple of model.block_size {k}; use {down} or {down + k}"
             )
+        if self.train.stop_at is not None and self.train.stop_at > self.train.steps:
+            raise ValueError(f"train.stop_at {self.train.stop_at} is beyond train.steps {self.train.steps}")
         if self.train.global_batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size {self.train.global_batch_size} has to be a multiple of "
@@ -266,7 +280,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
             raise UserError(f"preset {preset!r} does not exist; choose one of {', '.join(preset_names())}")
         text = resources.files("megatron_bit.presets").joinpath(f"{preset}.yaml").read_text()
         layers.insert(0, (f"preset {preset}", yaml.safe_load(text)))
-    layers.append(("command line", _parse_overrides(overrides)))
+    layers.extend(("command line", _parse_override(item)) for item in overrides)
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, tree in layers:
@@ -282,10 +296,10 @@ def config_from_dict(tree: Mapping[str, Any], origin: Mapping[str, str] | None =
         problems = error.errors()
         first = problems[0]
         key = ".".join(str(part) for part in first["loc"])
-        source = (origin or {}).get(key, "")
+        source = _origin(key, origin or {})
         message = first["msg"].removeprefix("Value error, ")
         value = first.get("input")
-        if isinstance(value, Mapping | Section):  # a check between keys: the message names them
+        if first["type"] == "value_error":  # a check between keys: the message names them
             where = f"{key}: " if key else ""
             text = f"{where}{message}"
         else:
@@ -299,14 +313,9 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def bits_for(vocab_size: int) -> int:
-    """Smallest B with 2^B >= vocab_size."""
-    return max(1, math.ceil(math.log2(vocab_size)))
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
     except FileNotFoundError:
         raise UserError(
             f"configuration {path} does not exist; give a YAML file, or --preset {'|'.join(preset_names())}"
@@ -322,24 +331,41 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise UserError(f"{item!r} is not key=value; write for example train.steps=2000")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        node = tree
-        *parents, leaf = key.split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{item!r}: {part} already has a value; it cannot have keys too")
-        node[leaf] = value
-    return tree
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_override(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"{item!r} is not key=value; write for example train.steps=2000")
+    field = dict(leaves()).get(key)
+    try:
+        value = text if field is not None and field.annotation is str else yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    first, *rest = key.split(".")
+    for part in reversed(rest):
+        value = {part: value}
+    return {first: value}
+
+
+def _origin(key: str, origin: Mapping[str, str]) -> str:
+    """Where a key was set; an element of a list was set where the list was."""
+    while key:
+        if key in origin:
+            return origin[key]
+        key = key.rpartition(".")[0]
+    return ""
 
 
 def _merge(into: dict[str, Any], tree: Mapping[str, Any], source: str, origin: dict[str, str]) -> None:
@@ -348,6 +374,9 @@ def _merge(into: dict[str, Any], tree: Mapping[str, Any], source: str, origin: d
             key = f"{prefix}{name}"
             field = section.model_fields.get(str(name))
             if field is None:
+                while isinstance(value, Mapping) and len(value) == 1:  # the whole dotted key, as it was written
+                    inner, value = next(iter(value.items()))
+                    key = f"{key}.{inner}"
                 raise UserError(f"{key} ({source}) is not a configuration key; {_suggest(key)}")
             origin[key] = source
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -365,9 +394,13 @@ def _merge(into: dict[str, Any], tree: Mapping[str, Any], source: str, origin: d
 
 def _suggest(key: str) -> str:
     names = [name for name, _ in leaves()]
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if not close:  # the right leaf in the wrong section, or without one
-        tail = key.rsplit(".", 1)[-1]
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in names}
+    suffix = f".{key}"
+    close = [name for name in names if name.endswith(suffix)]  # the right key without its section
+    close = close or difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+    tail = key.rpartition(".")[2]
+    close = close or [name for name in names if name.rpartition(".")[2] == tail]  # in the wrong section
+    close = close or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not close:
+        by_leaf = {name.rpartition(".")[2]: name for name in names}
         close = [by_leaf[m] for m in difflib.get_close_matches(tail, list(by_leaf), n=1, cutoff=0.6)]
-    return f"did you mean {close[0]}?" if close else "`megatron-bit config` lists them all"
+    return f"did you mean {' or '.join(close[:4])}?" if close else "`megatron-bit config` lists them all"

@@ -129,7 +129,8 @@ def render(plan: dict[str, Any]) -> str:
         "memory      "
         + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in memory.items())
         + " (estimate, fullest rank)",
-        f"compute     {plan['train_flops_per_token'] / 1e9:.3f} GFLOP a token, the head costs {plan['head_cost_in_layers']} layers",
+        f"compute     {plan['train_flops_per_token'] / 1e9:.3f} GFLOP a token; "
+        f"the head costs as much as {plan['head_cost_in_layers']} layers",
         f"data        {plan['tokens_per_step']:,} tokens a step, {plan['tokens_of_run']:,} in the run",
     ]
     return "\n".join(lines)

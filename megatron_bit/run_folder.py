@@ -53,6 +53,7 @@ def open_run(config: Config, mine: dict[str, Any]) -> Path | None:
             _compare(read_meta(newest)["identity"], mine, f"checkpoint {newest}")
         if not known.exists():
             _write(known, json.dumps(mine, indent=1))
+        (run / "FINISHED").unlink(missing_ok=True)  # written again when the last step is saved
         _write(run / "starts" / f"{len(list((run / 'starts').iterdir())):04d}.yaml", to_yaml(config))
         _write(run / "config.yaml", to_yaml(config))
     except OSError as error:

@@ -133,7 +133,11 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             weights[name] = torch.zeros(shape)
         else:
             std = m.init_std
-            if owner in ("embedding.fc1", "head.input"):
+            if name == "embedding.start":
+                std = 1.0
+            elif owner.startswith("head.noise_level"):
+                std = shape[1] ** -0.5
+            elif owner in ("embedding.fc1", "head.input"):
                 std = m.bits**-0.5
             elif ".layers." in owner and owner.rsplit(".", 1)[1] in ("linear_proj", "linear_fc2", "proj", "fc2"):
                 std /= math.sqrt(2 * (m.head.num_layers if owner.startswith("head") else m.num_layers))
@@ -149,7 +153,7 @@ class ReferenceModel:
 
     def __init__(self, config: Config, weights: dict[str, Tensor]) -> None:
         if config.model.code not in ("binary", "gray"):
-            raise NotImplementedError(f"code {config.model.code!r}")
+            raise ValueError(f"the reference knows binary and gray codes, not {config.model.code!r}")
         expected = logical_shapes(config)
         assert {n: tuple(w.shape) for n, w in weights.items()} == expected, set(weights) ^ set(expected)
         self.config = config
@@ -213,7 +217,7 @@ class ReferenceModel:
         """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to residual log-odds [b, n, M, K, B]."""
         m, w = self.config.model, self.weights
         half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
-        frequency = torch.exp(torch.arange(half) * (math.log(1000.0) / (half - 1)))
+        frequency = (torch.arange(half).double() * (math.log(100.0) / (half - 1))).exp().float()
         angle = log_sigma[..., None] / 4 * frequency
         level = torch.cat((angle.cos(), angle.sin()), dim=-1)
         level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])

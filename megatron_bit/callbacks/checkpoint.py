@@ -12,6 +12,9 @@ from megatron_bit.trainer import Callback, Trainer
 class CheckpointCallback(Callback):
     """Saves, keeps the newest few, and marks a finished run."""
 
+    def start(self, trainer: Trainer) -> None:
+        self._mark(trainer)  # continued with nothing left to do
+
     def after_step(self, trainer: Trainer) -> None:
         config, state = trainer.config.checkpoint, trainer.state
         if not (trainer.stopping or state.step % config.every == 0):
@@ -32,5 +35,9 @@ class CheckpointCallback(Callback):
     def _tidy(trainer: Trainer, name: str, seconds: float) -> None:
         prune(trainer.run / "checkpoints", trainer.config.checkpoint.keep)
         print(f"saved {trainer.run / 'checkpoints' / name} in {seconds:.1f} s", flush=True)
-        if trainer.state.step >= trainer.config.train.steps:
+        CheckpointCallback._mark(trainer)
+
+    @staticmethod
+    def _mark(trainer: Trainer) -> None:
+        if trainer.groups.rank == 0 and trainer.state.step >= trainer.config.train.steps:
             (trainer.run / "FINISHED").touch()

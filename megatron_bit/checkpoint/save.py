@@ -49,7 +49,7 @@ def _write_rank(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
     layout = [pieces(chunk, groups) for chunk in zero.chunks]
     for fragment in zero.fragments():
         for part in layout[fragment.chunk][fragment.name]:
-            if part.full_shape == part.shape and groups.tp_rank and groups.dims.tp > 1:
+            if part.full_shape == part.shape and groups.tp_rank > 0:
                 continue  # replicated over TP: the first rank writes it
             width = part.shape[1] if len(part.shape) > 1 else 1
             first = part.row * width  # of the piece, in the flattened local parameter

@@ -89,7 +89,7 @@ def seed_tracker(seed: int) -> None:
     if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31)
         return
-    tracker = get_cuda_rng_tracker()
+    tracker: Any = get_cuda_rng_tracker()
     tracker.reset()
     tracker.add("model-parallel-rng", seed % 2**31)
 

@@ -30,7 +30,9 @@ def token_bound(
     block_size: int,
     noise_samples: int,
 ) -> Tensor:
-    """Upper bound of -ln p of every token given its context, in nats; unbiased over the noise.
+    """Each token's share of its block's bound on -ln p(block | context), in nats; unbiased over the noise.
+
+    Only the sum over a block is a bound: the tokens of a block are denoised together, and one may look at another.
 
     The integral over ln sigma by stratified importance sampling, plus the reconstruction term at sigma_min (how
     well bits are read off when there is almost no noise), plus a bound of what lies above sigma_max: there

@@ -44,5 +44,5 @@ def denoising_loss(
         loss = (edm_weight(sigma) * error).mean(-1)
     else:
         loss = cross_entropy(logits, x).mean(-1)
-    inverse = 1.0 / (sigma.squeeze(-1).square() * distribution.density(log_sigma))
-    return LossTerms(loss, (error.detach().sum(-1) * inverse))
+    importance = 1.0 / (sigma.squeeze(-1).square() * distribution.density(log_sigma))
+    return LossTerms(loss, error.detach().sum(-1) * importance)

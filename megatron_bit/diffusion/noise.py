@@ -70,7 +70,8 @@ def stratified_levels(
     """
     level, block, low, high = _counters(sample, first_block, num_blocks, noise_samples)
     words = philox(seed_key(seed, stream), (level * 65536 + _LEVEL, block, low, high))
-    return (level + uniform(words[0])) / noise_samples
+    # float32 cannot hold the last values below a stratum's upper edge: stay inside it
+    return (level + uniform(words[0]).clamp(max=1.0 - 2.0**-12)) / noise_samples
 
 
 def gaussian(

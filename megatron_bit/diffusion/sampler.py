@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,7 @@ def sample_block(
 def _ode(logits: Callable[[Tensor, Tensor], Tensor], eps: Tensor, grid: Tensor) -> Tensor:
     """Euler steps of the probability-flow ODE, dz / dsigma = (z - x_hat) / sigma (DDIM)."""
     z = grid[0].exp() * eps
-    for now, after in zip(grid[:-1], grid[1:], strict=True):
+    for now, after in itertools.pairwise(grid):
         x_hat = posterior_mean(logits(z, now))
         z = x_hat + (after - now).exp() * (z - x_hat)
     return logits(z, grid[-1])

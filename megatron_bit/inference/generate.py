@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,9 +78,8 @@ class Generator:
             window = self._window(tokens)
             hidden = model.hidden(torch.cat((window, window.new_zeros(1, k)), dim=1))[-k:]
             assert model.head is not None
-            head = model.head
             logits = sample_block(
-                lambda z, log_sigma, h=hidden: head(z, log_sigma, h),
+                functools.partial(model.head, hidden=hidden),
                 model.noise,
                 sampler=sampler,
                 steps=steps,

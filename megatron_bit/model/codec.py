@@ -25,8 +25,10 @@ def _random(vocab_size: int, bits: int) -> Tensor:
     generator = torch.Generator().manual_seed(0xB17)
     if bits <= 22:
         return torch.randperm(2**bits, generator=generator)[:vocab_size]
-    # too many codes to permute: an odd multiplier is a bijection modulo 2^bits
-    return (torch.arange(vocab_size) * 0x9E3779B1 + 0x7F4A7C15) % 2 ** min(bits, 62)
+    words = torch.empty(0, dtype=torch.int64)  # too many codes to permute: draw until enough are distinct
+    while len(words) < vocab_size:
+        words = torch.unique(torch.cat((words, torch.randint(2**bits, (vocab_size,), generator=generator))))
+    return words[torch.randperm(len(words), generator=generator)[:vocab_size]]
 
 
 # A code maps every id to a distinct integer below 2^bits; its binary digits are the bits. Add yours here.
@@ -44,20 +46,19 @@ class Codec(nn.Module):
             UserError: the vocabulary has more tokens than there are codes of `bits` bits.
         """
         super().__init__()
-        if bits < 63 and vocab_size > 2**bits:
+        if vocab_size > 2**bits:
             raise UserError(
                 f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits "
                 f"make {2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
             )
         words = CODES[code](vocab_size, bits)
         digits = torch.arange(bits - 1, -1, -1)
-        shifted = torch.where(digits < 63, words[:, None] >> digits.clamp(max=62), 0)
-        self.register_buffer("table", ((shifted & 1) * 2 - 1).to(torch.int8), persistent=False)
+        self.register_buffer("table", (((words[:, None] >> digits) & 1) * 2 - 1).to(torch.int8), persistent=False)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the table: two models with different codes are different models."""
-        return hashlib.sha256(self.table.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(f"{tuple(self.table.shape)}".encode() + self.table.cpu().numpy().tobytes()).hexdigest()
 
     def encode(self, ids: Tensor) -> Tensor:
         """int64 [...] ids to int8 [..., B] bits of -1 and +1."""

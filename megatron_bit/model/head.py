@@ -25,12 +25,13 @@ class NoiseLevelEmbedding(nn.Module):
         super().__init__()
         self.fc1 = linear(mcore, FREQUENCIES, width, bias=True)
         self.fc2 = linear(mcore, width, width, bias=True)
+        # in float64, so that every device has the same: rounding here is multiplied by the angle
+        exponent = torch.linspace(0.0, math.log(100.0), FREQUENCIES // 2, dtype=torch.float64)
+        self.frequency = exponent.exp().float().to(init_device(mcore))
 
     def forward(self, log_sigma: Tensor) -> Tensor:
         """float32 [n, b, M] to [n, b, M, W]."""
-        half = FREQUENCIES // 2
-        frequency = torch.exp(torch.arange(half, device=log_sigma.device) * (math.log(1000.0) / (half - 1)))
-        angle = (log_sigma * 0.25)[..., None] * frequency
+        angle = (log_sigma * 0.25)[..., None] * self.frequency
         features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
 

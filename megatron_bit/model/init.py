@@ -1,4 +1,4 @@
-"""Initial weights, drawn by logical name: the same model whatever the layout."""
+"""Initial weights, drawn by logical name: the same model whatever the layout (on one kind of device)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from megatron_bit.config import Config
 from megatron_bit.model.logical import Piece, pieces
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.split import FREQUENCIES
 
 _ONES = re.compile(r"(norm|layernorm)\.weight$")
 _ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.output\.weight)$")
@@ -42,8 +43,16 @@ def _draw(part: Piece, config: Config, device: torch.device) -> torch.Tensor:
 
 
 def _std(name: str, config: Config) -> float:
-    """Normal(0, init_std); outputs onto the residual stream divided by sqrt(2 layers) (GPT-2); bits see 1/sqrt(B)."""
+    """Normal(0, init_std); outputs onto the residual stream divided by sqrt(2 layers) (GPT-2).
+
+    What enters beside normalised activations starts at their size: bits and noise level by 1/sqrt(inputs), start
+    vectors at 1.
+    """
     m = config.model
+    if name == "embedding.start":
+        return 1.0
+    if name.startswith("head.noise_level."):
+        return 1.0 / math.sqrt(FREQUENCIES if name.endswith("fc1.weight") else m.head.hidden_size)
     if name in ("embedding.fc1.weight", "head.input.weight"):
         return 1.0 / math.sqrt(m.bits)
     if _RESIDUAL.search(name):

@@ -39,6 +39,7 @@ def parameter_groups(chunks: Sequence[nn.Module], config: Config) -> list[dict[s
         index = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
         parameters = groups[index]["params"]
         half = len(parameters) // 2
+        assert half, "a pipeline stage has fewer parameters than groups"
         groups[index : index + 1] = [{**groups[index], "params": p} for p in (parameters[:half], parameters[half:])]
     return groups
 

@@ -87,6 +87,7 @@ def test_a_finished_run_stays_as_it_is(tiny_data: Path, tmp_path: Path) -> None:
     before = (tmp_path / "run" / "log.jsonl").read_text()
     _train("single", tmp_path / "run", tiny_data)
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
+    assert (tmp_path / "run" / "FINISHED").exists()
 
 
 def test_an_uncommitted_checkpoint_is_not_seen(tiny_data: Path, tmp_path: Path) -> None:

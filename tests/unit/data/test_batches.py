@@ -39,9 +39,7 @@ def take(batches, cursor, steps):
 
 def global_batches(manifest, dp_size, micro, cursor, steps, **options):
     """(sample [steps * GLOBAL], tokens [steps * GLOBAL, SEQ_LENGTH]) put together from all ranks."""
-    ranks = [
-        take(stream(manifest, rank, dp_size, micro, **options), cursor, steps) for rank in range(dp_size)
-    ]
+    ranks = [take(stream(manifest, rank, dp_size, micro, **options), cursor, steps) for rank in range(dp_size)]
     in_order = [
         ranks[rank][step][m]
         for step in range(steps)

@@ -30,9 +30,7 @@ def test_every_sample_exactly_once_an_epoch(options, epoch):
     assert (location.epoch == epoch).all()
     seen = sorted(zip(location.shard.tolist(), location.sample.tolist(), strict=True))
     seq_length = options["seq_length"]
-    expected = [
-        (s, i) for s, tokens in enumerate(options["shard_tokens"]) for i in range(tokens // seq_length)
-    ]
+    expected = [(s, i) for s, tokens in enumerate(options["shard_tokens"]) for i in range(tokens // seq_length)]
     assert seen == expected
     assert order.samples_per_epoch * seq_length + order.dropped_tokens == sum(options["shard_tokens"])
 
@@ -87,9 +85,7 @@ def test_epochs_and_seeds_differ_but_repeat():
     tokens = [1000] * 20
     order = SampleOrder(tokens, seq_length=10, seed=1, shuffle_shards=4)
     n = order.samples_per_epoch
-    first, second = (
-        list(zip(*order.locate_many(np.arange(e * n, (e + 1) * n))[1:], strict=True)) for e in (0, 1)
-    )
+    first, second = (list(zip(*order.locate_many(np.arange(e * n, (e + 1) * n))[1:], strict=True)) for e in (0, 1))
     assert first != second
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 0.02 * n
     windows = [{shard for shard, _ in epoch[:400]} for epoch in (first, second)]

@@ -115,6 +115,4 @@ def test_plain_webdataset_reads_the_shards(prepared):
     assert sum(len(sample["tokens.npy"]) for sample in samples) == shard.tokens
     for sample in samples:
         assert sample["json"]["tokens"] == len(sample["tokens.npy"])
-        assert (prepared.folder.parent / "corpus" / sample["json"]["source"]).stat().st_size == sample[
-            "json"
-        ]["bytes"]
+        assert (prepared.folder.parent / "corpus" / sample["json"]["source"]).stat().st_size == sample["json"]["bytes"]
