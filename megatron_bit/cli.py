@@ -203,6 +203,21 @@ def bench_step(
     return step.main(load_config(target, overrides, None if target else preset), steps, repeats, json)
 
 
+def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:
+    """See it work: prepare, train on four ranks, continue on two, generate before and after. A few minutes, offline.
+
+    Args:
+        text: files or folders to train on; `stdlib` is Python's own standard library.
+        out: folder for data and run.
+        steps: training steps.
+    """
+    from megatron_bit.demo import main as run
+
+    if steps < 2:
+        raise UserError(f"--steps {steps} has to be at least 2: the demo stops half-way and continues")
+    return run(text, out, steps)
+
+
 def doctor(json: bool = False) -> int:
     """Say what this machine has, what is missing, what that costs and how to get it.
 
@@ -240,6 +255,7 @@ COMMANDS = {
     "bench": bench,
     "config": config,
     "doctor": doctor,
+    "demo": demo,
 }
 GROUPS = {"data": {"verify": verify}, "bench": {"step": bench_step}}
 

@@ -207,6 +207,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. The last step and a signal always save."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints to keep."""
+    initial: bool = False
+    """Also save the untrained model, as step 0; it is never deleted."""
 
 
 class LogConfig(Section):

@@ -285,39 +285,53 @@ def schedule(config: Config, step: int) -> float:
     return 1 - (1 - o.min_lr_ratio) * done
 
 
+class ReferenceTrainer:
+    """AdamW on a ReferenceModel; a step is a global batch."""
+
+    def __init__(self, config: Config, weights: dict[str, Tensor]) -> None:
+        o = config.optim
+        self.config, self.model, self.updates = config, ReferenceModel(config, weights), 0
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, weight in self.model.weights.items():
+            decay = weight.dim() > 1 and name not in ("embedding.start", "head.position")
+            groups.setdefault((name.startswith("head."), decay), []).append(weight)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": p, "weight_decay": o.weight_decay * decay, "head": head}
+                for (head, decay), p in groups.items()
+            ],
+            lr=o.lr,
+            betas=o.betas,
+            eps=o.eps,
+            fused=True,
+        )
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """One update from the mean gradient; returns ([loss, bound], gradient norm before clipping)."""
+        o = self.config.optim
+        self.optimizer.zero_grad()
+        total = torch.zeros(2)
+        for tokens, sample in micro_batches:
+            loss, bound = self.model.loss(tokens, sample)
+            (loss / len(micro_batches)).backward()
+            total += torch.stack((loss.detach(), bound)) / len(micro_batches)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.model.weights.values()), o.grad_clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = o.lr * schedule(self.config, self.updates) * (o.head_lr_scale if group["head"] else 1.0)
+        self.optimizer.step()
+        self.updates += 1
+        return total, norm
+
+
 def train_reference(
     config: Config, weights: dict[str, Tensor], steps: Sequence[Sequence[MicroBatch]]
 ) -> tuple[list[float], list[float], list[float], dict[str, Tensor]]:
-    """Train from `weights`, one update for every list of micro-batches (the gradient is their mean).
+    """Train from `weights`, one update for every list of micro-batches.
 
     Returns:
         losses, likelihood bounds and gradient norms (before clipping) of every step, and the final weights.
     """
-    model, o = ReferenceModel(config, weights), config.optim
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, weight in model.weights.items():
-        decay = weight.dim() > 1 and name not in ("embedding.start", "head.position")
-        groups.setdefault((name.startswith("head."), decay), []).append(weight)
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "weight_decay": o.weight_decay * decay, "head": head} for (head, decay), p in groups.items()],
-        lr=o.lr,
-        betas=o.betas,
-        eps=o.eps,
-        fused=True,
-    )
-    losses, bounds, norms = [], [], []
-    for step, micro_batches in enumerate(steps):
-        optimizer.zero_grad()
-        total = torch.zeros(2)
-        for tokens, sample in micro_batches:
-            loss, bound = model.loss(tokens, sample)
-            (loss / len(micro_batches)).backward()
-            total += torch.stack((loss.detach(), bound)) / len(micro_batches)
-        norm = torch.nn.utils.clip_grad_norm_(list(model.weights.values()), o.grad_clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = o.lr * schedule(config, step) * (o.head_lr_scale if group["head"] else 1.0)
-        optimizer.step()
-        losses.append(total[0].item())
-        bounds.append(total[1].item())
-        norms.append(norm.item())
-    return losses, bounds, norms, {n: w.detach() for n, w in model.weights.items()}
+    trainer = ReferenceTrainer(config, weights)
+    results = [trainer.step(micro_batches) for micro_batches in steps]
+    losses, bounds = [t[0].item() for t, _ in results], [t[1].item() for t, _ in results]
+    return losses, bounds, [n.item() for _, n in results], {n: w.detach() for n, w in trainer.model.weights.items()}

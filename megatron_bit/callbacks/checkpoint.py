@@ -14,11 +14,15 @@ class CheckpointCallback(Callback):
 
     def start(self, trainer: Trainer) -> None:
         self._mark(trainer)  # continued with nothing left to do
+        if trainer.config.checkpoint.initial and trainer.state.step == 0:
+            self._save(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
-        config, state = trainer.config.checkpoint, trainer.state
-        if not (trainer.stopping or state.step % config.every == 0):
-            return
+        if trainer.stopping or trainer.state.step % trainer.config.checkpoint.every == 0:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        state = trainer.state
         begin = time.perf_counter()
         root = trainer.run / "checkpoints"
         meta = {

@@ -18,7 +18,7 @@ from megatron_bit.trainer import Callback, Trainer
 
 
 class EvaluateCallback(Callback):
-    """Every `evaluate.every` steps, and at the last step of the run."""
+    """Before the first step, every `evaluate.every` steps, and at the last step of the run."""
 
     def start(self, trainer: Trainer) -> None:
         self._stream: BatchStream | None = None
@@ -48,6 +48,8 @@ class EvaluateCallback(Callback):
                 f"train.micro_batch_size x data-parallel size = {unit}; prepare more data, or set evaluate.every=0"
             )
         self._stream = stream
+        if trainer.state.step == 0:
+            self._report(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         every = trainer.config.evaluate.every
@@ -55,6 +57,9 @@ class EvaluateCallback(Callback):
             return
         if trainer.state.step % every and trainer.state.step < trainer.config.train.steps:
             return
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
         begin = time.perf_counter()
         mean, error, count = self.bound(trainer)
         if trainer.groups.rank == 0:

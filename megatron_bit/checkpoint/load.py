@@ -40,12 +40,12 @@ def load_optimizer(folder: Path, zero: ZeroOptimizer, groups: Groups, updates: i
     for fragment in zero.fragments():
         for part in layout[fragment.chunk][fragment.name]:
             _check_shape(reader, part)
-            width = part.shape[1] if len(part.shape) > 1 else 1
+            width = part.row_elements
             first = part.row * width
             for state, tensor in fragment.states.items():
                 start, stop = (
                     max(fragment.start, first),
-                    min(fragment.start + tensor.numel(), first + part.shape[0] * width),
+                    min(fragment.start + tensor.numel(), first + part.numel),
                 )
                 for begin, box in flat_rectangles(start - first, stop - first, part.shape) if start < stop else ():
                     offset = tuple(a + b for a, b in zip(box.offset, part.offset, strict=True))

@@ -51,12 +51,12 @@ def _write_rank(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
         for part in layout[fragment.chunk][fragment.name]:
             if part.full_shape == part.shape and groups.tp_rank > 0:
                 continue  # replicated over TP: the first rank writes it
-            width = part.shape[1] if len(part.shape) > 1 else 1
+            width = part.row_elements
             first = part.row * width  # of the piece, in the flattened local parameter
             count = next(iter(fragment.states.values())).numel()
             start, stop = (
                 max(fragment.start, first),
-                min(fragment.start + count, first + part.shape[0] * width),
+                min(fragment.start + count, first + part.numel),
             )
             if start >= stop:
                 continue
@@ -101,10 +101,12 @@ def _commit(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints. Rank 0 calls it."""
+    """Delete all but the newest `keep` complete checkpoints, and the untrained one. Rank 0 calls it."""
     from megatron_bit.checkpoint.load import complete
 
     for folder in complete(root)[:-keep]:
+        if folder.name == "step-00000000":
+            continue
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ Everything that has to survive a change of layout (initial values, checkpoints, 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -22,6 +23,15 @@ class Piece:
     offset: tuple[int, ...]  # of the rectangle in the logical tensor
     shape: tuple[int, ...]
     row: int  # first row in the local parameter
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row: 1 for a vector."""
+        return math.prod(self.shape[1:])
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view of a tensor with the local parameter's shape."""

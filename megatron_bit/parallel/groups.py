@@ -64,9 +64,8 @@ def init(config: Config) -> Groups:
             if "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                dist.init_process_group(
-                    backend, store=dist.HashStore()  # type: ignore[reportPrivateImportUsage], rank=0, world_size=1, timeout=timeout
-                )
+                store: dist.Store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
+                dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         except dist.DistNetworkError as error:
             host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
             raise UserError(

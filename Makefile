@@ -1,0 +1,34 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or 3.12: environment, packages, run.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# On a GPU machine: make TORCH=torch==2.11.0 EXTRAS=dev,gpu ...
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev
+BIN := .venv/bin
+TEXT ?= stdlib
+DEMO ?= demo
+
+.PHONY: demo test lint docs clean
+demo: .venv/installed
+	$(BIN)/megatron-bit demo --text $(TEXT) --out $(DEMO)
+
+test: .venv/installed lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: .venv/installed
+	$(BIN)/megatron-bit config > docs/configuration.md
+
+.venv/installed: pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/it" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf .venv demo
