@@ -29,8 +29,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
 def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
     """Estimated bytes on the fullest rank: weights, gradients, optimizer, activations.
 
-    Activations count what autograd keeps for the micro-batches in flight (1F1B holds up to pp of them), by the
-    per-layer sum of saved tensors; it is an estimate, and `docs/architecture.md` says how far off it was.
+    Activations are those of the micro-batches in flight: 1F1B holds up to pp of them. An estimate.
     """
     counts = parameter_counts(config)
     split = split_layers(config, dims.num_chunks)
@@ -57,22 +56,24 @@ def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
 
 
 def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, last: bool, width: int) -> float:
+    """Bytes that autograd keeps, counted tensor by tensor in the unfused modules.
+
+    Under sequence parallelism what lies outside the tensor-parallel regions is split over TP too. A test holds the
+    sum against the tensors saved by a real forward pass.
+    """
     m, h = config.model, config.model.head
+    d, kv, w = m.hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads, h.hidden_size
     tokens = config.train.micro_batch_size * config.data.seq_length
     shared = dims.tp if dims.sequence_parallel else 1
-    # saved per token and layer: block inputs and norms (sharded with SP), and what lies between (sharded with TP)
-    outside, inside = 4 * m.hidden_size, 4 * m.hidden_size + 4 * m.ffn_hidden_size
-    layer = outside / shared + inside / dims.tp
-    if config.parallel.recompute == "full":
-        layer, extra = m.hidden_size / shared, layer
-    else:
-        extra = 0.0
-    total = flight * layers * layer + extra
-    if last:
-        rows = config.diffusion.noise_samples
-        head_layer = 8 * h.hidden_size / shared + (4 * h.hidden_size + 4 * h.ffn_hidden_size) / dims.tp
-        total += rows * (h.num_layers * head_layer + 16 * h.hidden_size / shared + 8 * m.bits / shared)
-    return tokens * width * total
+    norm = 3 if width == 2 else 0  # RMSNorm in bf16 keeps float32 copies
+    # two norms with inputs and outputs | queries, keys, values before and after norm and RoPE, attention, SwiGLU
+    layer = (4 + 2 * norm) * d / shared + ((7 + norm) * d + (4 + norm) * kv + 4 * m.ffn_hidden_size) / dims.tp
+    head_layer = (10 + 2 * norm) * w / shared + (5 * w + 4 * h.ffn_hidden_size) / dims.tp
+    ends = (14 + norm) * w / shared + 10 * m.bits * (4 / width) / shared
+    head = config.diffusion.noise_samples * (h.num_layers * head_layer + ends) if last else 0.0
+    if config.parallel.recompute == "full":  # inputs of layers stay; the head, and later one layer at a time, is whole
+        return tokens * width * (flight * layers * d / shared + max(head, layer if layers else 0.0))
+    return tokens * width * (flight * layers * layer + head)
 
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:

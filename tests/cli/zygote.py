@@ -33,7 +33,6 @@ def main() -> None:
     import megatron_bit.train
 
     torch.set_num_threads(1)
-    warnings.resetwarnings()
     cases: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
     for number, case in enumerate(cases):
         print(json.dumps(_run(number, case, Path(sys.argv[2]))), flush=True)
@@ -59,7 +58,7 @@ def _run(number: int, case: dict[str, Any], folder: Path) -> list[int | str]:
             _enter(case["args"])
         pids.append(pid)
     codes: dict[int, int | str] = {}
-    deadline = time.monotonic() + case.get("timeout", 40)
+    deadline = time.monotonic() + case.get("timeout", 20)
     while len(codes) < world:
         for pid in pids:
             if pid not in codes:

@@ -1,0 +1,195 @@
+"""Draws docs/img/*.svg with nothing but Python: `.venv/bin/python docs/make_figures.py`.
+
+Each picture brings its own background and a dark variant (prefers-color-scheme), so that it is legible on any page.
+`--dark FOLDER` writes the dark variant as the only one, to look at it in a viewer that knows no media queries.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from megatron_bit.config import load_config
+from megatron_bit.plan import describe
+
+LIGHT = {
+    "page": "#ffffff", "ink": "#1b1f24", "soft": "#57606a", "line": "#57606a",
+    "data": "#ddf4ff", "model": "#e6ffec", "noise": "#fff3d6", "loss": "#ffe3e6", "plain": "#f3f4f6",
+}  # fmt: skip
+DARK = {
+    "page": "#0d1117", "ink": "#e6edf3", "soft": "#9aa5b1", "line": "#8b949e",
+    "data": "#12324a", "model": "#12361f", "noise": "#4a3a10", "loss": "#4c1d24", "plain": "#21262d",
+}  # fmt: skip
+
+
+def _rules(colours: dict[str, str]) -> str:
+    fills = "".join(f".{name}{{fill:{value};stroke:{colours['line']}}}" for name, value in colours.items())
+    return (
+        fills
+        + f".page{{stroke:none}}.ink{{stroke:none}}.soft{{stroke:none}}.line{{stroke:{colours['line']};fill:none}}"
+        f".tip{{fill:{colours['line']};stroke:none}}"
+    )
+
+
+class Picture:
+    """Boxes, labels and arrows in pixels."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.size = (width, height)
+        self.parts: list[str] = []
+
+    def label(self, x: float, y: float, text: str, kind: str = "ink", size: int = 13, anchor: str = "middle") -> None:
+        mono = "ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+        family = mono if kind == "soft" else "system-ui,'DejaVu Sans',sans-serif"
+        self.parts.append(
+            f'<text x="{x}" y="{y}" class="{kind}" font-size="{size}" text-anchor="{anchor}" '
+            f'font-family="{family}">{escape(text)}</text>'
+        )
+
+    def box(self, x: float, y: float, w: float, h: float, kind: str, *lines: str) -> None:
+        """The first line is the name; the others are small and monospaced (shapes, files)."""
+        self.parts.append(f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="6" class="{kind}"/>')
+        top = y + h / 2 - 8 * (len(lines) - 1) + 5
+        for number, line in enumerate(lines):
+            self.label(x + w / 2, top + 16 * number, line, "soft" if number else "ink", 11 if number else 13)
+
+    def arrow(self, *points: tuple[float, float], both: bool = False) -> None:
+        """Straight pieces; a tip at the end, and at the start too if `both`."""
+        path = " ".join(f"{x},{y}" for x, y in points)
+        self.parts.append(f'<polyline points="{path}" class="line" stroke-width="1.6"/>')
+        ends = [(points[-2], points[-1])] + ([(points[1], points[0])] if both else [])
+        for (x0, y0), (x1, y1) in ends:
+            dx, dy = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
+            left, right = (x1 - 8 * dx - 4 * dy, y1 - 8 * dy + 4 * dx), (x1 - 8 * dx + 4 * dy, y1 - 8 * dy - 4 * dx)
+            tip = " ".join(f"{x},{y}" for x, y in ((x1, y1), left, right))
+            self.parts.append(f'<polygon points="{tip}" class="tip"/>')
+
+    def svg(self, dark_only: bool) -> str:
+        style = _rules(DARK) if dark_only else f"{_rules(LIGHT)}@media (prefers-color-scheme:dark){{{_rules(DARK)}}}"
+        w, h = self.size
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}">'
+            f'<style>{style}</style><rect width="{w}" height="{h}" rx="8" class="page"/>'
+            + "".join(self.parts)
+            + "</svg>\n"
+        )
+
+
+def data_flow() -> Picture:
+    """Three blocks of K = 4 tokens through the model, then the parts with their shapes."""
+    p = Picture(900, 590)
+    cell, left = 56, 186
+    rows = {"input": 34, "backbone": 92, "target": 150}
+    for index in range(12):
+        x = left + index * cell + 8 * (index // 4)
+        start = index < 4
+        name = f"s{'₀₁₂₃'[index]}" if start else f"t{_sub(index - 4)}"
+        p.box(x, rows["input"], cell - 6, 30, "plain" if start else "data", name)
+        p.box(x, rows["target"], cell - 6, 30, "loss", f"t{_sub(index)}")
+    for block in range(3):
+        x = left + block * (4 * cell + 8)
+        middle = x + 2 * cell - 3
+        p.box(x, rows["backbone"], 4 * cell - 6, 30, "model", f"states h of block {block}")
+        p.arrow((middle, rows["input"] + 30), (middle, rows["backbone"]))
+        p.arrow((middle, rows["backbone"] + 30), (middle, rows["target"]))
+        if block:
+            p.arrow((x - 14, rows["backbone"] + 15), (x, rows["backbone"] + 15))
+    for row, text in (("input", "input bits"), ("backbone", "causal backbone"), ("target", "head denoises")):
+        p.label(left - 14, rows[row] + 20, text, anchor="end")
+    p.label(
+        450, 206, "the input is one block behind (s: learned start vectors), so no state has seen its target", size=12
+    )
+
+    x, w, h = 30, 196, 52
+    p.box(x, 236, w, h, "data", "shards", "data/stream.py", "int tokens, tar files")
+    p.box(x, 324, w, h, "data", "batches", "data/order.py, batches.py", "tokens [b, S], sample [b]")
+    p.box(x, 412, w, h, "data", "bits", "model/codec.py, table V x B", "x = ±1 [S, b, B]")
+    p.arrow((x + w / 2, 288), (x + w / 2, 324))
+    p.arrow((x + w / 2, 376), (x + w / 2, 412))
+    middle = 342
+    p.box(middle, 412, w + 20, h, "model", "bit embedding (MLP)", "model/embedding.py", "first stage  [S, b, D]")
+    p.box(
+        middle, 324, w + 20, h, "model", "TransformerBlock", "model/backbone.py, attention.py", "TP, SP, PP  [S, b, D]"
+    )
+    p.box(middle, 236, w + 20, h, "noise", "noise", "diffusion/noise.py, philox.py", "eps [S,b,M,B], ln σ [S/K,b,M]")
+    p.arrow((x + w, 438), (middle, 438))
+    p.label((x + w + middle) / 2, 430, "K behind", size=11)
+    p.arrow((middle + 108, 412), (middle + 108, 376))
+    p.arrow((x + w, 344), (284, 344), (284, 262), (middle, 262))
+    p.label(288, 254, "sample", size=11)
+    last = 672
+    p.box(last, 324, w, h, "model", "denoising head", "model/head.py  last stage", "residual f [S, b, M, B]")
+    p.arrow((middle + w + 20, 350), (last, 350))
+    p.label((middle + w + 20 + last) / 2, 342, "h  [S, b, D]", size=11)
+    p.arrow((middle + w + 20, 262), (last + w / 2, 262), (last + w / 2, 324))
+    p.label(last - 50, 254, "z = x + σ eps", size=11)
+    p.box(last, 412, w, h, "loss", "matched filter, loss", "diffusion/loss.py", "f + clip(2z / σ²)  →  scalar")
+    p.arrow((last + w / 2, 376), (last + w / 2, 412))
+    p.arrow((x + w / 2, 464), (x + w / 2, 496), (last + w / 2, 496), (last + w / 2, 464))
+    p.label(450, 490, "x, not shifted: the target", size=11)
+    p.box(342, 522, 526, 48, "plain", "backward by the schedule  →  ZeRO step", "parallel/step.py  →  compat/zero.py")
+    p.arrow((last + w, 438), (last + w + 16, 438), (last + w + 16, 546), (868, 546))
+    return p
+
+
+def _sub(number: int) -> str:
+    return "".join("₀₁₂₃₄₅₆₇₈₉"[int(digit)] for digit in str(number))
+
+
+def layout() -> Picture:
+    """Eight ranks as TP 2 x PP 2 x DP 2, with the 125m preset's own split of layers."""
+    overrides = ["parallel.tp=2", "parallel.pp=2"]
+    plan = describe(load_config(preset="125m", overrides=overrides), 8)
+    p = Picture(900, 486)
+    for stage, chunk in enumerate(plan["layout"]["chunks"]):
+        x = 100 + stage * 430
+        p.label(x + 165, 30, f"pipeline stage {stage}: {chunk['holds']}")
+        for replica in range(2):
+            y = 48 + replica * 190
+            p.box(x, y, 330, 108, "plain")
+            for tp in range(2):
+                rank = stage * 4 + replica * 2 + tp
+                p.box(
+                    x + 12 + tp * 196, y + 14, 110, 80, "model" if stage == 0 else "loss",
+                    f"rank {rank}", f"weights: half {tp}", f"ZeRO-1:  half {replica}",
+                )  # fmt: skip
+            p.arrow((x + 122, y + 54), (x + 208, y + 54), both=True)
+            p.label(x + 165, y + 46, "TP", size=12)
+            p.label(x + 165, y + 72, "each layer", "soft", 11)
+    for replica in range(2):
+        y = 48 + replica * 190
+        p.arrow((430, y + 54), (530, y + 54), both=True)
+        p.label(480, y + 46, "PP", size=12)
+        p.label(480, y + 72, "each", "soft", 11)
+        p.label(480, y + 86, "micro-batch", "soft", 11)
+        p.label(50, y + 50, f"DP {replica}", size=13)
+        p.label(50, y + 68, "its samples", "soft", 11)
+    for stage in range(2):
+        for tp in range(2):
+            x = 100 + stage * 430 + 67 + tp * 196
+            p.arrow((x, 156), (x, 238), both=True)
+        p.label(100 + stage * 430 + 165, 194, "DP", size=12)
+        p.label(100 + stage * 430 + 165, 210, "once a step", "soft", 11)
+    notes = (
+        "each rank: half of its stage's matrices (TP), and fp32 masters and moments for half of those (ZeRO-1 over DP)",
+        "TP  all-gather and reduce-scatter of [S, b, D] along the sequence (SP), around every attention and MLP",
+        "PP  hidden state [S/2, b, D] forward, its gradient back; point to point, rank r with r + 4",
+        "DP  average of the gradients, every rank updates its half, the halves are gathered; rank r with r + 2",
+        "all ranks: one all-reduce of 3 floats a step (loss, bound, asked to stop), and the gradient norm",
+    )
+    for number, note in enumerate(notes):
+        p.label(28, 382 + 22 * number, note, size=13, anchor="start")
+    return p
+
+
+def main() -> None:
+    dark = len(sys.argv) == 3 and sys.argv[1] == "--dark"
+    folder = Path(sys.argv[2]) if dark else Path(__file__).parent / "img"
+    folder.mkdir(exist_ok=True)
+    for name, picture in (("data_flow", data_flow()), ("layout_8_ranks", layout())):
+        (folder / f"{name}.svg").write_text(picture.svg(dark), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Signals and deaths: what a job that is told to go leaves behind, and where the next start goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import tiny_runs
+from as_user import TORCHRUN, Running, run
+
+STEPS = 40
+SETTINGS = (f"train.steps={STEPS}", "log.every=1", "checkpoint.every=5", "checkpoint.keep=100")
+
+
+def _saved(run_folder: Path) -> int:
+    """Step of the newest complete checkpoint."""
+    from megatron_bit.run_folder import newest_checkpoint
+
+    return int(newest_checkpoint(run_folder).name.removeprefix("step-"))
+
+
+def _log(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+
+
+def _losses(run_folder: Path) -> list[float]:
+    """Of every step, as it was computed last."""
+    by_step = {record["step"]: record["loss"] for record in _log(run_folder)}
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _same(a: Path, b: Path) -> None:
+    assert _losses(a) == _losses(b)
+    for state in ("param", "exp_avg", "exp_avg_sq"):
+        folders = [path / "checkpoints" / f"step-{STEPS:08d}" for path in (a, b)]
+        assert tiny_runs.worst(*(tiny_runs.read_state(folder, state) for folder in folders))[0] == 0.0
+
+
+def _stops_saved(running: Running, run_folder: Path, sent_at: int) -> int:
+    """Assert that a run has saved after a signal at step `sent_at`; returns the step it goes on from."""
+    assert running.end() == 85, "".join(running.lines)
+    assert "Traceback" not in "".join(running.lines)
+    step = _saved(run_folder)
+    assert sent_at < step < STEPS
+    assert _log(run_folder)[-1]["step"] == step  # nothing after the save
+    assert not (run_folder / "FINISHED").exists()
+    return step
+
+
+def test_one_process(train_args: Any, zygote: Any, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    first = Running(*train_args(cut, *SETTINGS))
+    first.wait_for("step 3/")
+    first.process.send_signal(signal.SIGTERM)
+    step = _stops_saved(first, cut, 3)
+
+    second = Running("train", str(cut))
+    assert f"at step {step}" in second.wait_for(str(cut))
+    second.wait_for(f"step {step + 2}/")
+    second.process.send_signal(signal.SIGINT)
+    _stops_saved(second, cut, step + 2)
+
+    rest, undisturbed = zygote([{"args": ["train", str(cut)]}, {"args": train_args(whole, *SETTINGS)}])
+    assert rest.code == undisturbed.code == 0, rest.err + undisturbed.err
+    _same(cut, whole)
+
+
+def test_two_ranks(train_args: Any, tmp_path: Path) -> None:
+    """A signal to the parent, one to a single rank, the death of a rank; and torchrun gives what --nproc gives."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    undisturbed = run(*train_args(whole, *SETTINGS), command=TORCHRUN)
+    assert undisturbed.code == 0, undisturbed.err
+
+    job = Running(*train_args(cut, *SETTINGS), "--nproc", "2")
+    job.wait_for("step 3/")
+    job.process.send_signal(signal.SIGUSR1)
+    step = _stops_saved(job, cut, 3)
+
+    job = Running("train", str(cut), "--nproc", "2")
+    assert f"at step {step}" in job.wait_for(str(cut))
+    job.wait_for(f"step {step + 2}/")
+    os.kill(job.ranks()[1], signal.SIGUSR1)  # rank 1 alone
+    step = _stops_saved(job, cut, step + 2)
+
+    job = Running("train", str(cut), "--nproc", "2")
+    assert f"at step {step}" in job.wait_for(str(cut))
+    job.wait_for("saved ")
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.end() == 128 + signal.SIGKILL
+    assert job.seconds < 30
+    text = "".join(job.lines)
+    assert "rank 1 of 2 was killed by SIGKILL" in text
+    assert "Traceback" not in text, text  # of rank 0, which has done nothing wrong
+    step = _saved(cut)
+    newest = cut / "checkpoints" / f"step-{step:08d}"
+    shutil.copytree(newest, newest.with_name("step-00000038.tmp"))  # killed before the rename
+    shutil.copytree(newest, newest.with_name("step-00000039"))  # a copy that was not complete
+    (newest.with_name("step-00000039") / "COMMITTED").unlink()
+
+    last = run("train", str(cut), "--nproc", "2")
+    assert last.code == 0, last.err
+    assert f"at step {step}" in last.out
+    assert (cut / "FINISHED").exists()
+    _same(cut, whole)
+
+
+def test_before_the_first_step(train_args: Any, tmp_path: Path) -> None:
+    """SLURM may take the nodes while ranks still import: nothing is lost, and the same command continues."""
+    job = Running(*train_args(tmp_path / "run", *SETTINGS), "--nproc", "2")
+    while len(ranks := job.ranks()) < 2 or not all(_listens(pid) for pid in ranks.values()):
+        assert job.process.poll() is None
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 85, "".join(job.lines)
+    assert not list((tmp_path / "run").rglob("COMMITTED"))
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has got as far as a handler for SIGTERM."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)

@@ -1,0 +1,68 @@
+"""What `--dry-run` promises, against the model that is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bit.config import load_config
+from megatron_bit.model.bitlm import TokenBatch, build_model
+from megatron_bit.parallel import groups as process_groups
+from megatron_bit.parallel.dims import ParallelDims
+from megatron_bit.plan import describe, memory_per_rank, parameter_counts, render
+
+SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"]
+
+
+@pytest.mark.parametrize("preset", ["laptop", "125m"])
+@pytest.mark.parametrize("extra", [[], ["train.precision=fp32"], ["parallel.recompute=full"], ["model.qk_norm=false"]])
+def test_parameters_and_activations(preset: str, extra: list[str]) -> None:
+    config = load_config(preset=preset, overrides=[*SMALL, *extra])
+    model = build_model(config, 4096, process_groups.init(config))[0]
+    if config.train.precision == "bf16":
+        model.bfloat16()
+    named = dict(model.named_parameters())
+    counts = parameter_counts(config)
+    for part, count in counts.items():
+        assert count == sum(p.numel() for name, p in named.items() if name.startswith(f"{part}.")), part
+    assert sum(counts.values()) == sum(p.numel() for p in named.values())
+
+    weights = {p.untyped_storage().data_ptr() for p in named.values()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = TokenBatch(torch.randint(0, 4096, (1, 256)), torch.arange(1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(batch)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    estimate = memory_per_rank(config, ParallelDims.build(config, 1))["activations"]
+    assert estimate == pytest.approx(measured, rel=0.2)
+    del output
+
+
+def test_zero_and_tp_divide_memory() -> None:
+    def parts(world: int, **parallel: Any) -> dict[str, float]:
+        config = load_config(preset="1b", overrides=[f"parallel.{k}={v}" for k, v in parallel.items()])
+        return memory_per_rank(config, ParallelDims.build(config, world))
+
+    one = parts(1, zero_stage=1)
+    assert parts(8, zero_stage=1)["optimizer"] == pytest.approx(one["optimizer"] / 8)
+    assert parts(8, zero_stage=1)["gradients"] == one["gradients"]
+    assert parts(8, zero_stage=2)["gradients"] == pytest.approx(one["gradients"] / 8)
+    assert parts(8, zero_stage=3)["weights"] == pytest.approx(one["weights"] / 8)
+    assert parts(8, tp=8)["activations"] < one["activations"] / 6
+    assert parts(1, recompute="full")["activations"] < one["activations"] / 2
+
+
+def test_the_rendered_plan_names_every_chunk() -> None:
+    plan = describe(load_config(preset="laptop", overrides=["parallel.tp=2", "parallel.pp=2"]), 4)
+    text = render(plan)
+    assert len(plan["layout"]["chunks"]) == 2 and text.count("pp rank") == 2
+    assert "head" in plan["layout"]["chunks"][-1]["holds"]
+    assert f"{plan['parameters']['total']:,}" in text
