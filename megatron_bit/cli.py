@@ -292,11 +292,15 @@ def _dispatch(argv: list[str]) -> int:
     else:
         group, prog = COMMANDS, "megatron-bit"
         about = "Pretrain language models that write tokens as bits, K at a time."
+    if argv and argv[0] in ("train", "step"):  # key=value may stand anywhere, also behind an option's value
+        values = [a for a in argv[1:] if "=" in a and not a.startswith("-")]
+        argv = [argv[0], *values, *(a for a in argv[1:] if a not in values)]
     return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv)
 
 
 def _split(args: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
     """(file or folder, overrides) of the positional arguments."""
-    if args and "=" not in args[0]:
-        return args[0], args[1:]
-    return None, args
+    targets = [a for a in args if "=" not in a]
+    if len(targets) > 1:
+        raise UserError(f"{targets[1]!r} is neither key=value nor the one configuration, which is {targets[0]!r}")
+    return next(iter(targets), None), tuple(a for a in args if "=" in a)

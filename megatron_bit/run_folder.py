@@ -10,11 +10,14 @@ RUN/FINISHED            there when train.steps are done
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.config import Config, load_config, to_yaml
+from pydantic import ValidationError
+
+from megatron_bit.config import Config, ModelConfig, load_config, to_yaml
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 
@@ -86,6 +89,9 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def _compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
+    if "model" in there:  # a key that is younger than the run has its default there
+        with contextlib.suppress(ValidationError):
+            there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
     for key, value in mine.items():
         other = there.get(key)
         if other == value:

@@ -65,5 +65,9 @@ def open_data(config: Config) -> Manifest:
         raise UserError(
             "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
         )
-    on_rank0(lambda: load_manifest(config.data.path) and None)
+    on_rank0(functools.partial(_check_data, config.data.path))
     return load_manifest(config.data.path, check_files=False)
+
+
+def _check_data(path: str) -> None:
+    load_manifest(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Callback:
         """After every step; `trainer.record` is its record."""
 
     def finish(self, trainer: Trainer) -> None:
-        """After the last step, and after an exception."""
+        """After the last step, and after an exception, if `start` succeeded."""
 
 
 class Trainer:
@@ -71,7 +72,7 @@ class Trainer:
         self.identity = identity
         self.record: StepRecord | None = None
         self.asked_to_stop = False  # this rank got a signal
-        self.preempted = False  # all ranks know that one of them did
+        self.preempted = False  # all ranks know that one of them did, one step after its all-reduce
         self.stream = BatchStream(
             manifest,
             "train",
@@ -101,9 +102,11 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from `state` to the last step, or until a signal."""
-        try:
+        with contextlib.ExitStack() as started:
+            started.callback(self.stream.close)
             for callback in self.callbacks:
                 callback.start(self)
+                started.callback(callback.finish, self)
             if self.stopping:
                 return
             for batches in self._batches():
@@ -112,10 +115,6 @@ class Trainer:
                     callback.after_step(self)
                 if self.stopping:
                     break
-        finally:
-            self.stream.close()
-            for callback in self.callbacks:
-                callback.finish(self)
 
     def _batches(self) -> Iterator[list[Batch]]:
         try:

@@ -45,9 +45,9 @@ class MetricsCallback(Callback):
             self._flush(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        if getattr(self, "_log", None) is not None:
+        if self._log is not None:
             self._log.close()
-        if getattr(self, "_writer", None) is not None:
+        if self._writer is not None:
             self._writer.close()
 
     def _flush(self, trainer: Trainer) -> None:

@@ -23,5 +23,5 @@ class PreemptCallback(Callback):
         self._before: dict[int, Any] = {number: signal.signal(number, ask) for number in SIGNALS}
 
     def finish(self, trainer: Trainer) -> None:
-        for number, handler in getattr(self, "_before", {}).items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)

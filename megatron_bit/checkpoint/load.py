@@ -19,7 +19,7 @@ from megatron_bit.parallel.groups import Groups
 
 def complete(root: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in root.glob("step-*/COMMITTED") if p.parent.suffix != ".tmp")
+    return sorted(p.parent for p in root.glob("step-*/COMMITTED") if not p.parent.suffix)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def _write_rank(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
                     )
     try:
         save_file(tensors, str(folder / file))
+        _settle(folder / file)
         _write(folder / f"rank-{groups.rank:05d}.json", json.dumps(index))
     except Exception as error:  # safetensors wraps OSError in its own exception
         raise UserError(f"checkpoint file {folder / file} cannot be written: {error}") from None
@@ -92,10 +93,14 @@ def _commit(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
         _write(temporary / "index.json", json.dumps(merged))
         _write(temporary / "meta.json", json.dumps(meta, indent=1))
         _write(temporary / "COMMITTED", "")
-        if final.exists():  # the same step of this run, saved before
-            shutil.rmtree(final)
+        _sync_folder(temporary)
+        replaced = final.with_suffix(".replaced")
+        if final.exists():  # the same step of this run, saved before: it goes when the new one is there
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         _sync_folder(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(f"checkpoint {final} cannot be committed: {error.strerror}") from None
 
@@ -108,6 +113,15 @@ def prune(root: Path, keep: int) -> None:
         if folder.name == "step-00000000":
             continue
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settle(path: Path) -> None:
+    """safetensors leaves a private file in the page cache: give it the user's usual mode, and sync it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write(path: Path, text: str) -> None:

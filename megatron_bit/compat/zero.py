@@ -135,6 +135,7 @@ class ZeroOptimizer:
         for gradients in getattr(zero, "averaged_gradients", {}).values():
             held.extend(g for g in gradients or () if g is not None)
         held.extend(getattr(zero, "fp32_groups_gradients_flat", ()))  # bf16, stage 1
+        assert held, "no gradients to poison"
         for gradient in held:
             gradient.fill_(float("inf"))
 

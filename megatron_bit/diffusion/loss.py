@@ -43,6 +43,7 @@ def denoising_loss(
     if kind == "mse":
         loss = (edm_weight(sigma) * error).mean(-1)
     else:
+        assert kind == "bce", kind
         loss = cross_entropy(logits, x).mean(-1)
     importance = 1.0 / (sigma.squeeze(-1).square() * distribution.density(log_sigma))
     return LossTerms(loss, error.detach().sum(-1) * importance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,14 @@ class Generator:
         sampler: str = "ode",
         seed: int = 0,
         sequence: int = 0,
-        on_block: Callable[[str], None] | None = None,
-    ) -> str:
+    ) -> tuple[str, int]:
         """Continue a prompt; stops at the end-of-document token.
 
         The prompt is filled up in front with end-of-document tokens to whole blocks. The same (seed, sequence)
-        gives the same text. `on_block` gets the whole text so far after every block.
+        gives the same text.
+
+        Returns:
+            the text, and how many tokens were produced (whole blocks, so it may be more than the text shows).
         """
         k, model = self.config.model.block_size, self.model
         ids = self.tokenizer.encode(prompt)
@@ -92,11 +94,9 @@ class Generator:
             block = model.codec.decode(logits).t()
             tokens = torch.cat((tokens, block), dim=1)
             produced.extend(block[0].tolist())
-            if on_block is not None:
-                on_block(self._text(produced))
             if self.tokenizer.eos_id in produced:
                 break
-        return self._text(produced[:max_tokens])
+        return self._text(produced[:max_tokens]), len(produced)
 
     def _window(self, tokens: Tensor) -> Tensor:
         """The last blocks that fit the length the model was trained at, with room for the next block."""
@@ -116,9 +116,8 @@ def main(
     results = []
     for index, prompt in enumerate(prompts):
         begin = time.perf_counter()
-        text = generator.generate(prompt, max_tokens, steps=steps, sampler=sampler, seed=seed, sequence=index)
+        text, count = generator.generate(prompt, max_tokens, steps=steps, sampler=sampler, seed=seed, sequence=index)
         seconds = time.perf_counter() - begin
-        count = len(generator.tokenizer.encode(text))
         results.append(
             {
                 "prompt": prompt,

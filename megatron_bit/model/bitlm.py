@@ -42,9 +42,6 @@ class BoundOutput(NamedTuple):
     metrics: Tensor  # float32 [3]: sum, sum of squares and count of the samples' bounds (nats per token)
 
 
-METRICS = ("loss", "bound")
-
-
 class BitLM(nn.Module):
     """Bits -> MLP -> backbone layers -> head and loss; the first and last parts where this chunk has them."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_bit.compat.zero import ZeroOptimizer
-from megatron_bit.model.bitlm import METRICS, BitLM, TokenBatch
+from megatron_bit.model.bitlm import BitLM, TokenBatch
 from megatron_bit.parallel.groups import Groups
 
 
@@ -18,8 +18,8 @@ def forward_backward(batches: Sequence[TokenBatch], zero: ZeroOptimizer, groups:
     """Accumulate the gradients of this rank's micro-batches.
 
     Returns:
-        float32 [len(METRICS)]: this rank's contribution to the mean over the global batch, so that a sum over all
-        ranks gives it. Zero where the loss is not computed.
+        float32 [2] (loss, bound): this rank's contribution to the mean over the global batch, so that a sum over
+        all ranks gives it. Zero where the loss is not computed.
     """
     dims = groups.dims
     if zero.managed:
@@ -27,7 +27,7 @@ def forward_backward(batches: Sequence[TokenBatch], zero: ZeroOptimizer, groups:
     else:
         metrics = pipeline(batches, zero.chunks, groups)
     if not metrics:
-        return torch.zeros(len(METRICS), device=groups.device)
+        return torch.zeros(2, device=groups.device)
     replicas = 1 if dims.sequence_parallel else dims.tp
     return torch.stack(list(metrics)).sum(0) / (len(batches) * dims.dp * replicas)
 

@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))  # for as_user, which only these tests share
 
-from as_user import Outcome, environment  # noqa: E402
+from as_user import Outcome, environment
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,14 @@ from typing import Any
 import tiny_runs
 from as_user import TORCHRUN, Running, run
 
-STEPS = 40
-SETTINGS = (f"train.steps={STEPS}", "log.every=1", "checkpoint.every=5", "checkpoint.keep=100")
+STEPS = 24
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "log.every=1",
+    "checkpoint.every=5",
+    "checkpoint.keep=100",
+    "train.micro_batch_size=4",
+)
 
 
 def _saved(run_folder: Path) -> int:
@@ -83,14 +89,16 @@ def test_two_ranks(train_args: Any, tmp_path: Path) -> None:
 
     job = Running("train", str(cut), "--nproc", "2")
     assert f"at step {step}" in job.wait_for(str(cut))
+    ranks = job.ranks()
     job.wait_for(f"step {step + 2}/")
-    os.kill(job.ranks()[1], signal.SIGUSR1)  # rank 1 alone
+    os.kill(ranks[1], signal.SIGUSR1)  # rank 1 alone
     step = _stops_saved(job, cut, step + 2)
 
     job = Running("train", str(cut), "--nproc", "2")
     assert f"at step {step}" in job.wait_for(str(cut))
+    ranks = job.ranks()
     job.wait_for("saved ")
-    os.kill(job.ranks()[1], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     assert job.end() == 128 + signal.SIGKILL
     assert job.seconds < 30
     text = "".join(job.lines)
@@ -98,9 +106,9 @@ def test_two_ranks(train_args: Any, tmp_path: Path) -> None:
     assert "Traceback" not in text, text  # of rank 0, which has done nothing wrong
     step = _saved(cut)
     newest = cut / "checkpoints" / f"step-{step:08d}"
-    shutil.copytree(newest, newest.with_name("step-00000038.tmp"))  # killed before the rename
-    shutil.copytree(newest, newest.with_name("step-00000039"))  # a copy that was not complete
-    (newest.with_name("step-00000039") / "COMMITTED").unlink()
+    shutil.copytree(newest, newest.with_name("step-00000022.tmp"))  # killed before the rename
+    shutil.copytree(newest, newest.with_name("step-00000023"))  # a copy that was not complete
+    (newest.with_name("step-00000023") / "COMMITTED").unlink()
 
     last = run("train", str(cut), "--nproc", "2")
     assert last.code == 0, last.err

@@ -9,6 +9,7 @@ longer than its "timeout" is killed, and its ranks have the code "hangs".
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -24,14 +25,13 @@ warnings.simplefilter("ignore")
 
 def main() -> None:
     import torch
+
     from megatron_bit.compat import mcore, zero
 
     zero._import_deepspeed()
     mcore.prepare()
-
-    import megatron_bit.inference.generate
-    import megatron_bit.train
-
+    for module in ("train", "inference.generate"):
+        importlib.import_module(f"megatron_bit.{module}")
     torch.set_num_threads(1)
     cases: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
     for number, case in enumerate(cases):

