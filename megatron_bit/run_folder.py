@@ -89,6 +89,8 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def _compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
+    if not isinstance(there, dict):
+        raise UserError(f"{where} has an identity that is not one: {_short(there)}; choose another run=... folder")
     if "model" in there:  # a key that is younger than the run has its default there
         with contextlib.suppress(ValidationError):
             there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bit.errors import UserError
@@ -91,12 +91,11 @@ class Reader:
         self.shape(name)
         out = torch.empty(box.shape)
         filled = 0
-        for entry in self._index[name]["states"][state]:
+        for entry in self._index[name]["states"].get(state, ()):
             have = Rectangle(tuple(entry["offset"]), tuple(entry["shape"]))
             common = box.intersect(have)
             if common is not None:
-                source = self._file(entry["file"]).get_slice(entry["key"])
-                out[common.slices(box.offset)] = source[common.slices(have.offset)]
+                out[common.slices(box.offset)] = self._part(entry, common.slices(have.offset))
                 filled += common.numel
         if filled != box.numel:
             raise UserError(
@@ -104,6 +103,13 @@ class Reader:
                 "it is incomplete"
             )
         return out
+
+    def _part(self, entry: dict[str, Any], where: tuple[slice, ...]) -> Tensor:
+        try:
+            return self._file(entry["file"]).get_slice(entry["key"])[where]
+        except SafetensorError as error:
+            path = self._folder / entry["file"]
+            raise UserError(f"checkpoint file {path} does not hold what its index says: {error}") from None
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

@@ -28,8 +28,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {folder} has no readable meta.json: {error}") from None
-    if meta.get("format") != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {meta.get('format')}; this version reads {FORMAT}")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise UserError(f"checkpoint {folder / 'meta.json'} has format {found}; this version reads {FORMAT}")
     return meta
 
 

@@ -112,7 +112,9 @@ def prune(root: Path, keep: int) -> None:
     for folder in complete(root)[:-keep]:
         if folder.name == "step-00000000":
             continue
-        shutil.rmtree(folder, ignore_errors=True)
+        deleted = folder.with_suffix(".deleted")  # half-deleted, it must not look complete
+        folder.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _settle(path: Path) -> None:

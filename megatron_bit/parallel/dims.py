@@ -52,12 +52,15 @@ class ParallelDims:
     def build(cls, config: Config, world_size: int) -> ParallelDims:
         """Check the degrees against the world size and the model; UserError says what would fit."""
         p, m, t = config.parallel, config.model, config.train
+        if world_size < 1:
+            raise UserError(f"world size {world_size} is not possible; it has to be at least 1")
         if world_size % (p.tp * p.pp):
             fits = -(-world_size // (p.tp * p.pp)) * p.tp * p.pp
-            layouts = [f"tp={a} pp={b}" for a in _divisors(world_size) for b in _divisors(world_size // a)]
+            degrees = ((a, b) for a in _divisors(world_size) for b in _divisors(world_size // a))
+            layouts = [f"tp={a} pp={b}" for a, b in degrees if cls._fits(config, a, b, world_size)]
             raise UserError(
                 f"parallel.tp {p.tp} x parallel.pp {p.pp} = {p.tp * p.pp} does not divide the world size {world_size}; "
-                f"start {fits} ranks, or use one of: {', '.join(layouts[:8])}"
+                f"start {fits} ranks" + (f", or use one of: {', '.join(layouts[:8])}" if layouts else "")
             )
         dp = world_size // (p.tp * p.pp)
         for key, value in {
@@ -95,6 +98,17 @@ class ParallelDims:
                 f"{dims.micro_batches(config)}; change train.global_batch_size or train.micro_batch_size, or use vpp=1"
             )
         return dims
+
+    @classmethod
+    def _fits(cls, config: Config, tp: int, pp: int, world_size: int) -> bool:
+        parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp})
+        if (pp > 1 and parallel.zero_stage > 1) or (pp == 1 and parallel.vpp > 1):
+            return False
+        try:
+            cls.build(config.model_copy(update={"parallel": parallel}), world_size)
+        except UserError:
+            return False
+        return True
 
 
 def _divisors(n: int) -> list[int]:
