@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, UserError
+from megatron_bit.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, LocalUserError, Stopped, UserError
 
 Args = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -50,8 +51,16 @@ def train(
         raise UserError(
             "train needs CONFIG.yaml, a run folder, or --preset; try `megatron-bit train --preset laptop data.path=DIR`"
         )
+    ranked = "RANK" in os.environ  # torchrun, or the parent of --nproc, has started this process
+    for option, value in (("--nproc", nproc), ("--world-size", world_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value} has to be at least 1")
+    if ranked and nproc > 1:
+        raise UserError(
+            f"--nproc {nproc} starts ranks, and torchrun has started this one (RANK is set); leave out one of them"
+        )
     config = resolve(target, overrides, preset)
-    world = int(os.environ.get("WORLD_SIZE", nproc))
+    world = environment_int("WORLD_SIZE", 1) if ranked else nproc
     if dry_run:
         from megatron_bit.plan import describe, render
 
@@ -63,15 +72,20 @@ def train(
         else:
             from megatron_bit.config import to_yaml
 
-            print(f"{to_yaml(config)}\n{render(plan)}")
+            lines = "".join(f"# {line}\n" for line in render(plan).splitlines())  # the whole is a YAML file
+            print(f"{to_yaml(config)}\n{lines}", end="")
         return 0
     if json or world_size is not None:
         raise UserError("--json and --world-size belong to --dry-run")
     ParallelDims.build(config, world)  # before any rank starts
-    if nproc > 1 and "RANK" not in os.environ:
+    if nproc > 1:
         from mbit_launcher.local import run_local
 
         return run_local(["train", *args, *(["--preset", preset] if preset else [])], nproc)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the first step there is nothing to save
+        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
+    # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatron_bit import train as job
 
     return job.main(config)
@@ -262,16 +276,20 @@ GROUPS = {"data": {"verify": verify}, "bench": {"step": bench_step}}
 
 def main() -> None:
     """Entry point: run a command, print a user's mistake as one line, and leave with its exit code."""
-    rank, distributed = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank, distributed = 0, False
     try:
+        rank, distributed = environment_int("RANK", 0), environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
     except UserError as error:
         code = EXIT_USER_ERROR
-        if rank == 0 or isinstance(error, LocalUserError):
-            where = f" [rank {rank}]" if isinstance(error, LocalUserError) and distributed else ""
-            print(f"megatron-bit: error{where}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, LocalUserError) or (rank == 0 and not isinstance(error, Stopped)):
+            where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
+            print(f"megatron-bit: error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
+    except ConnectionError as error:  # another rank has gone, and says itself why
+        code = 1
+        print(f"[rank {rank}] stopped: {error}" if distributed else f"failed: {error}", file=sys.stderr)
     except SystemExit:
         raise
     except BaseException:
@@ -292,10 +310,33 @@ def _dispatch(argv: list[str]) -> int:
     else:
         group, prog = COMMANDS, "megatron-bit"
         about = "Pretrain language models that write tokens as bits, K at a time."
-    if argv and argv[0] in ("train", "step"):  # key=value may stand anywhere, also behind an option's value
-        values = [a for a in argv[1:] if "=" in a and not a.startswith("-")]
-        argv = [argv[0], *values, *(a for a in argv[1:] if a not in values)]
+    if argv and argv[0] in ("train", "step"):
+        argv = _positional_first(argv)
     return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv)
+
+
+def _positional_first(argv: list[str]) -> list[str]:
+    """CONFIG and key=value may stand anywhere, also behind options; the parser wants them side by side."""
+    words, options, value_follows = [], [], False
+    for word in argv[1:]:
+        if value_follows or word.startswith("-"):
+            value_follows = not value_follows and "=" not in word and word.replace("_", "-") not in _SWITCHES
+            options.append(word)
+        else:
+            words.append(word)
+    return [argv[0], *words, *options]
+
+
+_SWITCHES = {f"--{no}{name}" for no in ("", "no-") for name in ("dry-run", "json")} | {"-h", "--help"}
+
+
+def environment_int(name: str, default: int) -> int:
+    """A number that torchrun sets; UserError if it is none."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment variable {name}={text!r} has to be a number; torchrun sets it") from None
 
 
 def _split(args: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:

@@ -182,7 +182,7 @@ class TrainConfig(Section):
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run."""
     stop_at: int | None = Field(default=None, ge=1)
-    """Save and stop at this step; the schedule still aims at `steps`, and the same command goes on from there."""
+    """Save and stop at this step; the schedule still aims at `steps`. `train.stop_at=null` goes on from there."""
     global_batch_size: int = Field(default=16, ge=1)
     """Samples a step over all ranks."""
     micro_batch_size: int = Field(default=4, ge=1)
@@ -340,6 +340,10 @@ class _UniqueKeys(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            try:
+                hash(key)
+            except TypeError:
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark) from None
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)

@@ -12,5 +12,9 @@ class LocalUserError(UserError):
     """A UserError that one rank found by itself, such as a damaged shard: that rank prints it, whatever its number."""
 
 
+class Stopped(UserError):
+    """Another rank has said why the job ends; this one leaves with the same exit code, silently."""
+
+
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 85  # saved on a signal; the same command continues the run

@@ -18,7 +18,7 @@ from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.model.bitlm import build_model
 from megatron_bit.optim.groups import adamw, parameter_groups
 from megatron_bit.parallel import groups as process_groups
-from megatron_bit.parallel.agree import on_every_rank, on_rank0
+from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.run_folder import identity, open_run
 from megatron_bit.state import TrainState
@@ -32,8 +32,14 @@ def main(config: Config) -> int:
         the exit code: 0, or 85 if a signal asked the run to save and leave.
     """
     groups = process_groups.init(config)
-    trainer = build(config, groups)
-    trainer.fit()
+    try:
+        trainer = build(config, groups)
+        trainer.fit()
+    except RuntimeError as error:
+        other = lost(error)
+        if other is error:
+            raise
+        raise other from None
     process_groups.shutdown()
     return EXIT_PREEMPTED if trainer.preempted else 0
 
@@ -66,7 +72,7 @@ def open_data(config: Config) -> Manifest:
             "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
         )
     on_rank0(functools.partial(_check_data, config.data.path))
-    return load_manifest(config.data.path, check_files=False)
+    return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
 
 
 def _check_data(path: str) -> None:

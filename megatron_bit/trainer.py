@@ -16,10 +16,11 @@ from megatron_bit.compat.zero import ZeroOptimizer
 from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
 from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import LocalUserError, UserError
+from megatron_bit.errors import UserError
 from megatron_bit.model.bitlm import TokenBatch
 from megatron_bit.optim.guard import accept
 from megatron_bit.optim.schedule import learning_rate
+from megatron_bit.parallel.agree import alone
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.step import forward_backward
 from megatron_bit.state import TrainState
@@ -108,6 +109,8 @@ class Trainer:
                 callback.start(self)
                 started.callback(callback.finish, self)
             if self.stopping:
+                if self.groups.rank == 0:
+                    print(self._nothing_left(), flush=True)
                 return
             for batches in self._batches():
                 self.train_step(batches)
@@ -116,11 +119,17 @@ class Trainer:
                 if self.stopping:
                     break
 
+    def _nothing_left(self) -> str:
+        step, train = self.state.step, self.config.train
+        if step >= train.steps:
+            return f"nothing left to do: step {step} of train.steps {train.steps}"
+        return f"nothing left to do: step {step}, train.stop_at {train.stop_at}; train.stop_at=null goes on"
+
     def _batches(self) -> Iterator[list[Batch]]:
         try:
             yield from self.stream.steps(self.state.samples)
-        except UserError as error:  # a damaged shard: this rank alone knows, and the others end with it
-            raise LocalUserError(str(error)) from None
+        except UserError as error:  # a damaged shard: the others may not know, and end with this rank
+            raise alone(error) from None
 
     def train_step(self, batches: list[Batch]) -> None:
         """One global batch: forward and backward of this rank's micro-batches, then one update."""

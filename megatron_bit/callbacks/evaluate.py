@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
 from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.parallel.agree import alone
 from megatron_bit.parallel.step import pipeline
 from megatron_bit.trainer import Callback, Trainer
 
@@ -92,6 +93,8 @@ class EvaluateCallback(Callback):
                 for _ in range(self._rounds):
                     batches = [trainer.to_device(batch) for batch in next(steps)]
                     totals += self._sums(batches, trainer)
+        except UserError as error:  # a damaged shard
+            raise alone(error) from None
         finally:
             self._stream.close()
             for chunk in zero.chunks:

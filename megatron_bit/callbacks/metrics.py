@@ -11,6 +11,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_bit.errors import UserError
+from megatron_bit.parallel.agree import alone, on_rank0
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.trainer import Callback, StepRecord, Trainer
 
@@ -29,19 +31,26 @@ class MetricsCallback(Callback):
         self._peak = _peak_flops()
         self._begin = self._last = time.perf_counter()
         self._first_step = trainer.state.step
-        if trainer.groups.rank == 0:
+        on_rank0(lambda: self._open(trainer))
+
+    def _open(self, trainer: Trainer) -> None:
+        try:
             self._log = open(trainer.run / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             if trainer.config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(trainer.run / "tensorboard"))
+        except OSError as error:
+            raise UserError(f"log {error.filename or trainer.run} cannot be written: {error.strerror}") from None
 
     def after_step(self, trainer: Trainer) -> None:
         assert trainer.record is not None
         now = time.perf_counter()
         self._records.append((trainer.record, now - self._last))
         self._last = now
-        if trainer.stopping or trainer.state.step % trainer.config.log.every == 0:
+        config, step = trainer.config, trainer.state.step
+        # before every save too: a run that dies later goes on from there, and its log is to have no gap
+        if trainer.stopping or step % config.log.every == 0 or step % config.checkpoint.every == 0:
             self._flush(trainer)
 
     def finish(self, trainer: Trainer) -> None:
@@ -73,8 +82,11 @@ class MetricsCallback(Callback):
                     "tokens_per_second": round(per_step / seconds, 1),
                 }
             )
-        self._log.writelines(json.dumps(line) + "\n" for line in lines)
-        self._log.flush()
+        try:
+            self._log.writelines(json.dumps(line) + "\n" for line in lines)
+            self._log.flush()
+        except OSError as error:
+            raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None
         if self._writer is not None:
             for line in lines:
                 for key in ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second"):

@@ -18,19 +18,52 @@ def block_causal_mask(length: int, block_size: int, device: torch.device) -> Ten
     return block[:, None] >= block[None, :]
 
 
+class RotaryEmbedding:
+    """RoPE, channel i turned together with channel i + d/2; the table is made once for a length and device.
+
+    megatron-core would apply its own before it calls us, with two more copies of queries and keys in each layer.
+    """
+
+    def __init__(self, base: float) -> None:
+        self.base = base
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[s, b, heads, d], positions 0 to s - 1, same shape out."""
+        cos, sin = self._cos_sin(x)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def _cos_sin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        length, half = x.shape[0], x.shape[-1] // 2
+        table = self._table
+        if table is None or table[0].shape[0] != length or table[0].device != x.device or table[0].dtype != x.dtype:
+            frequency = self.base ** -(torch.arange(half, dtype=torch.float64) / half)
+            angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)[:, None, None, :]
+            table = self._table = (angle.cos().to(x.device, x.dtype), angle.sin().to(x.device, x.dtype))
+        return table
+
+
 class CoreAttention(nn.Module):
     """Attention of the heads this rank holds.
 
-    Built by megatron-core through the layer spec; `block_size` comes from the spec's `functools.partial` and is
-    None for causal attention. The mask is made here rather than passed in: a mask argument breaks recomputation.
+    Built by megatron-core through the layer spec; `rope` and `block_size` (None for causal attention) come from the
+    spec's `functools.partial`. The mask is made here rather than passed in: a mask argument breaks recomputation.
     """
 
     def __init__(
-        self, config: Any, softmax_scale: float | None = None, block_size: int | None = None, **_: Any
+        self,
+        config: Any,
+        *,
+        rope: RotaryEmbedding,
+        block_size: int | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.scale = softmax_scale
         self.block_size = block_size
+        self.rope = rope
         self._mask: Tensor | None = None
 
     def forward(
@@ -38,7 +71,7 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] to [s, b, heads * d]."""
         assert attention_mask is None and len(query) == len(key), "the seam makes its own mask, over equal lengths"
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (self.rope(query), self.rope(key), value))
         mask = None if self.block_size is None else self._block_mask(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(
             q,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.attention import CoreAttention
+from megatron_bit.model.attention import CoreAttention, RotaryEmbedding
 from megatron_bit.model.layers import QKNorm, RMSNorm
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import split_layers
@@ -82,6 +82,7 @@ def _layer_spec(config: Config) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+    rope = RotaryEmbedding(config.model.rope_base)  # one table for all layers
     block_size = config.model.block_size if config.model.attention == "block_causal" else None
     qk_norm: Any = QKNorm if config.model.qk_norm else None
     add: Any = get_bias_dropout_add
@@ -91,7 +92,7 @@ def _layer_spec(config: Config) -> Any:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=functools.partial(CoreAttention, block_size=block_size),
+            core_attention=functools.partial(CoreAttention, block_size=block_size, rope=rope),
             linear_proj=RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
@@ -120,7 +121,6 @@ class Backbone(nn.Module):
         self, config: Config, mcore: Any, groups: Groups, vp_stage: int | None, first: bool, last: bool
     ) -> None:
         super().__init__()
-        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.transformer_block import (
             TransformerBlock,
             TransformerBlockSubmodules,
@@ -137,17 +137,7 @@ class Backbone(nn.Module):
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        self.rope = RotaryEmbedding(
-            kv_channels=config.model.hidden_size // config.model.num_heads,
-            rotary_percent=1.0,
-            rotary_base=config.model.rope_base,  # type: ignore[arg-type]  # any number will do
-            use_cpu_initialization=groups.device.type == "cpu",
-            cp_group=groups.collection.cp,
-        )
 
-    def forward(self, hidden: Tensor | None, length: int) -> Tensor:
-        """hidden [s, b, D] (None: the tensor received from the previous chunk) to [s, b, D].
-
-        s is `length`, or `length` / tp under sequence parallelism.
-        """
-        return self.block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rope(length))
+    def forward(self, hidden: Tensor | None) -> Tensor:
+        """hidden [s, b, D] (None: the tensor received from the previous chunk) to [s, b, D]."""
+        return self.block(hidden_states=hidden, attention_mask=None)

@@ -88,7 +88,7 @@ class BitLM(nn.Module):
             # position p holds token p - K; the first K positions are learned and their ids are not looked at
             inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
             x = self.embedding(self.codec.encode(inputs.t()), first)
-        return self.backbone(x, length)
+        return self.backbone(x)
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""

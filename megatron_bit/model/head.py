@@ -57,8 +57,8 @@ class HeadLayer(nn.Module):
     def forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = x + gate_a * self._attention(_modulate(x, shift_a, scale_a))
-        return x + gate_m * self._mlp(_modulate(x, shift_m, scale_m))
+        x = torch.addcmul(x, gate_a, self._attention(_modulate(x, shift_a, scale_a)))
+        return torch.addcmul(x, gate_m, self._mlp(_modulate(x, shift_m, scale_m)))
 
     def _attention(self, x: Tensor) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
@@ -116,4 +116,5 @@ class DenoisingHead(nn.Module):
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """AdaLN: RMSNorm without a learned scale, then a shift and a scale from the condition."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift
+    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(normed + shift, normed, scale)

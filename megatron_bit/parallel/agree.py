@@ -7,9 +7,44 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_bit.errors import UserError
+from megatron_bit.errors import LocalUserError, Stopped, UserError
 
 T = TypeVar("T")
+
+
+_SAID = "megatron_bit/said"
+
+
+def alone(error: UserError) -> UserError:
+    """What to raise for an error that this rank found by itself, and perhaps others as well: one of them says it."""
+    if dist.get_world_size() == 1:
+        return error
+    try:
+        first = _store().add(_SAID, 1) == 1
+    except RuntimeError:  # the rank that holds the store has left, so it has said something
+        first = False
+    return LocalUserError(str(error)) if first else Stopped(str(error))
+
+
+def lost(error: RuntimeError) -> Exception:
+    """What to raise for an error of a collective: Stopped if another rank has said what is wrong, ConnectionError if
+    it has gone without a word, or the error itself if it is of another kind."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not any(words in text for words in _GONE):
+        return error
+    try:
+        if _store().check([_SAID]):
+            return Stopped(text)
+    except RuntimeError:
+        pass
+    return ConnectionError(f"another rank has ended ({text.splitlines()[0][-100:]})")
+
+
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def on_rank0(function: Callable[[], T]) -> T:

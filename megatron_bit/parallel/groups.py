@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_bit.compat import mcore
 from megatron_bit.config import Config
-from megatron_bit.errors import UserError
+from megatron_bit.errors import LocalUserError
 from megatron_bit.parallel.dims import ParallelDims
 
 
@@ -66,11 +66,12 @@ def init(config: Config) -> Groups:
             else:
                 store: dist.Store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
                 dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        except dist.DistNetworkError as error:
+        except (dist.DistError, ValueError) as error:  # each rank meets it by itself
             host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-            raise UserError(
+            raise LocalUserError(
                 f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
-                "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose)"
+                "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
+                "if a rank did not come, see what it says"
             ) from None
     return build_groups(config, dims)
 

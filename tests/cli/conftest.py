@@ -62,7 +62,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Zygote:
         script = Path(__file__).parent / "zygote.py"
         done = subprocess.run(
             [sys.executable, "-P", str(script), str(folder / "cases.json"), str(folder)],
-            env=environment(DS_ACCELERATOR="cpu"),
+            env=environment(DS_ACCELERATOR="cpu", TORCH_CPP_LOG_LEVEL="ERROR"),  # as `train` does
             capture_output=True,
             text=True,
             timeout=240,

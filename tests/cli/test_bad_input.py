@@ -13,6 +13,7 @@ from as_user import TORCHRUN, run
 
 # name -> (arguments after the YAML file, what the line has to say). All of them are found before torch is imported.
 CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
+    "pair_behind_an_option": (["parallel.pp=3", "--nproc", "2", "parallel.tp=3"], ["parallel.tp 3", "parallel.pp 3"]),
     "tp": (["--nproc", "2", "parallel.tp=3"], ["parallel.tp 3", "world size 2", "tp=2 pp=1"]),
     "pp": (["parallel.pp=2"], ["parallel.pp 2", "world size 1", "start 2 ranks"]),
     "heads": (["--nproc", "3", "parallel.tp=3"], ["model.num_heads 4", "parallel.tp 3", "[1, 2, 4]"]),
@@ -87,6 +88,10 @@ def test_no_file_and_no_run(tmp_path: Path) -> None:
     run("train", str(tmp_path), timeout=20).refused_alone(str(tmp_path), "config.yaml", "run folder")
     run("train", timeout=20).refused_alone("CONFIG.yaml", "--preset")
     run("train", "model.bits=9", timeout=20).refused_alone("CONFIG.yaml", "--preset")
+
+
+def test_options_may_come_first(base: Path) -> None:
+    run("train", "--nproc", "2", str(base), "parallel.tp=3", timeout=20).refused_alone("parallel.tp 3", "world size 2")
 
 
 def test_a_wrong_environment(base: Path) -> None:
@@ -232,7 +237,11 @@ FOUND_LATER = {
 
 @pytest.mark.parametrize("name", FOUND_LATER)
 def test_found_after_the_start(name: str, outcomes: dict[str, Any]) -> None:
-    outcomes[name].refused_alone(*(part.format_map(outcomes) for part in FOUND_LATER[name]))
+    outcome = outcomes[name]
+    outcome.refused(*(part.format_map(outcomes) for part in FOUND_LATER[name]))
+    # if rank 0, which holds the store, is the one that leaves, the others can only say that they lost it
+    others = [line for line in outcome.err.splitlines() if not line.startswith("megatron-bit: error:")]
+    assert all(name.startswith("damaged") and " stopped: another rank has ended" in line for line in others), others
 
 
 @pytest.mark.parametrize("name", ["no_rank_0", "no_rank_1"])
