@@ -73,9 +73,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
         manifest = _write(options, out, files, identity, report)
     except OSError as error:  # inputs that cannot be read are UserErrors already
         hint = "free disk space" if error.errno == errno.ENOSPC else "make it writable"
-        raise UserError(
-            f"cannot write to {out}: {error.strerror or error}; {hint} or choose another folder"
-        ) from error
+        raise UserError(f"cannot write to {out}: {error.strerror or error}; {hint} or choose another folder") from error
     return manifest
 
 
@@ -182,9 +180,7 @@ def _write(
     return manifest
 
 
-def _make_tokenizer(
-    options: PrepareOptions, out: Path, files: list[InputFile], report: Reporter
-) -> Tokenizer:
+def _make_tokenizer(options: PrepareOptions, out: Path, files: list[InputFile], report: Reporter) -> Tokenizer:
     begin = time.monotonic()
     if options.tokenizer is not None:
         model, verb = Path(options.tokenizer).read_bytes(), "copied"
@@ -248,8 +244,6 @@ def _summarise(splits: dict[str, Split], seconds: float, workers: int, report: R
         f"({text_bytes / 1e6 / seconds:.1f} MB/s, {workers} workers, {text_bytes / tokens:.2f} bytes a token)"
     )
     for name, split in splits.items():
-        report.line(
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards"
-        )
+        report.line(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards")
         if not split.tokens:
             report.line(f"note: the {name} split is empty: no document's hash chose it")
