@@ -103,8 +103,9 @@ class DenoisingHead(nn.Module):
         s, b, m, bits = z.shape
         dtype = self.input.weight.dtype
         scale = torch.rsqrt(1.0 + torch.exp(2.0 * log_sigma)).repeat_interleave(self.block_size, dim=0)
-        level = self.noise_level(log_sigma).repeat_interleave(self.block_size, dim=0)
-        condition = F.silu(level + self.condition(hidden)[:, :, None, :]).view(s, b * m, -1)
+        level = self.noise_level(log_sigma)[:, None]  # [n, 1, b, M, W], the same for the K tokens of a block
+        context = self.condition(hidden).view(s // self.block_size, self.block_size, b, 1, -1)
+        condition = F.silu(level + context).view(s, b * m, -1)
         position = self.position.repeat(s // self.block_size, 1)[:, None, :]
         x = self.input((z * scale[..., None]).to(dtype)).view(s, b * m, -1) + position
         modulation = self.modulation(condition).chunk(6, dim=-1)
