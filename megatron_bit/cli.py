@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megatron_bit import environment
 from megatron_bit.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, LocalUserError, Stopped, UserError
 
 Args = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -60,7 +61,7 @@ def train(
             f"--nproc {nproc} starts ranks, and torchrun has started this one (RANK is set); leave out one of them"
         )
     config = resolve(target, overrides, preset)
-    world = environment_int("WORLD_SIZE", 1) if ranked else nproc
+    world = environment.world_size() if ranked else nproc
     if dry_run:
         from megatron_bit.plan import describe, render
 
@@ -278,7 +279,7 @@ def main() -> None:
     """Entry point: run a command, print a user's mistake as one line, and leave with its exit code."""
     rank, distributed = 0, False
     try:
-        rank, distributed = environment_int("RANK", 0), environment_int("WORLD_SIZE", 1) > 1
+        rank, distributed = environment.environment_int("RANK", 0), environment.environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
     except UserError as error:
         code = EXIT_USER_ERROR
@@ -328,15 +329,6 @@ def _positional_first(argv: list[str]) -> list[str]:
 
 
 _SWITCHES = {f"--{no}{name}" for no in ("", "no-") for name in ("dry-run", "json")} | {"-h", "--help"}
-
-
-def environment_int(name: str, default: int) -> int:
-    """A number that torchrun sets; UserError if it is none."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"environment variable {name}={text!r} has to be a number; torchrun sets it") from None
 
 
 def _split(args: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:

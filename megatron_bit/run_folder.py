@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from megatron_bit.config import Config, ModelConfig, load_config, to_yaml
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
+from megatron_bit.files import write_atomic
 
 
 def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
@@ -55,10 +56,11 @@ def open_run(config: Config, mine: dict[str, Any]) -> Path | None:
         if newest is not None:
             _compare(read_meta(newest)["identity"], mine, f"checkpoint {newest}")
         if not known.exists():
-            _write(known, json.dumps(mine, indent=1))
+            write_atomic(known, json.dumps(mine, indent=1).encode())
         (run / "FINISHED").unlink(missing_ok=True)  # written again when the last step is saved
-        _write(run / "starts" / f"{len(list((run / 'starts').iterdir())):04d}.yaml", to_yaml(config))
-        _write(run / "config.yaml", to_yaml(config))
+        resolved = to_yaml(config).encode()
+        write_atomic(run / "starts" / f"{len(list((run / 'starts').iterdir())):04d}.yaml", resolved)
+        write_atomic(run / "config.yaml", resolved)
     except OSError as error:
         raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
     except ValueError as error:
@@ -114,9 +116,3 @@ def _prefixed(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 20 else f"{text[:12]}..."
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

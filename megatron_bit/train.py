@@ -55,7 +55,8 @@ def build(config: Config, groups: Groups) -> Trainer:
     state = TrainState()
     if checkpoint is not None:
         meta = on_rank0(functools.partial(read_meta, checkpoint))
-        on_every_rank(functools.partial(load_optimizer, checkpoint, zero, groups, meta["updates"]))
+        on_every_rank(functools.partial(load_optimizer, checkpoint, zero, groups))
+        zero.loaded(meta["updates"])  # a collective: only when every rank has read its part
         state = TrainState(**meta["state"])
     if groups.rank == 0:
         device = "CPU, gloo" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name()}, NCCL"

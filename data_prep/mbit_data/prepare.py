@@ -24,10 +24,11 @@ from mbit_data.train_tokenizer import (
     sample_texts,
     train_tokenizer,
 )
-from mbit_data.write import PARTIAL, SplitWriter, write_atomic
+from mbit_data.write import SplitWriter
 from megatron_bit import __version__
 from megatron_bit.data.manifest import FILE_NAME, SPLITS, VERSION, Manifest, Split, load_manifest
 from megatron_bit.errors import UserError
+from megatron_bit.files import PARTIAL, write_atomic
 
 TOKENIZER_FILE = "tokenizer.model"
 UNFINISHED_FILE = "unfinished.json"  # marks a folder as ours until its manifest is written

@@ -14,28 +14,7 @@ import numpy as np
 
 from mbit_data.tokenize import TokenizedDocument
 from megatron_bit.data.manifest import Shard, Split
-
-PARTIAL = ".partial"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears under its name complete, or not at all. Raises OSError."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from megatron_bit.files import PARTIAL, sync_folder
 
 
 class _HashingFile(io.RawIOBase):

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bit.errors import UserError
+from megatron_bit.model.logical import Piece
 
 FORMAT = 1
 
@@ -70,6 +71,20 @@ def flat_rectangles(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[t
             rows = (stop - start) // columns
             yield start, Rectangle((row, 0), (rows, columns))
             start += rows * columns
+
+
+def owned_rectangles(part: Piece, start: int, count: int) -> Iterator[tuple[int, Rectangle]]:
+    """Where elements [start, start + count) of a flattened local parameter lie in the logical tensor of one piece.
+
+    Yields (first element, counted from `start`; rectangle of the logical tensor), in order; nothing if they miss it.
+    """
+    first = part.row * part.row_elements  # of the piece, in the flattened local parameter
+    low, high = max(start, first), min(start + count, first + part.numel)
+    if low >= high:
+        return
+    for begin, box in flat_rectangles(low - first, high - first, part.shape):
+        offset = tuple(a + b for a, b in zip(box.offset, part.offset, strict=True))
+        yield begin + first - start, Rectangle(offset, box.shape)
 
 
 class Reader:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_bit.checkpoint.index import FORMAT, Reader, Rectangle, flat_rectangles
+from megatron_bit.checkpoint.index import FORMAT, Reader, Rectangle, owned_rectangles
 from megatron_bit.compat.zero import ZeroOptimizer
 from megatron_bit.errors import UserError
 from megatron_bit.model.logical import Piece, pieces
@@ -34,25 +34,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def load_optimizer(folder: Path, zero: ZeroOptimizer, groups: Groups, updates: int) -> None:
-    """Fill master weights and moments of this rank, then the model's weights. All ranks call it."""
+def load_optimizer(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
+    """Fill master weights and moments of this rank; `zero.loaded` then refreshes the model, on all ranks together."""
     reader = _reader(folder)
     layout = [pieces(chunk, groups) for chunk in zero.chunks]
     for fragment in zero.fragments():
         for part in layout[fragment.chunk][fragment.name]:
             _check_shape(reader, part)
-            width = part.row_elements
-            first = part.row * width
-            for state, tensor in fragment.states.items():
-                start, stop = (
-                    max(fragment.start, first),
-                    min(fragment.start + tensor.numel(), first + part.numel),
-                )
-                for begin, box in flat_rectangles(start - first, stop - first, part.shape) if start < stop else ():
-                    offset = tuple(a + b for a, b in zip(box.offset, part.offset, strict=True))
-                    values = reader.read(part.name, state, Rectangle(offset, box.shape))
-                    tensor.narrow(0, begin + first - fragment.start, box.numel).copy_(values.flatten())
-    zero.loaded(updates)
+            count = fragment.states["param"].numel()
+            for at, place in owned_rectangles(part, fragment.start, count):
+                for state, tensor in fragment.states.items():
+                    tensor.narrow(0, at, place.numel).copy_(reader.read(part.name, state, place).flatten())
 
 
 @torch.no_grad()

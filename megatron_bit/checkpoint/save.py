@@ -12,9 +12,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bit.checkpoint.index import FORMAT, Rectangle, flat_rectangles
+from megatron_bit.checkpoint.index import FORMAT, owned_rectangles
 from megatron_bit.compat.zero import STATES, ZeroOptimizer
 from megatron_bit.errors import UserError
+from megatron_bit.files import sync_folder
 from megatron_bit.model.logical import pieces
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
@@ -51,26 +52,15 @@ def _write_rank(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
         for part in layout[fragment.chunk][fragment.name]:
             if part.full_shape == part.shape and groups.tp_rank > 0:
                 continue  # replicated over TP: the first rank writes it
-            width = part.row_elements
-            first = part.row * width  # of the piece, in the flattened local parameter
-            count = next(iter(fragment.states.values())).numel()
-            start, stop = (
-                max(fragment.start, first),
-                min(fragment.start + count, first + part.numel),
-            )
-            if start >= stop:
-                continue
-            entry = index.setdefault(part.name, {"shape": part.full_shape, "states": {s: [] for s in STATES}})
-            for begin, box in flat_rectangles(start - first, stop - first, part.shape):
-                offset = tuple(a + b for a, b in zip(box.offset, part.offset, strict=True))
-                place = Rectangle(offset, box.shape)
+            count = fragment.states["param"].numel()
+            for at, place in owned_rectangles(part, fragment.start, count):
+                entry = index.setdefault(part.name, {"shape": part.full_shape, "states": {s: [] for s in STATES}})
                 for state in STATES:
                     key = f"{part.name}/{state}/{'-'.join(map(str, place.offset))}"
-                    at = begin + first - fragment.start
-                    view = fragment.states[state].detach().narrow(0, at, box.numel).view(box.shape)
+                    view = fragment.states[state].detach().narrow(0, at, place.numel).view(place.shape)
                     tensors[key] = view.clone() if view.device.type == "cpu" else view.cpu()
                     entry["states"][state].append(
-                        {"file": file, "key": key, "offset": place.offset, "shape": box.shape}
+                        {"file": file, "key": key, "offset": place.offset, "shape": place.shape}
                     )
     try:
         save_file(tensors, str(folder / file))
@@ -93,13 +83,13 @@ def _commit(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
         _write(temporary / "index.json", json.dumps(merged))
         _write(temporary / "meta.json", json.dumps(meta, indent=1))
         _write(temporary / "COMMITTED", "")
-        _sync_folder(temporary)
+        sync_folder(temporary)
         replaced = final.with_suffix(".replaced")
         if final.exists():  # the same step of this run, saved before: it goes when the new one is there
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         temporary.rename(final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(f"checkpoint {final} cannot be committed: {error.strerror}") from None
@@ -131,11 +121,3 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

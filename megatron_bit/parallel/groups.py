@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_bit.compat import mcore
 from megatron_bit.config import Config
+from megatron_bit.environment import world_size
 from megatron_bit.errors import LocalUserError
 from megatron_bit.parallel.dims import ParallelDims
 
@@ -41,18 +42,13 @@ class Groups:
         return self.pp_rank == self.dims.pp - 1
 
 
-def world_size_from_env() -> int:
-    """World size given by torchrun or SLURM's launch, else 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def init(config: Config) -> Groups:
     """Join the job: device, default process group (NCCL or gloo) and megatron-core's groups.
 
     Without torchrun's environment this is a world of one. Raises UserError for degrees that do not fit and for
     a port that is taken; every rank computes the same checks, so that none is left waiting.
     """
-    dims = ParallelDims.build(config, world_size_from_env())
+    dims = ParallelDims.build(config, world_size())
     mcore.prepare()
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     backend = "gloo"

@@ -100,3 +100,11 @@ def test_an_uncommitted_checkpoint_is_not_seen(tiny_data: Path, tmp_path: Path) 
     assert [r["step"] for r in records] == [1, 2, 3, 4, 3, 4, 5]
     whole = tiny_runs.read(tmp_path / "whole")
     assert tiny_runs.worst(tiny_runs.read(tmp_path / "run").weights, whole.weights)[0] == 0.0
+
+
+def test_a_file_that_one_rank_misses_stops_all_ranks(tiny_data: Path, tmp_path: Path) -> None:
+    """The rank that can read its part must not wait for the other in the collective that follows."""
+    _train("dp2_zero1", tmp_path / "run", tiny_data, **{"train.stop_at": 2})
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "rank-00001.safetensors").unlink()
+    with pytest.raises(AssertionError, match=r"UserError: checkpoint file .*rank-00001.safetensors cannot be read"):
+        _train("dp2_zero1", tmp_path / "run", tiny_data)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from mbit_data.prepare import PrepareOptions, prepare
 from mbit_data.tokenize import TokenizedDocument
-from mbit_data.write import SplitWriter, write_atomic
+from mbit_data.write import SplitWriter
 
 from megatron_bit.data.manifest import FILE_NAME, Manifest, Split
+from megatron_bit.files import write_atomic
 
 VOCAB_SIZE = 1000
 MakeData = Callable[..., Manifest]

@@ -1,0 +1,28 @@
+"""Files that a crash cannot leave half-written under their final name. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PARTIAL = ".partial"  # ends the name of a file that is still being written
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file appears under its name complete, or not at all. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
