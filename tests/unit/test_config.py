@@ -190,7 +190,7 @@ OVERRIDES = st.fixed_dictionaries(
             {},
             optional={
                 "lr": st.floats(0, exclude_min=True, **finite),
-                "betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+                "betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
                 "schedule": st.sampled_from(["cosine", "wsd"]),
             },
         ),
