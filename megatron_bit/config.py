@@ -120,8 +120,9 @@ class ParallelConfig(Section):
     """Model chunks a pipeline rank; above 1 the schedule is interleaved 1F1B."""
     sequence_parallel: bool = True
     """With tp > 1: shard the activations between tensor-parallel regions along the sequence."""
-    zero_stage: Literal[1, 2, 3] = 1
-    """ZeRO stage of the optimizer. Stages 2 and 3 need pp = 1."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """ZeRO stage of the optimizer; 0 shards nothing and needs no DeepSpeed. Stages 2 and 3 need pp = 1.
+    `auto`: 1 with several data-parallel ranks, 0 with one."""
     recompute: Literal["none", "full"] = "none"
     """`full` keeps only each backbone layer's input and recomputes the rest in the backward pass."""
     timeout_minutes: float = Field(default=10.0, gt=0)
@@ -129,7 +130,7 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        if self.pp > 1 and self.zero_stage > 1:
+        if self.pp > 1 and self.zero_stage in (2, 3):
             raise ValueError(
                 f"zero_stage {self.zero_stage} with pp {self.pp} is not possible: DeepSpeed shards gradients in its "
                 "own backward, which a pipeline schedule replaces; use zero_stage=1, or pp=1"

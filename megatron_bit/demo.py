@@ -33,7 +33,7 @@ def main(text: Sequence[str], out: Path, steps: int) -> int:
         f"log.every={max(1, steps // 12)}", f"evaluate.every={max(1, steps // 2)}", "evaluate.samples=64",
         f"checkpoint.every={max(1, steps // 2)}", "checkpoint.initial=true",
     ]  # fmt: skip
-    half = [f"train.stop_at={max(1, steps // 2)}", "parallel.tp=2", "parallel.pp=2"]
+    half = [f"train.stop_at={max(1, steps // 2)}", "parallel.tp=2", "parallel.pp=2", "parallel.zero_stage=1"]
     _command("train", "--preset", "laptop", "--nproc", "4", *settings, *half)
     _say("3. Continue from that sharded checkpoint in another layout: data-parallel 2")
     _command("train", "--preset", "laptop", "--nproc", "2", *settings)

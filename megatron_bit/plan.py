@@ -46,9 +46,9 @@ def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
         flight = min(dims.pp - stage, dims.micro_batches(config)) if dims.pp > 1 else 1
         stages.append(
             {
-                "weights": parameters * width / (dims.dp if config.parallel.zero_stage == 3 else 1),
-                "gradients": parameters * 4 / (dims.dp if config.parallel.zero_stage > 1 else 1),
-                "optimizer": parameters * (12 if width == 2 else 8) / dims.dp,
+                "weights": parameters * width / (dims.dp if dims.zero_stage == 3 else 1),
+                "gradients": parameters * 4 / (dims.dp if dims.zero_stage > 1 else 1),
+                "optimizer": parameters * (12 if width == 2 else 8) / (dims.dp if dims.zero_stage else 1),
                 "activations": _activations(config, dims, layers, flight, last, width),
             }
         )
@@ -65,11 +65,12 @@ def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, l
     d, kv, w = m.hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads, h.hidden_size
     tokens = config.train.micro_batch_size * config.data.seq_length
     shared = dims.tp if dims.sequence_parallel else 1
-    norm = 3 if width == 2 else 0  # RMSNorm in bf16 keeps float32 copies
     # two norms with inputs and outputs | queries, keys, values before and after norm and RoPE, attention, SwiGLU
-    layer = (4 + 2 * norm) * d / shared + ((7 + norm) * d + (4 + norm) * kv + 4 * m.ffn_hidden_size) / dims.tp
-    head_layer = (10 + 2 * norm) * w / shared + (5 * w + 4 * h.ffn_hidden_size) / dims.tp
-    ends = (14 + norm) * w / shared + 10 * m.bits * (4 / width) / shared
+    layer = (
+        4 * d / shared + ((5 if m.qk_norm else 4) * d + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size) / dims.tp
+    )
+    head_layer = 6 * w / shared + (5 * w + 3 * h.ffn_hidden_size) / dims.tp
+    ends = 14 * w / shared + 10 * m.bits * (4 / width) / shared
     head = config.diffusion.noise_samples * (h.num_layers * head_layer + ends) if last else 0.0
     if config.parallel.recompute == "full":  # inputs of layers stay; the head, and later one layer at a time, is whole
         return tokens * width * (flight * layers * d / shared + max(head, layer if layers else 0.0))
@@ -103,7 +104,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
             "dp": dims.dp,
             "vpp": dims.vpp,
             "sequence_parallel": dims.sequence_parallel,
-            "zero_stage": config.parallel.zero_stage,
+            "zero_stage": dims.zero_stage,
             "micro_batches": dims.micro_batches(config),
             "chunks": stages,
         },

@@ -11,12 +11,11 @@ from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
 from megatron_bit.checkpoint.load import load_optimizer, read_meta
-from megatron_bit.compat.zero import ZeroOptimizer
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.model.bitlm import build_model
-from megatron_bit.optim.groups import adamw, parameter_groups
+from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
@@ -31,6 +30,7 @@ def main(config: Config) -> int:
     Returns:
         the exit code: 0, or 85 if a signal asked the run to save and leave.
     """
+    _check_path(config)  # before the groups: rank 0 must not leave while others still connect to it
     groups = process_groups.init(config)
     try:
         trainer = build(config, groups)
@@ -50,30 +50,32 @@ def build(config: Config, groups: Groups) -> Trainer:
     chunks = build_model(config, manifest.vocab_size, groups)
     mine = identity(config, manifest, chunks[0].codec.fingerprint)
     checkpoint = on_rank0(functools.partial(open_run, config, mine))
-    zero = ZeroOptimizer(config, chunks, adamw(parameter_groups(chunks, config), config), groups)
-    zero.create_states()
+    optimizer = build_optimizer(config, chunks, groups)
     state = TrainState()
     if checkpoint is not None:
         meta = on_rank0(functools.partial(read_meta, checkpoint))
-        on_every_rank(functools.partial(load_optimizer, checkpoint, zero, groups))
-        zero.loaded(meta["updates"])  # a collective: only when every rank has read its part
+        on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
+        optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
         state = TrainState(**meta["state"])
     if groups.rank == 0:
         device = "CPU, gloo" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name()}, NCCL"
         begin = f"continuing {checkpoint} at step {state.step}" if checkpoint else "a new run"
-        print(f"{config.run}: {groups.dims}, ZeRO-{config.parallel.zero_stage} on {device}; {begin}", flush=True)
+        print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
     callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback())
-    return Trainer(config, groups, manifest, zero, state, callbacks, mine)
+    return Trainer(config, groups, manifest, optimizer, state, callbacks, mine)
 
 
 def open_data(config: Config) -> Manifest:
     """The manifest, its files checked once by rank 0."""
+    on_rank0(functools.partial(_check_data, config.data.path))
+    return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
+
+
+def _check_path(config: Config) -> None:
     if not config.data.path:
         raise UserError(
             "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
         )
-    on_rank0(functools.partial(_check_data, config.data.path))
-    return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
 
 
 def _check_data(path: str) -> None:

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bit.compat.zero import ZeroOptimizer
 from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 from megatron_bit.model.bitlm import TokenBatch
 from megatron_bit.optim.guard import accept
+from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.optim.schedule import learning_rate
 from megatron_bit.parallel.agree import alone
 from megatron_bit.parallel.groups import Groups
@@ -28,13 +28,13 @@ from megatron_bit.state import TrainState
 
 @dataclass
 class StepRecord:
-    """What a step leaves behind. `totals` stays on the device; reading it waits for the step."""
+    """What a step leaves behind. Tensors stay on the device; reading them waits for the step."""
 
     step: int
     tokens: int
     lr: float
     grad_norm: Tensor | float
-    skipped: bool
+    skipped: Tensor | bool
     totals: Tensor  # float32 [3]: loss, bound, ranks that were asked to stop; summed over all ranks
 
 
@@ -59,7 +59,7 @@ class Trainer:
         config: Config,
         groups: Groups,
         manifest: Manifest,
-        zero: ZeroOptimizer,
+        optimizer: Optimizer,
         state: TrainState,
         callbacks: Sequence[Callback],
         identity: dict[str, Any],
@@ -67,11 +67,12 @@ class Trainer:
         self.config = config
         self.groups = groups
         self.manifest = manifest
-        self.zero = zero
+        self.optimizer = optimizer
         self.state = state
         self.callbacks = callbacks
         self.identity = identity
         self.record: StepRecord | None = None
+        self._settled = True
         self.asked_to_stop = False  # this rank got a signal
         self.preempted = False  # all ranks know that one of them did, one step after its all-reduce
         self.stream = BatchStream(
@@ -134,21 +135,29 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> None:
         """One global batch: forward and backward of this rank's micro-batches, then one update."""
         config, state = self.config, self.state
-        metrics = forward_backward([self.to_device(batch) for batch in batches], self.zero, self.groups)
+        metrics = forward_backward([self.to_device(batch) for batch in batches], self.optimizer, self.groups)
         totals = torch.cat((metrics, metrics.new_full((1,), float(self.asked_to_stop))))
         dist.all_reduce(totals)
         lr = learning_rate(config, state.step)
         if config.optim.spike_guard and not accept(totals[0].item(), state, config.optim.spike_guard):
-            self.zero.poison()
-        self.zero.step([lr * group["lr_scale"] for group in self.zero.base.param_groups])
-        skipped = self.zero.skipped
-        if self.record is not None:  # the step before: its value is there without waiting
+            self.optimizer.poison()
+        self.optimizer.step([lr * group["lr_scale"] for group in self.optimizer.base.param_groups])
+        if self.record is not None:  # the step before: its values are there without waiting
+            self.settle()
             self.preempted = self.record.totals[2].item() > 0
         state.step += 1
         state.samples += config.train.global_batch_size
         state.tokens += config.train.global_batch_size * config.data.seq_length
-        state.skipped += skipped
-        self.record = StepRecord(state.step, state.tokens, lr, self.zero.grad_norm, skipped, totals)
+        optimizer = self.optimizer
+        self.record = StepRecord(state.step, state.tokens, lr, optimizer.grad_norm, optimizer.skipped, totals)
+        self._settled = False
+
+    def settle(self) -> None:
+        """Count the last step if it was skipped, which waits for it. Call before `state` is saved or shown."""
+        if not self._settled:
+            assert self.record is not None
+            self._settled = True
+            self.state.skipped += bool(self.record.skipped)
 
     def to_device(self, batch: Batch) -> TokenBatch:
         """numpy to this rank's device, without waiting for the copy."""

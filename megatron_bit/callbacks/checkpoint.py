@@ -22,17 +22,18 @@ class CheckpointCallback(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        trainer.settle()
         state = trainer.state
         begin = time.perf_counter()
         root = trainer.run / "checkpoints"
         meta = {
             "state": state.to_json(),
-            "updates": trainer.zero.updates,
+            "updates": trainer.optimizer.updates,
             "identity": trainer.identity,
             "layout": str(trainer.groups.dims),
             "config": trainer.config.model_dump(mode="json"),
         }
-        folder = save(root, state.step, meta, trainer.zero, trainer.groups)
+        folder = save(root, state.step, meta, trainer.optimizer, trainer.groups)
         on_rank0(lambda: self._tidy(trainer, folder.name, time.perf_counter() - begin))
 
     @staticmethod

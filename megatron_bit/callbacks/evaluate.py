@@ -83,9 +83,9 @@ class EvaluateCallback(Callback):
     def bound(self, trainer: Trainer) -> tuple[float, float, int]:
         """(mean, standard error over samples, samples) of the bound, the same on every rank."""
         assert self._stream is not None
-        zero, groups = trainer.zero, trainer.groups
+        optimizer, groups = trainer.optimizer, trainer.groups
         totals = torch.zeros(3, dtype=torch.float64, device=groups.device)
-        for chunk in zero.chunks:
+        for chunk in optimizer.chunks:
             chunk.eval()
         try:
             with torch.no_grad():
@@ -97,7 +97,7 @@ class EvaluateCallback(Callback):
             raise alone(error) from None
         finally:
             self._stream.close()
-            for chunk in zero.chunks:
+            for chunk in optimizer.chunks:
                 chunk.train()
         dist.all_reduce(totals)
         total, squares, count = (totals / groups.dims.tp).tolist()
@@ -107,9 +107,9 @@ class EvaluateCallback(Callback):
 
     @staticmethod
     def _sums(batches: Sequence[TokenBatch], trainer: Trainer) -> torch.Tensor:
-        zero = trainer.zero
-        if zero.managed:
-            outputs = [zero.engine(batch)[1] for batch in batches]
+        optimizer = trainer.optimizer
+        if optimizer.managed:
+            outputs = [optimizer.forward(batch)[1] for batch in batches]
         else:
-            outputs = pipeline(batches, zero.chunks, trainer.groups, forward_only=True)
+            outputs = pipeline(batches, optimizer.chunks, trainer.groups, forward_only=True)
         return torch.stack(list(outputs)).sum(0) if outputs else torch.zeros(3, device=trainer.groups.device)

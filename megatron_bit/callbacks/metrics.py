@@ -63,6 +63,7 @@ class MetricsCallback(Callback):
         records, self._records = self._records, []
         memory = torch.tensor([_memory_bytes()], dtype=torch.float64, device=trainer.groups.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        trainer.settle()
         if trainer.groups.rank != 0:
             return
         per_step = trainer.config.train.global_batch_size * trainer.config.data.seq_length
@@ -77,7 +78,7 @@ class MetricsCallback(Callback):
                     "nats_per_token_bound": bound,
                     "lr": record.lr,
                     "grad_norm": float(record.grad_norm),
-                    "skipped": record.skipped,
+                    "skipped": bool(record.skipped),
                     "seconds": round(seconds, 6),
                     "tokens_per_second": round(per_step / seconds, 1),
                 }

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from megatron_bit.checkpoint.index import FORMAT, Reader, Rectangle, owned_rectangles
-from megatron_bit.compat.zero import ZeroOptimizer
 from megatron_bit.errors import UserError
 from megatron_bit.model.logical import Piece, pieces
+from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
 
 
@@ -34,11 +34,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def load_optimizer(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
-    """Fill master weights and moments of this rank; `zero.loaded` then refreshes the model, on all ranks together."""
+def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
+    """Fill master weights and moments of this rank; `optimizer.loaded` then refreshes the model, on all ranks."""
     reader = _reader(folder)
-    layout = [pieces(chunk, groups) for chunk in zero.chunks]
-    for fragment in zero.fragments():
+    layout = [pieces(chunk, groups) for chunk in optimizer.chunks]
+    for fragment in optimizer.fragments():
         for part in layout[fragment.chunk][fragment.name]:
             _check_shape(reader, part)
             count = fragment.states["param"].numel()

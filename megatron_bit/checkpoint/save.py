@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bit.checkpoint.index import FORMAT, owned_rectangles
-from megatron_bit.compat.zero import STATES, ZeroOptimizer
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder
 from megatron_bit.model.logical import pieces
+from megatron_bit.optim.optimizer import STATES, Optimizer
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 
 
-def save(root: Path, step: int, meta: dict[str, Any], zero: ZeroOptimizer, groups: Groups) -> Path:
+def save(root: Path, step: int, meta: dict[str, Any], optimizer: Optimizer, groups: Groups) -> Path:
     """Write `root/step-XXXXXXXX`; it appears under that name complete, or not at all. All ranks call it.
 
     Raises:
@@ -30,7 +30,7 @@ def save(root: Path, step: int, meta: dict[str, Any], zero: ZeroOptimizer, group
     final = root / f"step-{step:08d}"
     temporary = root / f"{final.name}.tmp"
     on_rank0(lambda: _fresh(temporary))
-    on_every_rank(lambda: _write_rank(temporary, zero, groups))
+    on_every_rank(lambda: _write_rank(temporary, optimizer, groups))
     on_rank0(lambda: _commit(temporary, final, {**meta, "format": FORMAT, "step": step}))
     return final
 
@@ -43,12 +43,14 @@ def _fresh(folder: Path) -> None:
         raise UserError(f"checkpoint folder {folder} cannot be made: {error.strerror}") from None
 
 
-def _write_rank(folder: Path, zero: ZeroOptimizer, groups: Groups) -> None:
+def _write_rank(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
     file = f"rank-{groups.rank:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
-    layout = [pieces(chunk, groups) for chunk in zero.chunks]
-    for fragment in zero.fragments():
+    layout = [pieces(chunk, groups) for chunk in optimizer.chunks]
+    for fragment in optimizer.fragments():
+        if not fragment.saved:
+            continue
         for part in layout[fragment.chunk][fragment.name]:
             if part.full_shape == part.shape and groups.tp_rank > 0:
                 continue  # replicated over TP: the first rank writes it

@@ -10,24 +10,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
+from megatron_bit.optim.optimizer import STATES, Fragment, Optimizer
 from megatron_bit.parallel.groups import Groups
-
-STATES = ("param", "exp_avg", "exp_avg_sq")  # fp32 master weights and AdamW's moments
-
-
-class Fragment(NamedTuple):
-    """The part of a local parameter whose optimizer state this rank owns."""
-
-    chunk: int  # index of the model chunk
-    name: str  # local parameter name
-    start: int  # first element, in the flattened parameter
-    states: dict[str, Tensor]  # float32 [numel] views, by the names in STATES
 
 
 class _Mpu:
@@ -64,7 +54,7 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(Optimizer):
     """AdamW under ZeRO over this rank's chunks."""
 
     def __init__(
@@ -73,7 +63,7 @@ class ZeroOptimizer:
         deepspeed = _import_deepspeed()
         self.chunks = list(chunks)
         self.base = optimizer
-        self.stage = config.parallel.zero_stage
+        self.stage = groups.dims.zero_stage
         self.managed = groups.dims.pp == 1
         self._device = groups.device
         module = self.chunks[0] if self.managed else nn.ModuleList(self.chunks)
@@ -101,10 +91,6 @@ class ZeroOptimizer:
         )[0]
 
     def forward_backward(self, batches: Sequence[Any]) -> list[Tensor]:
-        """Forward and backward of all micro-batches through DeepSpeed's engine (pp = 1), up to the last reduction.
-
-        Each item is an argument of the model, which returns (loss, metrics). Returns the metrics.
-        """
         metrics = []
         for index, batch in enumerate(batches):
             if index:
@@ -114,22 +100,17 @@ class ZeroOptimizer:
             metrics.append(output[1])
         return metrics
 
-    def step(self, lrs: Sequence[float]) -> None:
-        """Reduce what is not reduced yet, clip by the global norm, update; non-finite gradients skip the update.
+    def forward(self, batch: Any) -> Any:
+        return self.engine(batch)
 
-        Args:
-            lrs: learning rate of every parameter group.
-        """
+    def step(self, lrs: Sequence[float]) -> None:
         for group, lr in zip(self.base.param_groups, lrs, strict=True):
             group["lr"] = lr
         self.engine.step()
 
     @torch.no_grad()
     def poison(self) -> None:
-        """Make the next `step` skip its update, on every rank and cleanly: by the path of non-finite gradients.
-
-        Call it on every rank. Where DeepSpeed keeps gradients at this point depends on stage and precision.
-        """
+        # where DeepSpeed keeps gradients at this point depends on stage and precision
         zero = self.engine.optimizer
         held = [p.grad for chunk in self.chunks for p in chunk.parameters() if p.grad is not None]
         for gradients in getattr(zero, "averaged_gradients", {}).values():
@@ -141,12 +122,10 @@ class ZeroOptimizer:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step was skipped for a non-finite gradient; the same on every rank."""
         return bool(self.engine.optimizer.overflow)
 
     @property
     def grad_norm(self) -> Tensor | float:
-        """Global gradient norm before clipping, of the last step."""
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
 
@@ -157,7 +136,6 @@ class ZeroOptimizer:
         return [p for group in self.base.param_groups for p in group["params"]]
 
     def create_states(self) -> None:
-        """Give AdamW its (zero) moments now rather than at the first step, so that a checkpoint can fill them."""
         for flat in self._flat_partitions():
             if not self.base.state.get(flat):
                 self.base.state[flat] = {
@@ -172,7 +150,6 @@ class ZeroOptimizer:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def fragments(self) -> Iterator[Fragment]:
-        """The optimizer state that this rank owns, by parameter. `create_states` must have been called once."""
         dp_rank = torch.distributed.get_rank(self.engine.optimizer.dp_process_group) if self.stage == 3 else 0
         for index, chunk in enumerate(self.chunks):
             for name, parameter in chunk.named_parameters():
@@ -203,12 +180,10 @@ class ZeroOptimizer:
 
     @property
     def updates(self) -> int:
-        """Updates applied so far (AdamW's step count, for its bias correction)."""
         state = self.base.state.get(self._flat_partitions()[0])
         return int(state["step"].item()) if state else 0
 
     def loaded(self, updates: int) -> None:
-        """Call after filling the fragments: sets the step count and refreshes the model's weights from the masters."""
         for flat in self._flat_partitions():
             self.base.state[flat]["step"].fill_(float(updates))
         zero = self.engine.optimizer

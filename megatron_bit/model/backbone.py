@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.model.attention import CoreAttention, RotaryEmbedding
-from megatron_bit.model.layers import QKNorm, RMSNorm
+from megatron_bit.model.layers import QKNorm, RMSNorm, SwiGLU
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import split_layers
 
@@ -46,6 +46,7 @@ def transformer_config(config: Config, groups: Groups) -> Any:
         qk_layernorm=m.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # whose seam takes any module: ours (the "TE" in the name is history)
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -87,6 +88,7 @@ def _layer_spec(config: Config) -> Any:
     qk_norm: Any = QKNorm if config.model.qk_norm else None
     add: Any = get_bias_dropout_add
     norm: Any = RMSNorm
+    activation: Any = SwiGLU
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -99,7 +101,10 @@ def _layer_spec(config: Config) -> Any:
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=ColumnParallelLinear, activation_func=activation, linear_fc2=RowParallelLinear
+        ),
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mbit_kernels.rms_norm import modulated_rms_norm
+from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.model.layers import PARTIAL, init_device, linear
 from megatron_bit.parallel.split import FREQUENCIES
+
+EPS = 1e-6  # of the head's norms
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -57,8 +61,8 @@ class HeadLayer(nn.Module):
     def forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = torch.addcmul(x, gate_a, self._attention(_modulate(x, shift_a, scale_a)))
-        return torch.addcmul(x, gate_m, self._mlp(_modulate(x, shift_m, scale_m)))
+        x = x + gate_a * self._attention(modulated_rms_norm(x, shift_a, scale_a, EPS))
+        return x + gate_m * self._mlp(modulated_rms_norm(x, shift_m, scale_m, EPS))
 
     def _attention(self, x: Tensor) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
@@ -69,8 +73,7 @@ class HeadLayer(nn.Module):
         return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.fc1(x)[0].chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * up)[0]
+        return self.fc2(swiglu(self.fc1(x)[0]))[0]
 
 
 class DenoisingHead(nn.Module):
@@ -112,10 +115,4 @@ class DenoisingHead(nn.Module):
         for layer in self.layers:
             x = layer(x, modulation)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
-        return self.output(_modulate(x, shift, gain)).view(s, b, m, bits)
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: RMSNorm without a learned scale, then a shift and a scale from the condition."""
-    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(normed + shift, normed, scale)
+        return self.output(modulated_rms_norm(x, shift, gain, EPS)).view(s, b, m, bits)

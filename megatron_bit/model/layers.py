@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mbit_kernels.rms_norm import rms_norm
+from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 PARTIAL = "tp_partial_grad"  # a replicated parameter whose gradient is a partial sum on every TP rank
@@ -41,7 +43,7 @@ def sum_partial_grads(module: nn.Module, tp_group: dist.ProcessGroup) -> None:
 class RMSNorm(nn.Module):
     """RMSNorm with a learned scale, in the form that megatron-core's layer specs build.
 
-    megatron-core's own wrapper refuses sequence parallelism; torch.nn.RMSNorm does the arithmetic here too.
+    megatron-core's own wrapper refuses sequence parallelism.
     """
 
     partial_always = False
@@ -53,13 +55,23 @@ class RMSNorm(nn.Module):
         mark_partial(self, self.partial_always or config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class QKNorm(RMSNorm):
     """RMSNorm over a head's channels: each TP rank holds some of the heads, so its gradient is always partial."""
 
     partial_always = True
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU in the form that megatron-core's layer specs build: [..., 2 F] to [..., F]."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 def init_device(config: Any) -> torch.device:

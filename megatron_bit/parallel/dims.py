@@ -20,6 +20,7 @@ class ParallelDims:
     dp: int
     vpp: int
     sequence_parallel: bool
+    zero_stage: int
 
     @property
     def world_size(self) -> int:
@@ -86,7 +87,8 @@ class ParallelDims:
                 f"train.global_batch_size {t.global_batch_size} has to be a multiple of train.micro_batch_size "
                 f"{t.micro_batch_size} x data-parallel size {dp} = {unit}; use for example {up}"
             )
-        dims = cls(tp=p.tp, pp=p.pp, dp=dp, vpp=p.vpp, sequence_parallel=sequence_parallel)
+        zero_stage = (1 if dp > 1 else 0) if p.zero_stage == "auto" else p.zero_stage
+        dims = cls(tp=p.tp, pp=p.pp, dp=dp, vpp=p.vpp, sequence_parallel=sequence_parallel, zero_stage=zero_stage)
         if m.num_layers + 1 < dims.num_chunks:  # the head may be a chunk of its own
             raise UserError(
                 f"model.num_layers {m.num_layers} is too few for parallel.pp {p.pp} x parallel.vpp {p.vpp} = "
@@ -102,7 +104,7 @@ class ParallelDims:
     @classmethod
     def _fits(cls, config: Config, tp: int, pp: int, world_size: int) -> bool:
         parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp})
-        if (pp > 1 and parallel.zero_stage > 1) or (pp == 1 and parallel.vpp > 1):
+        if (pp > 1 and parallel.zero_stage in (2, 3)) or (pp == 1 and parallel.vpp > 1):
             return False
         try:
             cls.build(config.model_copy(update={"parallel": parallel}), world_size)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bit.compat.zero import ZeroOptimizer
 from megatron_bit.model.bitlm import BitLM, TokenBatch
+from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
 
 
-def forward_backward(batches: Sequence[TokenBatch], zero: ZeroOptimizer, groups: Groups) -> Tensor:
+def forward_backward(batches: Sequence[TokenBatch], optimizer: Optimizer, groups: Groups) -> Tensor:
     """Accumulate the gradients of this rank's micro-batches.
 
     Returns:
@@ -22,10 +22,10 @@ def forward_backward(batches: Sequence[TokenBatch], zero: ZeroOptimizer, groups:
         all ranks gives it. Zero where the loss is not computed.
     """
     dims = groups.dims
-    if zero.managed:
-        metrics = zero.forward_backward(batches)
+    if optimizer.managed:
+        metrics = optimizer.forward_backward(batches)
     else:
-        metrics = pipeline(batches, zero.chunks, groups)
+        metrics = pipeline(batches, optimizer.chunks, groups)
     if not metrics:
         return torch.zeros(2, device=groups.device)
     replicas = 1 if dims.sequence_parallel else dims.tp

@@ -14,13 +14,17 @@ TOLERANCE = 1e-5
 
 LAYOUTS = {
     "tp2_sp": (2, {"parallel.tp": 2}),
+    "tp2_sp_zero1": (2, {"parallel.tp": 2, "parallel.zero_stage": 1}),
     "tp2": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
     "tp4_sp": (4, {"parallel.tp": 4}),
     "pp2": (2, {"parallel.pp": 2}),
     "pp3": (3, {"parallel.pp": 3}),
     "pp2_interleaved": (2, {"parallel.pp": 2, "parallel.vpp": 2}),
     "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
+    "tp2_pp2_zero1": (4, {"parallel.tp": 2, "parallel.pp": 2, "parallel.zero_stage": 1}),
     "tp2_pp2_no_sp": (4, {"parallel.tp": 2, "parallel.pp": 2, "parallel.sequence_parallel": False}),
+    "one_zero1": (1, {"parallel.zero_stage": 1}),
+    "dp2_zero0": (2, {"parallel.zero_stage": 0}),
     "dp2_zero1": (2, {"parallel.zero_stage": 1}),
     "dp2_zero2": (2, {"parallel.zero_stage": 2}),
     "dp2_zero3": (2, {"parallel.zero_stage": 3}),
@@ -28,6 +32,8 @@ LAYOUTS = {
     "tp2_dp2_zero2": (4, {"parallel.tp": 2, "parallel.zero_stage": 2}),
     "tp2_dp2_zero3": (4, {"parallel.tp": 2, "parallel.zero_stage": 3}),
     "pp2_dp2": (4, {"parallel.pp": 2}),
+    "tp2_dp2_zero0": (4, {"parallel.tp": 2, "parallel.zero_stage": 0}),
+    "pp2_dp2_zero0": (4, {"parallel.pp": 2, "parallel.zero_stage": 0}),
     "pp2_recompute": (2, {"parallel.pp": 2, "parallel.recompute": "full"}),
     "tp2_pp2_dp2_interleaved": (
         8,
@@ -91,7 +97,7 @@ def test_same_seed_same_layout_is_bit_identical(tiny_data: Path, tmp_path: Path)
     assert tiny_runs.worst(results[0].weights, results[1].weights)[0] == 0.0
 
 
-@pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_zero1", "dp2_zero2", "dp2_zero3"])
+@pytest.mark.parametrize("layout", ["tp2_pp2", "one_zero1", "dp2_zero0", "dp2_zero1", "dp2_zero2", "dp2_zero3"])
 def test_bf16_keeps_fp32_masters(layout: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path) -> None:
     world, settings = LAYOUTS[layout]
     bf16 = {"train.precision": "bf16"}

@@ -13,12 +13,17 @@ from gloo_ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
+    "single_zero1": (1, {"parallel.zero_stage": 1}),
+    "dp2_zero0": (2, {"parallel.zero_stage": 0}),
     "dp2_zero1": (2, {}),
     "dp2_zero2": (2, {"parallel.zero_stage": 2}),
     "dp2_zero3": (2, {"parallel.zero_stage": 3}),
     "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
+    "tp2_pp2_zero1": (4, {"parallel.tp": 2, "parallel.pp": 2, "parallel.zero_stage": 1}),
     "bf16": (1, {"train.precision": "bf16"}),
+    "bf16_zero1": (1, {"train.precision": "bf16", "parallel.zero_stage": 1}),
     "bf16_pp2": (2, {"train.precision": "bf16", "parallel.pp": 2}),
+    "bf16_pp2_zero1": (2, {"train.precision": "bf16", "parallel.pp": 2, "parallel.zero_stage": 1}),
     "bf16_dp2_zero2": (2, {"train.precision": "bf16", "parallel.zero_stage": 2}),
 }
 

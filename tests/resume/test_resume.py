@@ -12,7 +12,9 @@ from gloo_ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
-    "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
+    "single_zero1": (1, {"parallel.zero_stage": 1}),
+    "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2, "parallel.zero_stage": 1}),
+    "pp2_dp2_zero0": (4, {"parallel.pp": 2, "parallel.zero_stage": 0}),
     "pp2_interleaved": (2, {"parallel.pp": 2, "parallel.vpp": 2}),
     "dp2_zero1": (2, {}),
     "dp2_zero2": (2, {"parallel.zero_stage": 2}),
@@ -28,7 +30,7 @@ def _train(name: str, run: Path, data: Path, **settings: Any) -> None:
     assert set(codes) == {0}
 
 
-@pytest.mark.parametrize("name", ["single", "tp2_pp2", "dp2_zero2", "dp2_zero3"])
+@pytest.mark.parametrize("name", ["single", "single_zero1", "tp2_pp2", "pp2_dp2_zero0", "dp2_zero2", "dp2_zero3"])
 def test_same_layout_continues_bit_identically(name: str, tiny_data: Path, tmp_path: Path) -> None:
     _train(name, tmp_path / "whole", tiny_data)
     _train(name, tmp_path / "halves", tiny_data, **{"train.stop_at": 3})
@@ -49,6 +51,8 @@ def test_same_layout_continues_bit_identically(name: str, tiny_data: Path, tmp_p
         ("pp2_interleaved", "dp2_zero2"),
         ("tp4", "single"),
         ("dp2_zero2", "pp2_interleaved"),
+        ("pp2_dp2_zero0", "dp2_zero1"),
+        ("dp2_zero3", "pp2_dp2_zero0"),
     ],
 )
 def test_another_layout_continues_within_rounding(first: str, second: str, tiny_data: Path, tmp_path: Path) -> None:
@@ -61,8 +65,9 @@ def test_another_layout_continues_within_rounding(first: str, second: str, tiny_
     assert tiny_runs.worst(halves.weights, whole.weights)[0] < 1e-5
 
 
-def test_bf16_resumes_from_its_masters(tiny_data: Path, tmp_path: Path) -> None:
-    bf16 = {"train.precision": "bf16"}
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_resumes_from_its_masters(stage: int, tiny_data: Path, tmp_path: Path) -> None:
+    bf16 = {"train.precision": "bf16", "parallel.zero_stage": stage}
     _train("single", tmp_path / "whole", tiny_data, **bf16)
     _train("single", tmp_path / "halves", tiny_data, **bf16, **{"train.stop_at": 3})
     _train("single", tmp_path / "halves", tiny_data, **bf16)

@@ -85,7 +85,7 @@ MESSAGES = {
     "optim.lr=-1": "optim.lr = -1 (command line): input should be greater than 0",
     "model.bits=63": "model.bits = 63 (command line): input should be less than or equal to 62",
     "optim.schedule=linear": "optim.schedule = 'linear' (command line): input should be 'cosine' or 'wsd'",
-    "parallel.zero_stage=4": "parallel.zero_stage = 4 (command line): input should be 1, 2 or 3",
+    "parallel.zero_stage=4": "parallel.zero_stage = 4 (command line): input should be 'auto', 0, 1, 2 or 3",
     "data.seq_length=130": "data.seq_length 130 has to be a multiple of model.block_size 4; use 128 or 132",
     "train.micro_batch_size=5": "train.global_batch_size 16 has to be a multiple of train.micro_batch_size 5",
     "model.num_heads=7": "model: hidden_size 256 has to be a multiple of num_heads 7",
