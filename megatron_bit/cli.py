@@ -195,6 +195,61 @@ def generate(
     return 0
 
 
+def checkpoint_ls(target: Annotated[Path, tyro.conf.Positional], json: bool = False) -> int:
+    """List the complete checkpoints of a run: step, tokens, size, time, layout.
+
+    Args:
+        target: run folder.
+        json: print JSON.
+    """
+    from megatron_bit.checkpoint import commands
+
+    return commands.ls(target, json)
+
+
+def checkpoint_verify(target: Annotated[Path, tyro.conf.Positional]) -> int:
+    """Hash every file of a run's checkpoints, or of one checkpoint, again. Exit code 2 if anything is damaged.
+
+    Args:
+        target: run folder, or one of its checkpoints.
+    """
+    from megatron_bit.checkpoint import commands
+
+    return commands.verify(target)
+
+
+def checkpoint_diff(
+    a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional], json: bool = False
+) -> int:
+    """Compare two checkpoints of any layouts: configuration, and every tensor. Exit code 1 if tensors differ.
+
+    Args:
+        a: run folder (its newest checkpoint) or checkpoint folder.
+        b: the other one.
+        json: print JSON.
+    """
+    from megatron_bit.checkpoint import commands
+
+    return commands.diff(a, b, json)
+
+
+def checkpoint_rm(
+    run: Annotated[Path, tyro.conf.Positional],
+    step: tuple[int, ...],
+    force: bool = False,
+) -> int:
+    """Delete checkpoints of a run that no job is training.
+
+    Args:
+        run: run folder.
+        step: one or more steps.
+        force: also the newest one.
+    """
+    from megatron_bit.checkpoint import commands
+
+    return commands.rm(run, step, force)
+
+
 def bench_step(
     args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
     preset: str = "laptop",
@@ -257,6 +312,11 @@ def data() -> int:
     raise UserError("`megatron-bit data` needs a command; see `megatron-bit data --help`")
 
 
+def checkpoint() -> int:
+    """Look after the checkpoints of a run: ls, verify, diff, rm."""
+    raise UserError("`megatron-bit checkpoint` needs a command; see `megatron-bit checkpoint --help`")
+
+
 def bench() -> int:
     """Measure this system against what it is compared with: step."""
     raise UserError("`megatron-bit bench` needs a command; see `megatron-bit bench --help`")
@@ -267,12 +327,22 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "data": data,
+    "checkpoint": checkpoint,
     "bench": bench,
     "config": config,
     "doctor": doctor,
     "demo": demo,
 }
-GROUPS = {"data": {"verify": verify}, "bench": {"step": bench_step}}
+GROUPS = {
+    "data": {"verify": verify},
+    "checkpoint": {
+        "ls": checkpoint_ls,
+        "verify": checkpoint_verify,
+        "diff": checkpoint_diff,
+        "rm": checkpoint_rm,
+    },
+    "bench": {"step": bench_step},
+}
 
 
 def main() -> None:

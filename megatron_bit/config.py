@@ -208,6 +208,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. The last step and a signal always save."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints to keep."""
+    keep_every: int = Field(default=0, ge=0)
+    """Also keep every checkpoint whose step is a multiple of this; 0 keeps none for it."""
+    background: bool = True
+    """Write while training goes on, which waits only for the copy out of the device. The last save is waited for."""
     initial: bool = False
     """Also save the untrained model, as step 0; it is never deleted."""
 

@@ -6,6 +6,7 @@ RUN/identity.json       what may not change: model, data, order of samples
 RUN/checkpoints/        complete checkpoints
 RUN/log.jsonl           one record a step
 RUN/FINISHED            there when train.steps are done
+RUN/lock                held by the job that trains it
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_bit.checkpoint.folder import complete, read_meta, sweep
 from megatron_bit.config import Config, ModelConfig, load_config, to_yaml
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
+from megatron_bit.run_lock import RunLock
 
 
 def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
@@ -37,35 +40,48 @@ def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
     }
 
 
-def open_run(config: Config, mine: dict[str, Any]) -> Path | None:
-    """Claim or continue the run folder; returns the newest complete checkpoint, if there is one. Rank 0 calls it.
+def claim(config: Config, mine: dict[str, Any], lock: RunLock) -> None:
+    """Make or open the run folder for this job alone, and clear what killed saves have left. Rank 0 calls it.
 
     Raises:
-        UserError: the folder holds a run of another model or other data, or cannot be written.
+        UserError: another job uses it, it holds a run of another model or other data, or it cannot be written.
     """
-    from megatron_bit.checkpoint.load import complete, read_meta
-
     run = Path(config.run)
+    known = run / "identity.json"
     try:
-        (run / "starts").mkdir(parents=True, exist_ok=True)
-        (run / "checkpoints").mkdir(exist_ok=True)
-        known = run / "identity.json"
-        newest = next(reversed(complete(run / "checkpoints")), None)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         if known.exists():
             _compare(json.loads(known.read_text()), mine, f"run folder {run}")
-        if newest is not None:
-            _compare(read_meta(newest)["identity"], mine, f"checkpoint {newest}")
-        if not known.exists():
-            write_atomic(known, json.dumps(mine, indent=1).encode())
+        for line in (lock.acquire(), *sweep(run / "checkpoints")):
+            if line:
+                print(line, flush=True)
+    except OSError as error:
+        raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
+    except ValueError as error:
+        raise UserError(f"{known} is not readable: {error}; choose another run=... folder") from None
+
+
+def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) -> dict[str, Any] | None:
+    """Write down this start of the run; returns the checkpoint's meta. Rank 0 calls it, when nothing else can be wrong.
+
+    Raises:
+        UserError: the checkpoint is of another run, or the folder cannot be written.
+    """
+    run = Path(config.run)
+    meta = None if checkpoint is None else read_meta(checkpoint)
+    if meta is not None:
+        _compare(meta["identity"], mine, f"checkpoint {checkpoint}")
+    try:
+        (run / "starts").mkdir(exist_ok=True)
+        if not (run / "identity.json").exists():
+            write_atomic(run / "identity.json", json.dumps(mine, indent=1).encode())
         (run / "FINISHED").unlink(missing_ok=True)  # written again when the last step is saved
         resolved = to_yaml(config).encode()
         write_atomic(run / "starts" / f"{len(list((run / 'starts').iterdir())):04d}.yaml", resolved)
         write_atomic(run / "config.yaml", resolved)
     except OSError as error:
         raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
-    except ValueError as error:
-        raise UserError(f"{run / 'identity.json'} is not readable: {error}; choose another run=... folder") from None
-    return newest
+    return meta
 
 
 def resolve(target: str | None, overrides: tuple[str, ...], preset: str | None) -> Config:
@@ -80,8 +96,6 @@ def resolve(target: str | None, overrides: tuple[str, ...], preset: str | None) 
 
 def newest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run (or `run` itself, if it is one); UserError if there is none."""
-    from megatron_bit.checkpoint.load import complete
-
     if (run / "COMMITTED").exists():
         return run
     found = complete(run / "checkpoints")

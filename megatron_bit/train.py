@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from megatron_bit.callbacks.checkpoint import CheckpointCallback
 from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
-from megatron_bit.checkpoint.load import load_optimizer, read_meta
+from megatron_bit.checkpoint.load import load_optimizer, newest_undamaged
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
@@ -19,7 +20,8 @@ from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
-from megatron_bit.run_folder import identity, open_run
+from megatron_bit.run_folder import claim, identity, record_start
+from megatron_bit.run_lock import RunLock
 from megatron_bit.state import TrainState
 from megatron_bit.trainer import Trainer
 
@@ -40,6 +42,7 @@ def main(config: Config) -> int:
         if other is error:
             raise
         raise other from None
+    trainer.lock.release()
     process_groups.shutdown()
     return EXIT_PREEMPTED if trainer.preempted else 0
 
@@ -49,11 +52,13 @@ def build(config: Config, groups: Groups) -> Trainer:
     manifest = open_data(config)
     chunks = build_model(config, manifest.vocab_size, groups)
     mine = identity(config, manifest, chunks[0].codec.fingerprint)
-    checkpoint = on_rank0(functools.partial(open_run, config, mine))
+    lock = RunLock(Path(config.run))
+    on_rank0(functools.partial(claim, config, mine, lock))
+    checkpoint = newest_undamaged(Path(config.run) / "checkpoints", groups)
+    meta = on_rank0(functools.partial(record_start, config, mine, checkpoint))
     optimizer = build_optimizer(config, chunks, groups)
     state = TrainState()
-    if checkpoint is not None:
-        meta = on_rank0(functools.partial(read_meta, checkpoint))
+    if checkpoint is not None and meta is not None:
         on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
         optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
         state = TrainState(**meta["state"])
@@ -62,7 +67,7 @@ def build(config: Config, groups: Groups) -> Trainer:
         begin = f"continuing {checkpoint} at step {state.step}" if checkpoint else "a new run"
         print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
     callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback())
-    return Trainer(config, groups, manifest, optimizer, state, callbacks, mine)
+    return Trainer(config, groups, manifest, optimizer, state, callbacks, mine, lock)
 
 
 def open_data(config: Config) -> Manifest:

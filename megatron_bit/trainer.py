@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bit.checkpoint.writer import Votes
 from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
 from megatron_bit.data.manifest import Manifest
@@ -23,6 +24,7 @@ from megatron_bit.optim.schedule import learning_rate
 from megatron_bit.parallel.agree import alone
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.step import forward_backward
+from megatron_bit.run_lock import RunLock
 from megatron_bit.state import TrainState
 
 
@@ -35,7 +37,7 @@ class StepRecord:
     lr: float
     grad_norm: Tensor | float
     skipped: Tensor | bool
-    totals: Tensor  # float32 [3]: loss, bound, ranks that were asked to stop; summed over all ranks
+    totals: Tensor  # float32 [6]: loss, bound, ranks that were asked to stop, Votes; summed over all ranks
 
 
 class Callback:
@@ -63,6 +65,7 @@ class Trainer:
         state: TrainState,
         callbacks: Sequence[Callback],
         identity: dict[str, Any],
+        lock: RunLock,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -71,10 +74,13 @@ class Trainer:
         self.state = state
         self.callbacks = callbacks
         self.identity = identity
+        self.lock = lock  # held as long as the trainer lives
         self.record: StepRecord | None = None
         self._settled = True
         self.asked_to_stop = False  # this rank got a signal
         self.preempted = False  # all ranks know that one of them did, one step after its all-reduce
+        self.votes = Votes()  # what this rank says of a save in flight
+        self.heard: tuple[int, Votes] = (0, Votes())  # (step, sums over all ranks), one step after its all-reduce
         self.stream = BatchStream(
             manifest,
             "train",
@@ -136,7 +142,7 @@ class Trainer:
         """One global batch: forward and backward of this rank's micro-batches, then one update."""
         config, state = self.config, self.state
         metrics = forward_backward([self.to_device(batch) for batch in batches], self.optimizer, self.groups)
-        totals = torch.cat((metrics, metrics.new_full((1,), float(self.asked_to_stop))))
+        totals = torch.cat((metrics, metrics.new_tensor((float(self.asked_to_stop), *self.votes))))
         dist.all_reduce(totals)
         lr = learning_rate(config, state.step)
         if config.optim.spike_guard and not accept(totals[0].item(), state, config.optim.spike_guard):
@@ -144,7 +150,8 @@ class Trainer:
         self.optimizer.step([lr * group["lr_scale"] for group in self.optimizer.base.param_groups])
         if self.record is not None:  # the step before: its values are there without waiting
             self.settle()
-            self.preempted = self.record.totals[2].item() > 0
+            stop, *votes = self.record.totals[2:].tolist()
+            self.preempted, self.heard = stop > 0, (self.record.step, Votes(*votes))
         state.step += 1
         state.samples += config.train.global_batch_size
         state.tokens += config.train.global_batch_size * config.data.seq_length

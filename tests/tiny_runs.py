@@ -130,3 +130,70 @@ def train_guarded(arguments: list[str]) -> int:
 
     guard.WARM_UP = 2
     return train_spiked(arguments, 100.0)
+
+
+def train_killed(arguments: list[str], victims: str, operation: int) -> int:
+    """Runs in a rank: SIGKILL at the n-th call that changes the disk (sync, rename, delete), here or everywhere.
+
+    Args:
+        victims: "0" or "1": that rank dies at its own n-th call. "all": rank 0's n-th call takes every rank down.
+    """
+    import os
+    import signal
+
+    rank, run = int(os.environ["RANK"]), Path(next(a for a in arguments if a.startswith("run=")).removeprefix("run="))
+    pids = run.parent / "pids"
+    pids.mkdir(exist_ok=True)
+    (pids / str(rank)).write_text(str(os.getpid()))
+    count = 0
+
+    def strike() -> None:
+        nonlocal count
+        count += 1
+        if count == operation and victims in (str(rank), "all") and (victims != "all" or rank == 0):
+            for other in pids.iterdir() if victims == "all" else ():
+                if other.name != str(rank):
+                    os.kill(int(other.read_text()), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
+        plain = getattr(os, name)
+
+        def patched(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+            strike()
+            return _plain(*args, **kwargs)
+
+        setattr(os, name, patched)
+    return train(arguments)
+
+
+def train_full_disk(arguments: list[str], saves: tuple[int, ...], rank: int) -> int:
+    """Runs in a rank: the given saves (counted from 1) hit a limit on the size of files, on one rank."""
+    import os
+    import resource
+
+    from megatron_bit.checkpoint import writer
+
+    plain, count = writer.write_rank, 0
+
+    def limited(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        hit = count in saves and int(os.environ["RANK"]) == rank
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if hit else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        try:
+            plain(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    writer.write_rank = limited  # type: ignore[assignment]
+    return train(arguments)
+
+
+def aloud(arguments: list[str], heard: Path, name: str = "train", *more: Any) -> int:
+    """Runs in a rank: a function of this module, with what rank 0 prints in the file `heard`."""
+    import contextlib
+    import os
+
+    with open(heard if os.environ["RANK"] == "0" else os.devnull, "w") as file, contextlib.redirect_stdout(file):
+        return globals()[name](arguments, *more)

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import time
-
-from megatron_bit.checkpoint.save import prune, save
-from megatron_bit.parallel.agree import on_rank0
+from megatron_bit.checkpoint.writer import CheckpointWriter
 from megatron_bit.trainer import Callback, Trainer
 
 
 class CheckpointCallback(Callback):
-    """Saves, keeps the newest few, and marks a finished run."""
+    """Saves in the background, and marks a finished run; the last save of a start is waited for."""
 
     def start(self, trainer: Trainer) -> None:
+        c = trainer.config.checkpoint
+        patience = 0.9 * 60 * trainer.config.parallel.timeout_minutes  # the others wait for us in a collective
+        self._writer = CheckpointWriter(trainer.run / "checkpoints", c.keep, c.keep_every, patience, trainer.groups)
         self._mark(trainer)  # continued with nothing left to do
-        if trainer.config.checkpoint.initial and trainer.state.step == 0:
+        if c.initial and trainer.state.step == 0:
             self._save(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.stopping or trainer.state.step % trainer.config.checkpoint.every == 0:
+        writer, step = self._writer, trainer.state.step
+        heard, votes = trainer.heard
+        if writer.step is not None and heard > writer.step:  # what was said before the save began is not about it
+            writer.poll(votes)
+        if trainer.stopping or step % trainer.config.checkpoint.every == 0:
             self._save(trainer)
+        if trainer.stopping:
+            writer.wait(required=True)
+            self._mark(trainer)
+        trainer.votes = writer.votes
 
     def _save(self, trainer: Trainer) -> None:
         trainer.settle()
-        state = trainer.state
-        begin = time.perf_counter()
-        root = trainer.run / "checkpoints"
         meta = {
-            "state": state.to_json(),
+            "state": trainer.state.to_json(),
             "updates": trainer.optimizer.updates,
             "identity": trainer.identity,
             "layout": str(trainer.groups.dims),
             "config": trainer.config.model_dump(mode="json"),
         }
-        folder = save(root, state.step, meta, trainer.optimizer, trainer.groups)
-        on_rank0(lambda: self._tidy(trainer, folder.name, time.perf_counter() - begin))
-
-    @staticmethod
-    def _tidy(trainer: Trainer, name: str, seconds: float) -> None:
-        prune(trainer.run / "checkpoints", trainer.config.checkpoint.keep)
-        print(f"saved {trainer.run / 'checkpoints' / name} in {seconds:.1f} s", flush=True)
-        CheckpointCallback._mark(trainer)
+        self._writer.start(trainer.state.step, meta, trainer.optimizer)
+        if not trainer.config.checkpoint.background:
+            self._writer.wait()
 
     @staticmethod
     def _mark(trainer: Trainer) -> None:

@@ -69,7 +69,7 @@ class MetricsCallback(Callback):
         per_step = trainer.config.train.global_batch_size * trainer.config.data.seq_length
         lines = []
         for record, seconds in records:
-            loss, bound, _ = record.totals.tolist()
+            loss, bound = record.totals[:2].tolist()
             lines.append(
                 {
                     "step": record.step,

@@ -1,12 +1,6 @@
 """What is where in a checkpoint: rectangles of logical tensors, spread over one safetensors file a rank.
 
-A checkpoint folder holds
-
-    meta.json            step, counters, configuration, fingerprints
-    index.json           logical tensor -> shape, and for each state the rectangles: file, key, offset, shape
-    rank-00000.safetensors ...
-    COMMITTED            written last; a folder without it is not a checkpoint
-
+index.json maps a logical tensor to its shape and, for each state, to the rectangles: file, key, offset, shape.
 JSON and safetensors only: nothing in it is unpickled.
 """
 
@@ -24,8 +18,6 @@ from torch import Tensor
 
 from megatron_bit.errors import UserError
 from megatron_bit.model.logical import Piece
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,12 @@ class Reader:
         self._folder = folder
         self._index = index
         self._files: dict[str, Any] = {}
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(tensor, state) of everything in it."""
+        for name, entry in self._index.items():
+            for state in entry["states"]:
+                yield name, state
 
     def shape(self, name: str) -> tuple[int, ...]:
         """UserError if the checkpoint has no tensor of this name."""

@@ -5,38 +5,52 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from megatron_bit.checkpoint.index import FORMAT, Reader, Rectangle, owned_rectangles
+from megatron_bit.checkpoint.folder import complete, names, problems
+from megatron_bit.checkpoint.index import Reader, Rectangle, owned_rectangles
 from megatron_bit.errors import UserError
 from megatron_bit.model.logical import Piece, pieces
 from megatron_bit.optim.optimizer import Optimizer
+from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.groups import Groups
 
 
-def complete(root: Path) -> list[Path]:
-    """Committed checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in root.glob("step-*/COMMITTED") if not p.parent.suffix)
+def newest_undamaged(root: Path, groups: Groups) -> Path | None:
+    """The newest complete checkpoint whose every file has its hash; None if there is no checkpoint. All ranks call it.
 
+    The ranks divide the files between them. What is skipped is said, with the reason.
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The checkpoint's meta.json; UserError if it is not one of ours."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder} has no readable meta.json: {error}") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise UserError(f"checkpoint {folder / 'meta.json'} has format {found}; this version reads {FORMAT}")
-    return meta
+    Raises:
+        UserError: on all ranks, if there are checkpoints and each of them is damaged.
+    """
+    found: list[Path] = on_rank0(lambda: complete(root))
+    first = ""
+    for folder in reversed(found):
+        share: list[str] = problems(folder, groups.rank, groups.dims.world_size)
+        shares: list[list[str]] = [[] for _ in range(groups.dims.world_size)]
+        dist.all_gather_object(shares, share)
+        bad = [line for lines in shares for line in lines]
+        if not bad:
+            return folder
+        first = first or bad[0]
+        if groups.rank == 0:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            print(f"skipping checkpoint {folder.name}: {bad[0]}{more}", flush=True)
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints in {root} are damaged ({names(found)}): {first}; restore one from a backup, "
+            "or remove them (`megatron-bit checkpoint rm`) to begin anew"
+        )
+    return None
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
     """Fill master weights and moments of this rank; `optimizer.loaded` then refreshes the model, on all ranks."""
-    reader = _reader(folder)
+    reader = open_reader(folder)
     layout = [pieces(chunk, groups) for chunk in optimizer.chunks]
     for fragment in optimizer.fragments():
         for part in layout[fragment.chunk][fragment.name]:
@@ -50,7 +64,7 @@ def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
 @torch.no_grad()
 def load_weights(folder: Path, chunks: Sequence[nn.Module], groups: Groups) -> None:
     """Fill the model's weights alone, from the fp32 masters: for evaluation and generation."""
-    reader = _reader(folder)
+    reader = open_reader(folder)
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())
         for name, parts in pieces(chunk, groups).items():
@@ -59,7 +73,8 @@ def load_weights(folder: Path, chunks: Sequence[nn.Module], groups: Groups) -> N
                 part.of(parameters[name]).copy_(reader.read(part.name, "param", Rectangle(part.offset, part.shape)))
 
 
-def _reader(folder: Path) -> Reader:
+def open_reader(folder: Path) -> Reader:
+    """Random access to the tensors of a checkpoint; UserError if it has no readable index."""
     try:
         return Reader(folder, json.loads((folder / "index.json").read_text()))
     except (OSError, ValueError) as error:

@@ -1,50 +1,42 @@
-"""Save: every rank writes the optimizer state it owns, then rank 0 commits."""
+"""What a rank saves: a copy of the optimizer state it holds, and that copy as a safetensors file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from megatron_bit.checkpoint.index import FORMAT, owned_rectangles
+from megatron_bit.checkpoint.index import owned_rectangles
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder
+from megatron_bit.files import write_atomic
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import STATES, Optimizer
-from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 
 
-def save(root: Path, step: int, meta: dict[str, Any], optimizer: Optimizer, groups: Groups) -> Path:
-    """Write `root/step-XXXXXXXX`; it appears under that name complete, or not at all. All ranks call it.
+class Snapshot(NamedTuple):
+    """One rank's part of a checkpoint, on the host."""
 
-    Raises:
-        UserError: on all ranks, if any of them cannot write.
+    tensors: dict[str, Tensor]  # float32, by key
+    index: dict[str, Any]  # logical name -> {"shape", "states": {state: [{"file", "key", "offset", "shape"}]}}
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def snapshot(optimizer: Optimizer, groups: Groups, reuse: dict[str, Tensor]) -> Snapshot:
+    """Copy this rank's optimizer state out of the device (or of the way of the next step).
+
+    Args:
+        reuse: buffers by key, kept from save to save (pinned on a GPU machine); filled here.
     """
-    final = root / f"step-{step:08d}"
-    temporary = root / f"{final.name}.tmp"
-    on_rank0(lambda: _fresh(temporary))
-    on_every_rank(lambda: _write_rank(temporary, optimizer, groups))
-    on_rank0(lambda: _commit(temporary, final, {**meta, "format": FORMAT, "step": step}))
-    return final
-
-
-def _fresh(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed save has left
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"checkpoint folder {folder} cannot be made: {error.strerror}") from None
-
-
-def _write_rank(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
-    file = f"rank-{groups.rank:05d}.safetensors"
+    file = file_name(groups.rank)
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     layout = [pieces(chunk, groups) for chunk in optimizer.chunks]
@@ -60,66 +52,60 @@ def _write_rank(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
                 for state in STATES:
                     key = f"{part.name}/{state}/{'-'.join(map(str, place.offset))}"
                     view = fragment.states[state].detach().narrow(0, at, place.numel).view(place.shape)
-                    tensors[key] = view.clone() if view.device.type == "cpu" else view.cpu()
+                    tensors[key] = _copy(view, key, reuse)
                     entry["states"][state].append(
                         {"file": file, "key": key, "offset": place.offset, "shape": place.shape}
                     )
-    try:
-        save_file(tensors, str(folder / file))
-        _settle(folder / file)
-        _write(folder / f"rank-{groups.rank:05d}.json", json.dumps(index))
-    except Exception as error:  # safetensors wraps OSError in its own exception
-        raise UserError(f"checkpoint file {folder / file} cannot be written: {error}") from None
+    if groups.device.type == "cuda":
+        torch.cuda.synchronize()
+    return Snapshot(tensors, index)
 
 
-def _commit(temporary: Path, final: Path, meta: dict[str, Any]) -> None:
-    merged: dict[str, Any] = {}
-    for rank in range(dist.get_world_size()):
-        part = temporary / f"rank-{rank:05d}.json"
-        for name, entry in json.loads(part.read_text()).items():
-            target = merged.setdefault(name, {"shape": entry["shape"], "states": {s: [] for s in STATES}})
-            for state in STATES:
-                target["states"][state].extend(entry["states"][state])
-        part.unlink()
+def _copy(view: Tensor, key: str, reuse: dict[str, Tensor]) -> Tensor:
+    buffer = reuse.get(key)
+    if buffer is None or buffer.shape != view.shape:
+        buffer = reuse[key] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.device.type == "cuda")
+    return buffer.copy_(view, non_blocking=True)
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_rank(folder: Path, rank: int, part: Snapshot) -> None:
+    """Write one rank's file, and last `rank-N.json`, which says that it is there; UserError if that fails."""
+    path = folder / file_name(rank)
     try:
-        _write(temporary / "index.json", json.dumps(merged))
-        _write(temporary / "meta.json", json.dumps(meta, indent=1))
-        _write(temporary / "COMMITTED", "")
-        sync_folder(temporary)
-        replaced = final.with_suffix(".replaced")
-        if final.exists():  # the same step of this run, saved before: it goes when the new one is there
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        temporary.rename(final)
-        sync_folder(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        files = {path.name: write_safetensors(path, part.tensors)}
+        write_atomic(folder / f"rank-{rank:05d}.json", json.dumps({"index": part.index, "files": files}).encode())
     except OSError as error:
-        raise UserError(f"checkpoint {final} cannot be committed: {error.strerror}") from None
+        raise UserError(f"checkpoint file {path} cannot be written: {error.strerror}") from None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and the untrained one. Rank 0 calls it."""
-    from megatron_bit.checkpoint.load import complete
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write float32 host tensors as safetensors, synced; returns the entry for hashes.json. Raises OSError.
 
-    for folder in complete(root)[:-keep]:
-        if folder.name == "step-00000000":
-            continue
-        deleted = folder.with_suffix(".deleted")  # half-deleted, it must not look complete
-        folder.rename(deleted)
-        shutil.rmtree(deleted, ignore_errors=True)
-
-
-def _settle(path: Path) -> None:
-    """safetensors leaves a private file in the page cache: give it the user's usual mode, and sync it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    The library's `save_file` holds Python's lock while it copies everything once more; in the background of a
+    training run neither is welcome. The format is a length, a JSON header and the bytes, and the hash comes with
+    the same pass.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for key, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * 4
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), key
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    total = hashlib.sha256()
+    with open(path, "wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            total.update(piece)
+        for tensor in tensors.values():
+            data = tensor.view(-1).numpy().data  # memory, not a copy
+            file.write(data)
+            total.update(data)
         file.flush()
         os.fsync(file.fileno())
+    return {"sha256": total.hexdigest(), "bytes": 8 + len(text) + end}

@@ -12,7 +12,8 @@ import torch
 from mbit_data.tokenizer import Tokenizer
 from torch import Tensor
 
-from megatron_bit.checkpoint.load import load_weights, read_meta
+from megatron_bit.checkpoint.folder import read_meta
+from megatron_bit.checkpoint.load import load_weights
 from megatron_bit.config import config_from_dict
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.diffusion.sampler import sample_block

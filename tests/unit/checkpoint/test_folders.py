@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_bit.checkpoint import save
-from megatron_bit.checkpoint.index import FORMAT
-from megatron_bit.checkpoint.load import complete, read_meta
+from megatron_bit.checkpoint import folder as folders
+from megatron_bit.checkpoint.folder import FORMAT, complete, read_meta
 from megatron_bit.errors import UserError
 from megatron_bit.run_folder import newest_checkpoint
 
@@ -37,7 +36,7 @@ def test_prune_keeps_the_newest_and_what_is_no_checkpoint(tmp_path: Path) -> Non
     for step in range(1, 6):
         _make(tmp_path, f"step-{step:08d}")
     _make(tmp_path, "mine")
-    save.prune(tmp_path, 2)
+    folders.prune(tmp_path, 2, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "step-00000004", "step-00000005"]
 
 
@@ -45,8 +44,8 @@ def test_a_folder_being_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: py
     """Killed in the middle of a deletion: what is left is not to be loaded."""
     _make(tmp_path, "step-00000001")
     _make(tmp_path, "step-00000002")
-    monkeypatch.setattr(save.shutil, "rmtree", lambda *args, **kwargs: None)
-    save.prune(tmp_path, 1)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
+    folders.prune(tmp_path, 1, 0)
     assert [p.name for p in complete(tmp_path)] == ["step-00000002"]
 
 
@@ -79,9 +78,35 @@ def test_bad_meta(text: str | None, match: str, tmp_path: Path) -> None:
 def test_an_identity_of_something_else(known: Any, tiny_data: Path, tmp_path: Path) -> None:
     from megatron_bit.config import load_config
     from megatron_bit.data.manifest import load_manifest
-    from megatron_bit.run_folder import identity, open_run
+    from megatron_bit.run_folder import claim, identity
+    from megatron_bit.run_lock import RunLock
 
     config = load_config(None, [f"run={tmp_path}"])
     (tmp_path / "identity.json").write_text(json.dumps(known))
     with pytest.raises(UserError, match=str(tmp_path)):
-        open_run(config, identity(config, load_manifest(tiny_data), "code"))
+        claim(config, identity(config, load_manifest(tiny_data), "code"), RunLock(tmp_path))
+
+
+def test_prune_keeps_every_nth_and_the_untrained_one(tmp_path: Path) -> None:
+    for step in (0, 10, 20, 30, 40, 50):
+        _make(tmp_path, f"step-{step:08d}")
+    folders.prune(tmp_path, 1, 20)
+    assert [folders.step_of(p) for p in complete(tmp_path)] == [0, 20, 40, 50]
+
+
+def test_sweep_puts_back_what_was_being_replaced_and_removes_the_rest(tmp_path: Path) -> None:
+    _make(tmp_path, "step-00000001.replaced")  # killed between the two renames
+    _make(tmp_path, "step-00000002")
+    _make(tmp_path, "step-00000002.replaced")  # killed after them
+    _make(tmp_path, "step-00000003.tmp")
+    _make(tmp_path, "step-00000004.deleted")
+    said = list(folders.sweep(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert len(said) == 4 and "put back" in said[0]
+    assert list(folders.sweep(tmp_path)) == []
+
+
+def test_room_is_asked_for_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"MiB free, and a checkpoint takes 1,000,000,000,000.0 MiB"):
+        folders.fresh(tmp_path / "step-00000001.tmp", 10**12 * 2**20)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,209 @@
+"""Checkpoint folders: what makes one complete, whether it is undamaged, and which may go. Imports no torch.
+
+    RUN/checkpoints/step-00001000/
+        rank-00000.safetensors ...  optimizer state, as rectangles of logical tensors (index.py)
+        index.json                  which rectangle is where
+        meta.json                   counters, configuration, identity
+        hashes.json                 SHA-256 and size of every file above
+        COMMITTED                   SHA-256 of hashes.json, written last
+
+A save happens in `step-00001000.tmp`, and its name loses the suffix by one rename when all of this is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.errors import UserError
+from megatron_bit.files import sync_folder
+
+FORMAT = 2
+TEMPORARY, REPLACED, DELETED = ".tmp", ".replaced", ".deleted"
+_CHUNK = 2**22
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def complete(root: Path) -> list[Path]:
+    """Committed checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in root.glob("step-*/COMMITTED") if not p.parent.suffix)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The checkpoint's meta.json; UserError if it is not one of ours."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} has no readable meta.json: {error}") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise UserError(f"checkpoint {folder / 'meta.json'} has format {found}; this version reads {FORMAT}")
+    return meta
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in pieces."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with a committed checkpoint: one line for every missing, cut or changed file.
+
+    Args:
+        share, shares: look at every `shares`-th file only, from the `share`-th; the ranks of a job divide the work.
+    """
+    try:
+        text = (folder / "hashes.json").read_bytes()
+        if (folder / "COMMITTED").read_text().strip() != hashlib.sha256(text).hexdigest():
+            return [f"{folder / 'hashes.json'} does not have the hash that COMMITTED gives"]
+        files: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError) as error:
+        return [f"{folder} is incomplete: {error}"]
+    found = []
+    for name, expected in sorted(files.items())[share::shares]:
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                found.append(f"{path} has {size} bytes instead of {expected['bytes']}")
+            elif digest(path) != expected["sha256"]:
+                found.append(f"{path} has changed since it was written: its SHA-256 is another one")
+        except OSError as error:
+            found.append(f"{path} cannot be read: {error.strerror}")
+    return found
+
+
+def size(folder: Path) -> int:
+    """Bytes of all its files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------- saving
+def fresh(folder: Path, needed: int) -> None:
+    """An empty folder to save `needed` bytes in; UserError if it cannot be made or the disk is too full."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed save has left
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"checkpoint folder {folder} cannot be made: {error.strerror}") from None
+    if free < needed:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise UserError(
+            f"{folder.parent} has {free / 2**20:,.1f} MiB free, and a checkpoint takes {needed / 2**20:,.1f} MiB; "
+            "make room, or lower checkpoint.keep"
+        )
+
+
+def write_synced(path: Path, text: str) -> dict[str, Any]:
+    """Write and sync a small file; returns its entry for hashes.json."""
+    data = text.encode()
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def commit(temporary: Path, final: Path, index: dict[str, Any], files: dict[str, Any], meta: Mapping[str, Any]) -> None:
+    """Write index, meta, hashes and mark, and rename: from here on the checkpoint is there. Raises OSError.
+
+    Args:
+        index, files: what `join` returned.
+    """
+    files = dict(files)
+    files["index.json"] = write_synced(temporary / "index.json", json.dumps(index))
+    files["meta.json"] = write_synced(temporary / "meta.json", json.dumps({**meta, "format": FORMAT}, indent=1))
+    mark = write_synced(temporary / "hashes.json", json.dumps(files, indent=1))
+    write_synced(temporary / "COMMITTED", mark["sha256"])
+    sync_folder(temporary)
+    replaced = final.with_suffix(REPLACED)
+    if final.exists():  # the same step of this run, saved before: it goes when the new one is there
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def join(temporary: Path, ranks: int, go_on: Callable[[], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Wait for the part files of all ranks, which say that they have written; returns (index, files) and deletes them.
+
+    Raises:
+        UserError: `go_on` said no while a part was missing.
+    """
+    index: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    for rank in range(ranks):
+        part = temporary / f"rank-{rank:05d}.json"
+        while not part.exists():
+            if not go_on():
+                raise UserError(f"{part} of rank {rank} did not come; all ranks have to see {temporary.parent}")
+            time.sleep(0.02)
+        said = json.loads(part.read_text())
+        files.update(said["files"])
+        for name, entry in said["index"].items():
+            target = index.setdefault(name, {"shape": entry["shape"], "states": {}})
+            for state, rectangles in entry["states"].items():
+                target["states"].setdefault(state, []).extend(rectangles)
+    for rank in range(ranks):
+        (temporary / f"rank-{rank:05d}.json").unlink()
+    return index, files
+
+
+# ---------------------------------------------------------------- tidying
+def sweep(root: Path) -> Iterator[str]:
+    """Clear what killed saves have left, and put back a checkpoint whose replacement did not arrive.
+
+    Yields one line for each. Only for the one process that owns the run.
+    """
+    for folder in sorted(root.glob("step-*.*")):
+        final = folder.with_suffix("")
+        if folder.suffix == REPLACED and not final.exists():
+            folder.rename(final)
+            yield f"put back {final}: it was being replaced when the run ended"
+        elif folder.suffix in (TEMPORARY, REPLACED, DELETED):
+            shutil.rmtree(folder, ignore_errors=True)
+            yield f"removed {folder}, left by a save that did not end"
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; half deleted, it does not look complete."""
+    deleted = folder.with_suffix(DELETED)
+    shutil.rmtree(deleted, ignore_errors=True)
+    folder.rename(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def prune(root: Path, keep: int, keep_every: int) -> None:
+    """Delete all but the newest `keep`, those at multiples of `keep_every` (0: none) and the untrained one."""
+    for folder in complete(root)[:-keep]:
+        step = step_of(folder)
+        if step == 0 or (keep_every and step % keep_every == 0):
+            continue
+        remove(folder)
+
+
+def names(folders: Sequence[Path]) -> str:
+    """The last few names, for a message."""
+    shown = ", ".join(folder.name for folder in folders[-4:])
+    return shown if len(folders) <= 4 else f"..., {shown}"

@@ -1,0 +1,189 @@
+"""Saving in the background: training waits for a copy of the state, a thread of every rank writes it.
+
+Rank 0's thread waits for the others' parts in the folder and commits. The ranks hear of it without waiting: what
+their threads have come to goes into the all-reduce that every step makes anyway (`Votes`), so that all ranks see the
+same sums at the same step and draw the same conclusion.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bit.checkpoint import folder as folders
+from megatron_bit.checkpoint.save import Snapshot, snapshot, write_rank
+from megatron_bit.errors import UserError
+from megatron_bit.optim.optimizer import Optimizer
+from megatron_bit.parallel.agree import on_every_rank, on_rank0
+from megatron_bit.parallel.groups import Groups
+
+
+class Votes(NamedTuple):
+    """What a rank says of the save in flight; summed over all ranks."""
+
+    failed: float = 0.0
+    committed: float = 0.0
+
+
+class CheckpointWriter:
+    """At most one save in flight. All ranks call `start`, `poll` and `wait` at the same steps."""
+
+    def __init__(self, root: Path, keep: int, keep_every: int, patience: float, groups: Groups) -> None:
+        """
+        Args:
+            root: folder of the checkpoints, seen by all ranks.
+            keep, keep_every: which older ones stay (folder.prune).
+            patience: seconds to wait for a write that has to end before the run can go on.
+        """
+        self._root, self._keep, self._keep_every = root, keep, keep_every
+        self._patience, self._groups = patience, groups
+        self._buffers: dict[str, Tensor] = {}
+        self._needed = 0  # bytes of a whole checkpoint
+        self._state: Literal["idle", "writing", "ended", "failed"] = "idle"
+        self._thread: threading.Thread | None = None
+        self._written = threading.Event()  # this rank's part is on the disk, or will not be
+        self._abandoned = threading.Event()
+        self._lock = threading.Lock()
+        self._problem = ""
+        self._failures = 0  # in a row
+        self._step = 0
+        self._meta: dict[str, Any] = {}
+        self._begin = self._stall = self._seconds = 0.0
+
+    @property
+    def step(self) -> int | None:
+        """The step of the save in flight; the same on every rank."""
+        return None if self._state == "idle" else self._step
+
+    @property
+    def votes(self) -> Votes:
+        """What this rank has to say at the next step."""
+        ended = self._state == "ended"
+        return Votes(failed=float(self._state == "failed"), committed=float(ended and self._groups.rank == 0))
+
+    def start(self, step: int, meta: dict[str, Any], optimizer: Optimizer) -> None:
+        """Copy the state and let the thread write it; a save still in flight is waited for first."""
+        self.wait()
+        self._begin = time.perf_counter()
+        self._step, self._meta = step, {**meta, "step": step}
+        part = snapshot(optimizer, self._groups, self._buffers)
+        if not self._needed:
+            total = torch.tensor([float(part.bytes)], dtype=torch.float64, device=self._groups.device)
+            dist.all_reduce(total)
+            self._needed = int(total.item() * 1.02)  # the JSON beside the tensors
+        try:
+            on_rank0(lambda: folders.fresh(self._temporary, self._needed))
+        except UserError as error:
+            self._report(error)
+            return
+        self._run(part)
+        self._stall = time.perf_counter() - self._begin
+
+    def poll(self, votes: Votes) -> None:
+        """Go on from what all ranks said at a step after `start`. Waits for a disk only after a failure."""
+        if self._state != "idle" and votes.failed:
+            self.wait()
+        elif self._state != "idle" and votes.committed:
+            self._done()
+
+    def wait(self, required: bool = False) -> None:
+        """Wait until the save in flight has ended, here and everywhere.
+
+        Raises:
+            UserError: on all ranks, if it failed and `required`, or if the one before it had failed too.
+        """
+        if self._state == "idle":
+            if required and self._failures:
+                raise UserError(f"checkpoint step {self._step} is not saved: {self._problem}")
+            return
+        try:
+            on_every_rank(self._own_part)
+            on_rank0(self._committed)
+        except UserError as error:
+            with self._lock:
+                self._abandoned.set()
+                self._state = "idle"
+            self._report(error, required)
+            return
+        self._done()
+
+    @property
+    def _temporary(self) -> Path:
+        return self._final.with_suffix(folders.TEMPORARY)
+
+    @property
+    def _final(self) -> Path:
+        return folders.step_folder(self._root, self._step)
+
+    def _run(self, part: Snapshot) -> None:
+        """Write this rank's part, and commit on rank 0, in a thread."""
+        written = self._written = threading.Event()
+        abandoned = self._abandoned = threading.Event()
+        temporary, final, meta, groups = self._temporary, self._final, self._meta, self._groups
+        deadline = time.monotonic() + self._patience
+
+        def body() -> None:
+            problem = ""
+            try:
+                write_rank(temporary, groups.rank, part)
+                written.set()
+                if groups.rank == 0:
+                    in_time = lambda: not abandoned.is_set() and time.monotonic() < deadline  # noqa: E731
+                    index, files = folders.join(temporary, groups.dims.world_size, in_time)
+                    folders.commit(temporary, final, index, files, meta)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{final} cannot be committed: {error.strerror}"
+            except BaseException as error:
+                problem = repr(error)
+            with self._lock:  # either it is given up, or this is heard
+                if not abandoned.is_set():
+                    self._seconds = time.perf_counter() - self._begin
+                    self._problem, self._state = problem, "failed" if problem else "ended"
+            written.set()
+
+        self._state = "writing"
+        self._thread = threading.Thread(target=body, name=f"checkpoint-{self._step}", daemon=True)
+        self._thread.start()
+
+    def _own_part(self) -> None:
+        """Wait for this rank's part; UserError if it failed."""
+        if not self._written.wait(self._patience):
+            raise UserError(f"writing {self._temporary} has not ended in {self._patience:.0f} s; is the disk alive?")
+        if self._state == "failed":
+            raise UserError(self._problem)
+
+    def _committed(self) -> None:
+        """Rank 0: wait for the commit; UserError if it failed."""
+        assert self._thread is not None
+        self._thread.join(self._patience)
+        if self._state != "ended":
+            raise UserError(self._problem or f"committing {self._final} has not ended in {self._patience:.0f} s")
+
+    def _done(self) -> None:
+        assert self._thread is not None
+        self._thread.join()  # it has said its last word
+        self._state, self._failures = "idle", 0
+        if self._groups.rank == 0:
+            folders.prune(self._root, self._keep, self._keep_every)
+            print(f"saved {self._final} in {self._seconds:.1f} s (training waited {self._stall:.2f} s)", flush=True)
+
+    def _report(self, error: UserError, required: bool = False) -> None:
+        self._failures += 1
+        self._problem = str(error)
+        if required or self._failures > 1:
+            again = f", and so did the save before it ({self._failures} in a row)" if self._failures > 1 else ""
+            raise UserError(f"checkpoint step {self._step} is not saved: {error}{again}")
+        if self._groups.rank == 0:
+            print(
+                f"warning: checkpoint step {self._step} is not saved: {error}; training goes on, "
+                "a second failure in a row ends it",
+                flush=True,
+            )

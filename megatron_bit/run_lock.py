@@ -1,0 +1,66 @@
+"""One training job a run folder. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.errors import UserError
+
+
+class RunLock:
+    """An flock on RUN/lock, held while the process lives; the file says by whom.
+
+    The kernel gives it back when the process ends, however it ends, so that a killed job leaves nothing to clean up.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "lock"
+        self._file: Any = None
+
+    def acquire(self) -> str | None:
+        """Take the lock. Returns a warning where the file system has no locks.
+
+        Raises:
+            UserError: another process holds it; the message says which.
+            OSError: the folder cannot be written.
+        """
+        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  # held open until the process ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"run folder {self._path.parent} is in use by {_named(holder)}; wait for it, stop it, or give "
+                    "another run=... folder"
+                ) from None
+            return f"{self._path} cannot be locked here ({error.strerror}): take care that no other job uses this run"
+        file.truncate(0)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        json.dump({**me, "slurm_job": os.environ.get("SLURM_JOB_ID")}, file)
+        file.flush()
+        self._file = file
+        return None
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _named(holder: str) -> str:
+    try:
+        said = json.loads(holder)
+        job = f", SLURM job {said['slurm_job']}" if said.get("slurm_job") else ""
+        return f"process {said['pid']} on {said['host']} since {said['since']}{job}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

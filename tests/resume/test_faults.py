@@ -1,0 +1,148 @@
+"""Nothing that happens to a job or a disk loses the last complete checkpoint, or loads a wrong one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from gloo_ranks import run_ranks
+
+from megatron_bit.checkpoint.folder import complete, problems, step_of
+from megatron_bit.run_lock import RunLock
+
+DP2 = {"parallel.zero_stage": 1, "train.global_batch_size": 2, "checkpoint.every": 1, "checkpoint.keep": 2}
+
+
+def _arguments(run: Path, data: Path, **settings: Any) -> list[str]:
+    return tiny_runs.overrides(run, data, {**DP2, **settings})
+
+
+def _newest(run: Path) -> int:
+    return step_of(complete(run / "checkpoints")[-1])
+
+
+def test_killed_at_twenty_moments_of_saving(tiny_data: Path, tmp_path: Path) -> None:
+    """One run, killed twenty times at random disk operations, ends with the weights of one that was never killed."""
+    draw = random.Random(5)
+    run, newest, survived = tmp_path / "run", 0, 0
+    arguments = _arguments(run, tiny_data, **{"train.steps": 400})
+    for trial in range(20):
+        victims = ("all", "0", "1")[trial % 3]
+        operation = draw.randint(1, 12 if victims == "1" else 50)
+        with pytest.raises(AssertionError, match=r"died without a result|failed:"):
+            run_ranks(tiny_runs.train_killed, 2, arguments, victims, operation)
+            survived += 1
+        found = complete(run / "checkpoints")
+        assert all(problems(folder) == [] for folder in found), (victims, operation)
+        step = step_of(found[-1]) if found else 0
+        assert step >= newest, f"{victims} killed at operation {operation}: the newest was {newest} and is {step}"
+        newest = step
+    assert survived == 0 and newest > 5
+    for folder in (run, tmp_path / "whole"):
+        again = _arguments(folder, tiny_data, **{"train.steps": 400, "train.stop_at": newest + 2})
+        assert set(run_ranks(tiny_runs.train, 2, again)) == {0}
+    difference, where = tiny_runs.worst(
+        tiny_runs.read_state(complete(run / "checkpoints")[-1], "param"),
+        tiny_runs.read_state(complete(tmp_path / "whole" / "checkpoints")[-1], "param"),
+    )
+    assert difference == 0.0, where
+    assert not [p for p in (run / "checkpoints").iterdir() if p.suffix]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("faults") / "run"
+    run_ranks(tiny_runs.train, 2, _arguments(run, tiny_data, **{"train.stop_at": 3}))
+    return run
+
+
+FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "index.json", "meta.json", "hashes.json", "COMMITTED"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flip", "cut", "delete"])
+def test_any_change_of_any_file_is_seen(name: str, how: str, trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(complete(trained / "checkpoints")[-1], tmp_path / "copy"))
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[random.Random(name).randrange(len(data))] ^= 4
+    if how == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data if how == "flip" else data[:-1])
+    assert problems(folder)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    newest = complete(run / "checkpoints")[-1]
+    path = newest / "rank-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    run_ranks(tiny_runs.aloud, 2, _arguments(run, tiny_data, **{"train.stop_at": 4}), tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert "skipping checkpoint step-00000003" in said and "rank-00001.safetensors has changed" in said
+    assert "continuing" in said and "at step 2" in said
+    assert _newest(run) == 4 and all(problems(folder) == [] for folder in complete(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_one_failed_save_is_reported_and_training_goes_on(background: bool, tiny_data: Path, tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path / "run", tiny_data, **{"checkpoint.background": background, "checkpoint.keep": 9})
+    run_ranks(tiny_runs.aloud, 2, arguments, tmp_path / "said", "train_full_disk", (2,), 1)
+    said = (tmp_path / "said").read_text()
+    assert "warning: checkpoint step 2 is not saved" in said and "File too large (rank 1; 1 of 2 ranks)" in said
+    assert [step_of(p) for p in complete(tmp_path / "run" / "checkpoints")] == [1, 3, 4, 5]
+
+
+def test_two_failed_saves_in_a_row_end_the_run_with_the_last_good_one_left(tiny_data: Path, tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path / "run", tiny_data)
+    with pytest.raises(AssertionError, match=r"UserError: checkpoint step 3 is not saved: .*2 in a row"):
+        run_ranks(tiny_runs.train_full_disk, 2, arguments, (2, 3), 0)
+    assert _newest(tmp_path / "run") == 1
+    assert problems(complete(tmp_path / "run" / "checkpoints")[-1]) == []
+
+
+def test_the_last_save_has_to_succeed(tiny_data: Path, tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path / "run", tiny_data, **{"train.stop_at": 2})
+    with pytest.raises(AssertionError, match=r"UserError: checkpoint step 2 is not saved: .*File too large"):
+        run_ranks(tiny_runs.train_full_disk, 2, arguments, (2,), 1)
+    assert _newest(tmp_path / "run") == 1 and not (tmp_path / "run" / "FINISHED").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(run / "checkpoints")]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        with pytest.raises(AssertionError, match=r"UserError: checkpoint step \d is not saved: .*(MiB free|No space)"):
+            run_ranks(tiny_runs.train, 2, _arguments(run, tiny_data, **{"checkpoint.keep": 99}))
+        found = complete(run / "checkpoints")
+        assert found and all(problems(folder) == [] for folder in found)
+    finally:
+        subprocess.run(["umount", str(run / "checkpoints")], check=True)
+
+
+def test_two_jobs_on_one_run(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = RunLock(run)
+    assert lock.acquire() is None
+    with pytest.raises(AssertionError, match=rf"UserError: run folder .* is in use by process {os.getpid()} on "):
+        run_ranks(tiny_runs.train, 2, _arguments(run, tiny_data))
+    assert not complete(run / "checkpoints") and not (run / "config.yaml").exists()
+    lock.release()
+    assert set(run_ranks(tiny_runs.train, 2, _arguments(run, tiny_data))) == {0}
+    assert json.loads((run / "lock").read_text())["pid"] != os.getpid()
