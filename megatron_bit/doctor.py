@@ -50,6 +50,7 @@ PACKAGES = (
     Package("sentencepiece", "sentencepiece", "no tokenizer"),
     Package("tensorboard", "tensorboard", "no training curves"),
     Package("safetensors", "safetensors", "no checkpoints"),
+    Package("transformers", "transformers", "no generation, no conversion"),
     Package("pydantic", "pydantic", "no configuration"),
     Package("rich", "rich", "no tables or progress lines"),
 )

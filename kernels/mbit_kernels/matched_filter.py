@@ -18,11 +18,6 @@ def posterior_logits(residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
     return residual.float() + (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)
 
 
-def posterior_mean(logits: Tensor) -> Tensor:
-    """E[x | z] = tanh(logits / 2)."""
-    return torch.tanh(0.5 * logits)
-
-
 def squared_error(logits: Tensor, x: Tensor) -> Tensor:
     """(x - tanh(logits / 2))^2 for x in {-1, +1}, as 4 sigmoid(-x logits)^2: no cancellation where it is tiny."""
     return 4.0 * torch.sigmoid(-x * logits).square()

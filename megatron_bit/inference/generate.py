@@ -1,133 +1,228 @@
-"""Generation from a checkpoint of a run, in one process: one backbone pass and `steps` head passes a block."""
+"""`megatron-bit generate`: from a run, a checkpoint or a converted folder, all through hf/modeling_bitlm.py."""
 
 from __future__ import annotations
 
-import functools
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mbit_data.tokenizer import Tokenizer
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+from transformers.utils import logging as transformers_logging
 
-from megatron_bit.checkpoint.folder import read_meta
-from megatron_bit.checkpoint.load import load_weights
-from megatron_bit.config import config_from_dict
-from megatron_bit.data.manifest import load_manifest
-from megatron_bit.diffusion.sampler import sample_block
 from megatron_bit.errors import UserError
-from megatron_bit.model.bitlm import BitLM, build_model
-from megatron_bit.parallel import groups as process_groups
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, BitLMConfig, BitLMForCausalLM
+from megatron_bit.inference.hf_names import Source, model_arguments, training_dtype
+
+__all__ = ["SAMPLERS", "Generator", "main"]
+
+_ENDED = -1  # no token: what a row of a batch holds behind its end
+
+
+class _Text(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], **_: Any) -> str: ...
+
+
+class _SentencePiece:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encode = tokenizer.encode
+        self._tokenizer = tokenizer
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return self._tokenizer.decode(ids)
+
+
+class _Converted:
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text)["input_ids"]  # type: ignore[return-value]
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 class Generator:
-    """A model of one process with its tokenizer."""
+    """A model in evaluation mode on the accelerator, or the CPU if there is none, with its tokenizer."""
 
     def __init__(self, run: Path, data: str | None = None) -> None:
         """
         Args:
-            run: a run folder (its newest complete checkpoint) or a checkpoint folder.
-            data: folder with the run's tokenizer, if it has moved since.
+            run: a run folder (its newest complete checkpoint), a checkpoint folder, or a converted folder.
+            data: folder with the run's tokenizer, if it has moved since; a converted folder has its own.
 
         Raises:
-            UserError: no complete checkpoint, or the tokenizer is gone or another one.
+            UserError: no complete checkpoint, the tokenizer is gone or another one, or a damaged converted folder.
         """
-        folder = newest_checkpoint(run)
-        meta = read_meta(folder)
-        tree: dict[str, Any] = meta["config"]
-        tree["parallel"] = {"tp": 1, "pp": 1, "vpp": 1}
-        self.config = config_from_dict(tree)
-        self.step = int(meta["step"])
-        manifest = load_manifest(data or self.config.data.path, check_files=False)
-        if manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
-            raise UserError(
-                f"the tokenizer of {manifest.folder} is not the one of {folder}; give the run's data folder"
-            )
-        self.tokenizer = Tokenizer(manifest.tokenizer_path)
-        groups = process_groups.init(self.config)
-        self.model: BitLM = build_model(self.config, manifest.vocab_size, groups)[0].eval()
-        load_weights(folder, [self.model], groups)
-        self.device = groups.device
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: BitLMForCausalLM
+        self.text: _Text
+        if (run / "config.json").exists():
+            if data is not None:
+                raise UserError(f"--data {data} has no use here: {run} is a converted folder with its own tokenizer")
+            self._open_converted(run)
+        else:
+            self._open_checkpoint(Source(run, data))
+        self.model.to(self.device).eval()  # type: ignore[arg-type]
 
-    @torch.no_grad()
+    def _open_checkpoint(self, source: Source) -> None:
+        with torch.device("meta"):
+            arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size)
+            self.model = BitLMForCausalLM(BitLMConfig(**arguments))
+        dtype = training_dtype(source.config)
+        weights: dict[str, Tensor] = {}
+        for name, tensor in source.tensors():
+            weights[name] = tensor.to(self.device, dtype if tensor.is_floating_point() else None)
+        self.model.load_state_dict(weights, assign=True)
+        tokenizer = Tokenizer(source.manifest.tokenizer_path)
+        self.model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+        self.text, self.step = _SentencePiece(tokenizer), source.step
+
+    def _open_converted(self, folder: Path) -> None:
+        transformers_logging.disable_progress_bar()
+        try:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+            if kind != "bitlm":
+                raise UserError(f"{folder} is a model of type {kind}, not bitlm; give a run or a converted folder")
+            loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+            self.model, found = loaded
+            self.text = _Converted(folder)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"converted folder {folder} cannot be read: {error}") from None
+        wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
+        if wrong:
+            raise UserError(f"converted folder {folder}: {len(wrong)} tensors are missing or wrong, such as {wrong[0]}")
+        self.step = int(getattr(self.model.config, "training_step", 0))
+
     def generate(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         max_tokens: int,
         *,
         steps: int,
         sampler: str = "ode",
         seed: int = 0,
-        sequence: int = 0,
-    ) -> tuple[str, int]:
-        """Continue a prompt; stops at the end-of-document token.
+        sequences: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+        show: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Continue prompts, together; each stops at the end-of-document token or behind a stop string.
 
-        The prompt is filled up in front with end-of-document tokens to whole blocks. The same (seed, sequence)
-        gives the same text.
+        Args:
+            sequences: keys of the noise, one a prompt (default 0, 1, ...); a (seed, sequence) has one text.
+            show: print the text as it comes; one prompt only.
 
         Returns:
-            the text, and how many tokens were produced (whole blocks, so it may be more than the text shows).
+            for every prompt a dict: prompt, text, tokens (produced for it), seconds (of all together),
+            seconds_to_first_block, tokens_per_second (of all together), step.
         """
-        k, model = self.config.model.block_size, self.model
-        ids = self.tokenizer.encode(prompt)
-        ids = [self.tokenizer.eos_id] * (-len(ids) % k) + ids
-        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
-        keys = torch.tensor([sequence], dtype=torch.int64, device=self.device)
-        produced: list[int] = []
-        while len(produced) < max_tokens:
-            window = self._window(tokens)
-            hidden = model.hidden(torch.cat((window, window.new_zeros(1, k)), dim=1))[-k:]
-            assert model.head is not None
-            logits = sample_block(
-                functools.partial(model.head, hidden=hidden),
-                model.noise,
-                sampler=sampler,
-                steps=steps,
-                seed=seed,
-                sequence=keys,
-                block=tokens.shape[1] // k,
-                block_size=k,
-                bits=self.config.model.bits,
-            )
-            block = model.codec.decode(logits).t()
-            tokens = torch.cat((tokens, block), dim=1)
-            produced.extend(block[0].tolist())
-            if self.tokenizer.eos_id in produced:
-                break
-        return self._text(produced[:max_tokens]), len(produced)
+        watch = _Watch(TextStreamer(self.text) if show else None)  # type: ignore[arg-type]
+        rows = [self.text.encode(prompt) for prompt in prompts]
+        produced = self.run(
+            rows, max_tokens, streamer=watch, steps=steps, sampler=sampler, seed=seed, sequences=sequences, stop=stop
+        )
+        seconds = time.perf_counter() - watch.begin
+        rate = sum(map(len, produced)) / seconds
+        return [
+            {
+                "prompt": prompt,
+                "text": self.text.decode(new),
+                "tokens": len(new),
+                "seconds": round(seconds, 3),
+                "seconds_to_first_block": round(watch.first, 3),
+                "tokens_per_second": round(rate, 1),
+                "step": self.step,
+            }
+            for prompt, new in zip(prompts, produced, strict=True)
+        ]
 
-    def _window(self, tokens: Tensor) -> Tensor:
-        """The last blocks that fit the length the model was trained at, with room for the next block."""
-        k = self.config.model.block_size
-        return tokens[:, -(self.config.data.seq_length - k) :] if self.config.data.seq_length > k else tokens[:, :0]
+    def run(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        streamer: Any,
+        steps: int,
+        sampler: str,
+        seed: int,
+        sequences: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[list[int]]:
+        """Continue rows of token ids; returns the new ids of each. `streamer` gets what transformers' streamers get."""
+        pad, width = self.eos_id, max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], dtype=torch.int64)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        out = self.model.generate(
+            ids.view(len(rows), width),
+            attention_mask=mask.view(len(rows), width),
+            max_new_tokens=max_tokens,
+            streamer=streamer,
+            tokenizer=self.text,
+            sequence_ids=sequences,
+            stop_strings=list(stop),
+            pad_token_id=_ENDED,
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+        )
+        return [[token for token in row if token != _ENDED] for row in out[:, width:].tolist()]
 
-    def _text(self, ids: Sequence[int]) -> str:
-        end = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
-        return self.tokenizer.decode(list(ids[:end]))
+    @property
+    def eos_id(self) -> int:
+        """The end-of-document token."""
+        eos = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        return eos[0] if isinstance(eos, list) else eos  # type: ignore[return-value]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self.model.config.vocab_size)
+
+
+class _Watch:
+    """A streamer that takes the time, and passes on."""
+
+    def __init__(self, inner: Any) -> None:
+        self.begin, self.first, self._inner = time.perf_counter(), 0.0, inner
+        self._puts = 0
+
+    def put(self, value: Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2:  # the first is the prompt
+            self.first = time.perf_counter() - self.begin
+        if self._inner is not None:
+            self._inner.put(value)
+
+    def end(self) -> None:
+        if self._inner is not None:
+            self._inner.end()
 
 
 def main(
-    run: Path, prompts: Sequence[str], max_tokens: int, steps: int, sampler: str, seed: int, data: str | None
-) -> list[dict[str, Any]]:
-    """Generate for every prompt; each result has the text, tokens and seconds."""
+    run: Path,
+    prompts: Sequence[str],
+    max_tokens: int,
+    *,
+    steps: int,
+    sampler: str,
+    seed: int,
+    data: str | None,
+    batch_size: int,
+    stop: Sequence[str],
+    show: bool,
+) -> Iterator[dict[str, Any]]:
+    """Generate for every prompt, `batch_size` at a time; prompt i has sequence i, whatever the batch."""
     generator = Generator(run, data)
-    results = []
-    for index, prompt in enumerate(prompts):
-        begin = time.perf_counter()
-        text, count = generator.generate(prompt, max_tokens, steps=steps, sampler=sampler, seed=seed, sequence=index)
-        seconds = time.perf_counter() - begin
-        results.append(
-            {
-                "prompt": prompt,
-                "text": text,
-                "tokens": count,
-                "seconds": round(seconds, 3),
-                "tokens_per_second": round(count / seconds, 1),
-                "step": generator.step,
-            }
+    for start in range(0, len(prompts), batch_size):
+        some = prompts[start : start + batch_size]
+        sequences = range(start, start + len(some))
+        yield from generator.generate(
+            some, max_tokens, steps=steps, sampler=sampler, seed=seed, sequences=sequences, stop=stop, show=show
         )
-    process_groups.shutdown()
-    return results

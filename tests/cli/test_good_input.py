@@ -15,7 +15,7 @@ from as_user import COMMAND, environment, run
 
 from megatron_bit.config import config_from_dict, load_config
 
-COMMANDS = ["prepare", "train", "generate", "data verify", "bench step", "config", "doctor", "demo"]
+COMMANDS = ["prepare", "train", "generate", "convert", "data verify", "bench step", "config", "doctor", "demo"]
 RECORD = {
     "step",
     "tokens",

@@ -10,7 +10,7 @@ from mbit_kernels.matched_filter import CLIP
 from megatron_bit.config import DiffusionConfig
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.noise import NoiseDistribution
-from megatron_bit.diffusion.sampler import noise_grid, sample_block
+from megatron_bit.inference.hf import modeling_bitlm as hf
 
 DISTRIBUTION = NoiseDistribution.from_config(DiffusionConfig())
 CODES = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)))  # two tokens of two bits
@@ -56,15 +56,27 @@ def test_uniform_bits_cost_ln2_each_wherever_the_integral_ends(sigma_min):
     assert error < 0.03 and abs(mean - 3 * math.log(2)) < 4 * error
 
 
-def sample(head, sequence, steps=48, block=5):
-    return sample_block(
-        head, DISTRIBUTION, sampler="ode", steps=steps, seed=9, sequence=sequence, block=block, block_size=2, bits=2
-    )
+def grid(steps):
+    d = DISTRIBUTION
+    own = hf.BitLMConfig(sigma_min=d.sigma_min, sigma_max=d.sigma_max, sigma_log_mean=d.mean, sigma_log_std=d.std)
+    return hf.NoiseDistribution(own).grid(steps, torch.device("cpu"))
 
 
-def test_samples_follow_the_distribution():
+def sample(head, sequence, sampler="ode", steps=48, block=5):
+    """Final log-odds [2, b, 2] of one block."""
+    blocks = torch.full((len(sequence), 1), block)
+    eps = hf.gaussian(9, hf.SAMPLING, sequence, blocks, 1, 2, 2)[:, 0].permute(2, 0, 1, 3)  # [2, b, 1, 2]
+
+    def logits(z, log_sigma):
+        return hf.posterior_logits(head(z, log_sigma.expand(1, len(sequence), 1)), z, log_sigma.exp())
+
+    return hf.SAMPLERS[sampler](logits, eps, grid(steps)).squeeze(2)
+
+
+@pytest.mark.parametrize("sampler", hf.SAMPLERS)
+def test_samples_follow_the_distribution(sampler):
     n = 6000
-    bits = sample(exact_head, torch.arange(n)) > 0  # [2, n, 2]
+    bits = sample(exact_head, torch.arange(n), sampler) > 0  # [2, n, 2]
     values = (bits.permute(1, 0, 2).reshape(n, 4) * torch.tensor([8, 4, 2, 1])).sum(-1)
     frequency = torch.bincount(values, minlength=16) / n
     assert (frequency - P).abs().sum() / 2 < 0.04
@@ -80,6 +92,7 @@ def test_a_sample_depends_on_its_sequence_and_block_alone():
 
 
 def test_grid_falls_over_the_whole_range():
-    grid = noise_grid(DISTRIBUTION, 15, torch.device("cpu"))
-    assert grid.shape == (15,) and (grid.diff() < 0).all()
-    assert grid[0] > math.log(120) and grid[-1] == pytest.approx(math.log(0.1), abs=1e-3)
+    levels = grid(15)
+    assert levels.shape == (15,) and (levels.diff() < 0).all()
+    assert levels[0] > math.log(120) and levels[-1] == pytest.approx(math.log(0.1), abs=1e-3)
+    torch.testing.assert_close(levels, DISTRIBUTION.log_sigma(torch.linspace(1.0, 0.0, 15).clamp(1e-6, 1 - 1e-6)))

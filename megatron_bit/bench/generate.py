@@ -1,0 +1,132 @@
+"""`megatron-bit bench generate`: tokens a second against transformers' Llama of the same shape, in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from megatron_bit.config import Config
+from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
+from megatron_bit.inference.hf_names import model_arguments
+
+
+def main(
+    config: Config,
+    *,
+    vocab_size: int,
+    batches: Sequence[int],
+    steps: Sequence[int],
+    tokens: int,
+    prompt: int,
+    repeats: int,
+    as_json: bool,
+) -> int:
+    """Time both models, untrained (speed does not depend on the weights), in turn; print medians and ratios."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    transformers_logging.set_verbosity_error()
+    bitlm, llama = _bitlm(config, vocab_size), _llama(config, vocab_size)
+    models: tuple[Any, Any] = (bitlm, llama)
+    for model in models:
+        model.to(device=device, dtype=dtype)
+    rows = []
+    for batch in batches:
+        ids = torch.randint(0, vocab_size, (batch, prompt), device=device)
+        runs: dict[str, Callable[[], Any]] = {
+            f"BitLM, {count} steps": lambda count=count, ids=ids: bitlm.generate(
+                ids, max_new_tokens=tokens, steps=count, eos_token_id=[]
+            )
+            for count in steps
+        }
+        runs["Llama"] = lambda ids=ids: llama.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+        rows += _measure(runs, batch, tokens, repeats, device)
+    result = {
+        "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}",
+        "model": f"{config.model.num_layers} layers of {config.model.hidden_size}, K={config.model.block_size}, "
+        f"head {config.model.head.num_layers} of {config.model.head.hidden_size}, vocabulary {vocab_size}; "
+        f"prompt {prompt}, {tokens} new tokens",
+        "parameters": {"BitLM": _count(bitlm), "Llama": _count(llama)},
+        "rows": rows,
+    }
+    print(json.dumps(result, indent=1) if as_json else _table(result))
+    return 0
+
+
+def _bitlm(config: Config, vocab_size: int) -> BitLMForCausalLM:
+    model = BitLMForCausalLM(BitLMConfig(**model_arguments(config, vocab_size))).eval()  # type: ignore[arg-type]
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
+    return model
+
+
+def _llama(config: Config, vocab_size: int) -> Any:
+    m = config.model
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=m.hidden_size,
+            intermediate_size=m.ffn_hidden_size,
+            num_hidden_layers=m.num_layers,
+            num_attention_heads=m.num_heads,
+            num_key_value_heads=m.num_kv_heads,
+            max_position_embeddings=config.data.seq_length,
+        )
+    ).eval()
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+def _measure(
+    runs: dict[str, Callable[[], Any]], batch: int, tokens: int, repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            made = run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first of each warms up
+                seconds[name].append(time.perf_counter() - begin)
+            assert made.shape[0] == batch
+    rows = []
+    for name, values in seconds.items():
+        rates = [batch * tokens / value for value in values]
+        ratios = [there / here for here, there in zip(values, seconds["Llama"], strict=True)]
+        rows.append(
+            {
+                "batch": batch,
+                "model": name,
+                "tokens_per_second": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
+                "over_llama": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            }
+        )
+    return rows
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _table(result: dict[str, Any]) -> str:
+    parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
+    lines = [result["machine"], result["model"], f"parameters: {parameters}", ""]
+    lines.append(f"{'batch':>5}  {'model':16} {'tokens/s':>28}  {'times Llama, pair by pair':>26}")
+    for row in result["rows"]:
+        rate, ratio = row["tokens_per_second"], row["over_llama"]
+        lines.append(
+            f"{row['batch']:>5}  {row['model']:16} {rate['median']:>10.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
+            f"  {ratio['median']:>10.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        )
+    return "\n".join(lines)

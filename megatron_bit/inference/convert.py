@@ -1,0 +1,139 @@
+"""`megatron-bit convert --to hf`: a checkpoint as a folder for transformers, on machines without this project."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from mbit_data.tokenizer import Tokenizer
+
+from megatron_bit.errors import UserError
+from megatron_bit.files import sync_folder
+from megatron_bit.inference.hf_names import CODE_TABLE, Source, model_arguments
+from megatron_bit.inference.safetensors_stream import Spec, write_shards
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+MODELING = Path(__file__).parent / "hf" / "modeling_bitlm.py"
+
+
+def to_hf(run: Path, out: Path, *, dtype: str = "float32", shard_size: str = "5GB", data: str | None = None) -> None:
+    """Convert the newest checkpoint of a run, or a checkpoint folder.
+
+    Tensor by tensor: memory is that of the largest one, whatever the model. The folder appears under its name when it
+    is complete.
+
+    Args:
+        out: folder to make.
+        dtype: of the weights, a key of DTYPES.
+        shard_size: above it there are several files: "5GB", "500MiB".
+        data: the run's data folder, if it has moved.
+
+    Raises:
+        UserError: no checkpoint, another tokenizer, an output folder with something in it, or it cannot be written.
+    """
+    shard_bytes = _bytes(shard_size)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
+    source = Source(run, data)
+    begin = time.perf_counter()
+    try:
+        with _temporary(out) as folder:
+            _write_small_files(source, folder, dtype)
+            written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
+            sync_folder(folder)
+            os.rename(folder, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"output {out} cannot be written: {error.strerror or error} ({error.filename})") from None
+    print(
+        f"{out}: step {source.step} of {source.folder.parent.parent}, {written / 1e9:.3g} GB of weights in {dtype}, "
+        f"{time.perf_counter() - begin:.1f} s"
+    )
+
+
+def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
+    from transformers import GenerationConfig
+
+    from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig
+    from megatron_bit.inference.tokenizer_json import convert_tokenizer
+
+    tokenizer = Tokenizer(source.manifest.tokenizer_path)
+    eos = tokenizer.eos_id
+    config = BitLMConfig(
+        **model_arguments(source.config, source.manifest.vocab_size),  # type: ignore[arg-type]
+        architectures=["BitLMForCausalLM"],
+        auto_map={
+            "AutoConfig": "modeling_bitlm.BitLMConfig",
+            "AutoModelForCausalLM": "modeling_bitlm.BitLMForCausalLM",
+        },
+        dtype=dtype,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        training_step=source.step,
+    )
+    config.save_pretrained(folder)
+    GenerationConfig(
+        eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, seed=0, steps=32, sampler="ode"
+    ).save_pretrained(folder)
+    fast = convert_tokenizer(tokenizer)
+    fast.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": fast.id_to_token(eos),
+        "pad_token": fast.id_to_token(eos),
+        "padding_side": "left",
+        "split_special_tokens": True,  # what looks like </s> in a text is text
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    shutil.copyfile(MODELING, folder / MODELING.name)
+
+
+def _write_weights(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+    specs = [Spec(part.name, part.shape, dtype) for part in source.parts()]
+    specs.append(Spec(CODE_TABLE, tuple(source.code_table.shape), torch.int8))
+    tensors = source.tensors()
+
+    def load(name: str) -> torch.Tensor:
+        got, tensor = next(tensors)
+        assert got == name, (got, name)
+        return tensor
+
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2.0:
+            last = time.monotonic()
+            print(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    write_shards(folder, specs, load, shard_bytes, progress)
+    return sum(spec.nbytes for spec in specs)
+
+
+@contextlib.contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, removed at the end if it is still there."""
+    folder = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"--shard-size {text} is not a size; write for example 5GB or 500MiB")
+    return int(float(match[1]) * _UNITS[match[2]])

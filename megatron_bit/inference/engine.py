@@ -1,0 +1,174 @@
+"""Requests to text: a few worker threads over one model, a bounded queue, and text that comes out piece by piece."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from megatron_bit.inference.generate import Generator
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character yet
+
+
+class Full(Exception):
+    """As many requests are waiting as may wait."""
+
+
+class Cancelled(Exception):
+    """Nobody wants the rest of this text."""
+
+
+class Piece(NamedTuple):
+    """A piece of one row's text; the last one has a reason."""
+
+    row: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+
+
+@dataclass
+class Request:
+    """Texts to continue, together."""
+
+    prompts: Sequence[list[int]]  # token ids
+    choices: int  # continuations of each prompt
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    steps: int
+    sampler: str
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    arrived: float = field(default_factory=time.perf_counter)
+    first: float | None = None  # seconds until the first piece
+    produced: int = 0  # tokens, over all rows
+
+
+class Engine:
+    """Runs `workers` requests at a time; `waiting` more may wait."""
+
+    def __init__(self, generator: Generator, workers: int, waiting: int) -> None:
+        self.generator = generator
+        self._capacity = workers + waiting
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="generate")
+        self._lock = threading.Lock()
+        self._requests: dict[int, Request] = {}
+
+    @property
+    def load(self) -> int:
+        """Requests that run or wait."""
+        return len(self._requests)
+
+    def submit(self, request: Request, emit: Callable[[Piece], None]) -> Future[None]:
+        """Generate in a worker; `emit` is called there with every piece. The future has Cancelled, or what went wrong.
+
+        Raises:
+            Full: too many requests are waiting; nothing was begun.
+        """
+        with self._lock:
+            if len(self._requests) >= self._capacity:
+                raise Full
+            self._requests[id(request)] = request
+        return self._pool.submit(self._run, request, emit)
+
+    def close(self) -> None:
+        """End what runs and forget what waits."""
+        with self._lock:
+            for request in self._requests.values():
+                request.cancelled.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, request: Request, emit: Callable[[Piece], None]) -> None:
+        try:
+            prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
+            sink = _Sink(request, [_Row(self.generator, request.stop) for _ in prompts], emit)
+            self.generator.run(
+                prompts,
+                request.max_tokens,
+                streamer=sink,
+                steps=request.steps,
+                sampler=request.sampler,
+                seed=request.seed,
+                stop=request.stop,
+            )
+        finally:
+            with self._lock:
+                del self._requests[id(request)]
+
+
+class _Sink:
+    """transformers' streamer protocol: first the prompts, then a token of every row at a time."""
+
+    def __init__(self, request: Request, rows: list[_Row], emit: Callable[[Piece], None]) -> None:
+        self._request, self._rows, self._emit = request, rows, emit
+        self._begun = False
+
+    def put(self, value: Tensor) -> None:
+        if self._request.cancelled.is_set():
+            raise Cancelled
+        if not self._begun:
+            self._begun = True
+            return
+        for number, (row, token) in enumerate(zip(self._rows, value.tolist(), strict=True)):
+            if row.ended:
+                continue
+            if self._request.first is None:
+                self._request.first = time.perf_counter() - self._request.arrived
+            self._request.produced += 1
+            text = row.take(token)
+            if text or row.ended:
+                self._emit(Piece(number, text, "stop" if row.ended else None))
+
+    def end(self) -> None:
+        for number, row in enumerate(self._rows):
+            if not row.ended:
+                self._emit(Piece(number, row.rest(), "length"))
+
+
+class _Row:
+    """Token ids of one text to pieces of it, none of which is taken back later.
+
+    Held back: bytes that are no whole character yet, and an end that may become a stop string.
+    """
+
+    def __init__(self, generator: Generator, stop: tuple[str, ...]) -> None:
+        self._decode, self._eos, self._stop = generator.text.decode, generator.eos_id, stop
+        self._ids: list[int] = []
+        self._from = self._to = 0  # ids[from:to] give the text that is out already, as far as the next tokens need it
+        self._held = ""
+        self.ended = False
+
+    def take(self, token: int) -> str:
+        if token == self._eos:
+            self.ended = True
+            return self._held + self._new(final=True)
+        self._ids.append(token)
+        text = self._held + self._new(final=False)
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.ended = True
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, when nothing more comes."""
+        return self._held + self._new(final=True)
+
+    def _new(self, final: bool) -> str:
+        before, now = self._decode(self._ids[self._from : self._to]), self._decode(self._ids[self._from :])
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return now[len(before) :]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

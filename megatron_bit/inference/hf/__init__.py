@@ -1,0 +1,1 @@
+"""What a converted folder brings along to run without this project."""

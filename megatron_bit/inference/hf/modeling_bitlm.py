@@ -1,0 +1,763 @@
+"""BitLM for transformers: the model, block-wise generation with a key/value cache, and likelihood scores.
+
+Needs torch and transformers only. A token id is B bits of -1 and +1. A causal backbone reads the bits one block of K
+tokens behind, so that row p of its states conditions token p; a small diffusion head takes the noise off the bits of
+the K tokens of a block together. To generate, the backbone runs once a block and the head `steps` times.
+
+Shape letters: b rows, S tokens, n blocks, K block size, M noise levels of a block, B bits, D width, W head width.
+Noise is a function of (seed, sequence, block), not of a generator's state: text does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+VALIDATION, SAMPLING, RECONSTRUCTION = 1, 2, 3  # streams of the noise, as in training
+LEVEL = 0xFFFF  # element counter of a block's noise level; those of its bits count up from 0
+HEAD_EPS = 1e-6  # of the head's norms
+FEATURES = 128  # sinusoids of the noise level
+CLIP = 30.0  # of the matched filter's log-odds
+
+
+class BitLMConfig(PretrainedConfig):
+    """Sizes under transformers' usual names; `head_*` are the denoising head's, `sigma_*` the noise distribution's."""
+
+    model_type = "bitlm"
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        bits: int = 8,
+        block_size: int = 4,
+        block_causal: bool = False,
+        hidden_size: int = 64,
+        intermediate_size: int = 160,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 2,
+        max_position_embeddings: int = 128,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        qk_norm: bool = True,
+        head_hidden_size: int = 32,
+        head_intermediate_size: int = 64,
+        head_num_layers: int = 1,
+        head_num_attention_heads: int = 4,
+        sigma_min: float = 0.1,
+        sigma_max: float = 160.0,
+        sigma_log_mean: float = -1.2,
+        sigma_log_std: float = 1.2,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.bits = bits
+        self.block_size = block_size
+        self.block_causal = block_causal  # a token sees its whole block of the backbone's input, not only what is left
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.max_position_embeddings = max_position_embeddings  # the length it was trained at
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        self.head_hidden_size = head_hidden_size
+        self.head_intermediate_size = head_intermediate_size
+        self.head_num_layers = head_num_layers
+        self.head_num_attention_heads = head_num_attention_heads
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.sigma_log_mean = sigma_log_mean
+        self.sigma_log_std = sigma_log_std
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+# ------------------------------------------------------------------------------------------------- noise
+def philox(key: tuple[int, int], counter: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four int64 tensors of 32-bit words for four broadcastable counters."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    (k0, k1), mask = key, 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def _uniforms(seed: int, stream: int, sequence: Tensor, block: Tensor, levels: int, elements: Tensor) -> list[Tensor]:
+    """sequence int64 [b], block int64 [b, n], elements int64 [E] to four float32 [b, n, levels, E] in (0, 1)."""
+    mask = 0xFFFFFFFF
+    level = torch.arange(levels, device=block.device)[:, None] * 65536
+    row = sequence[:, None, None, None]
+    counter = (level + elements, block.clamp(min=0)[..., None, None], row & mask, (row >> 32) & mask)
+    words = philox((seed & mask, ((seed >> 32) ^ (stream * 0x9E3779B9)) & mask), counter)
+    return [((word >> 9).float() + 0.5) * (1.0 / (1 << 23)) for word in words]
+
+
+def stratified_levels(seed: int, stream: int, sequence: Tensor, block: Tensor, levels: int) -> Tensor:
+    """float32 [b, n, M] in (0, 1), the m-th of a block in the m-th of M equal strata."""
+    u = _uniforms(seed, stream, sequence, block, levels, torch.tensor([LEVEL], device=block.device))[0][..., 0]
+    return (torch.arange(levels, device=block.device) + u.clamp(max=1.0 - 2.0**-12)) / levels
+
+
+def gaussian(
+    seed: int, stream: int, sequence: Tensor, block: Tensor, levels: int, block_size: int, bits: int
+) -> Tensor:
+    """Standard normals float32 [b, n, M, K, B] (Box-Muller) for sequences [b] and blocks [b, n]."""
+    count = block_size * bits
+    elements = torch.arange(-(-count // 4), device=block.device)
+    u0, u1, u2, u3 = _uniforms(seed, stream, sequence, block, levels, elements)
+    r0, r1 = torch.sqrt(-2.0 * torch.log(u0)), torch.sqrt(-2.0 * torch.log(u2))
+    a0, a1 = u1 * (2 * math.pi), u3 * (2 * math.pi)
+    eps = torch.stack((r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1)
+    return eps.flatten(3)[..., :count].unflatten(3, (block_size, bits))
+
+
+class NoiseDistribution:
+    """ln(sigma / 2) ~ Normal(mean, std), truncated to [sigma_min, sigma_max]."""
+
+    def __init__(self, config: BitLMConfig) -> None:
+        self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
+        self.mean, self.std = config.sigma_log_mean, config.sigma_log_std
+
+    def _cdf(self, sigma: float) -> float:
+        return 0.5 * (1.0 + math.erf((math.log(sigma / 2) - self.mean) / (self.std * math.sqrt(2.0))))
+
+    def log_sigma(self, u: Tensor) -> Tensor:
+        """u in (0, 1) to ln sigma."""
+        low, high = self._cdf(self.sigma_min), self._cdf(self.sigma_max)
+        standard = torch.special.ndtri(low + u * (high - low))
+        value = self.mean + self.std * standard + math.log(2.0)
+        return value.clamp(math.log(self.sigma_min), math.log(self.sigma_max))
+
+    def density(self, log_sigma: Tensor) -> Tensor:
+        """Density over ln sigma."""
+        mass = self._cdf(self.sigma_max) - self._cdf(self.sigma_min)
+        standard = (log_sigma - math.log(2.0) - self.mean) / self.std
+        return torch.exp(-0.5 * standard * standard) / (math.sqrt(2 * math.pi) * self.std * mass)
+
+    def grid(self, steps: int, device: torch.device) -> Tensor:
+        """float32 [steps], ln sigma falling: quantiles of the training distribution."""
+        return self.log_sigma(torch.linspace(1.0, 0.0, steps, device=device).clamp(1e-6, 1 - 1e-6))
+
+
+def posterior_logits(residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+    """Log-odds of every bit: the exact 2 z / sigma^2 of an isolated bit (clipped) plus what the head adds."""
+    return residual.float() + (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)
+
+
+# ------------------------------------------------------------------------------------------------- samplers
+def _ode(logits: Callable[[Tensor, Tensor], Tensor], eps: Tensor, grid: Tensor) -> Tensor:
+    """Euler steps of the probability-flow ODE, dz / dsigma = (z - x_hat) / sigma (DDIM)."""
+    z = grid[0].exp() * eps
+    for now, after in itertools.pairwise(grid):
+        x_hat = torch.tanh(0.5 * logits(z, now))
+        z = x_hat + (after - now).exp() * (z - x_hat)
+    return logits(z, grid[-1])
+
+
+# A sampler takes (logits(z, ln sigma), starting noise, falling grid of ln sigma) and returns the final log-odds.
+SAMPLERS: dict[str, Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]] = {"ode": _ode}
+
+
+# ------------------------------------------------------------------------------------------------- layers
+def _normalize(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class BitLMRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (_normalize(x, self.eps) * self.weight).to(x.dtype)
+
+
+class BitLMMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BitLMAttention(nn.Module):
+    """Causal (or block-causal) self-attention of the backbone, with grouped queries and RoPE."""
+
+    def __init__(self, config: BitLMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = BitLMRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = BitLMRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: BlockCache | None, slots: Tensor | None
+    ) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+        if cache is not None and slots is not None:
+            k = cache.keys[self.layer].index_copy_(2, slots, k)
+            v = cache.values[self.layer].index_copy_(2, slots, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on [b, s, heads, d]: channel i turns together with channel i + d / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class BitLMLayer(nn.Module):
+    def __init__(self, config: BitLMConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = BitLMAttention(config, layer)
+        self.post_attention_layernorm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = BitLMMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, *attention: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class BitLMEmbedding(nn.Module):
+    """Bits to width; the first K positions of a text are learned vectors."""
+
+    def __init__(self, config: BitLMConfig) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(config.block_size, config.hidden_size))
+        self.fc1 = nn.Linear(config.bits, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, bits: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.norm(self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype)))))
+        k = self.start.shape[0]
+        return torch.where((position_ids < k)[..., None], self.start[position_ids.clamp(0, k - 1)], x)
+
+
+class BlockCache:
+    """Keys and values of all layers in buffers of a fixed length, [L, b, heads, slots, d]; filled from slot 0 on.
+
+    `position_ids` int64 [b, slots] is each slot's position in its own row's text; -1 or less where there is nothing.
+    """
+
+    def __init__(self, config: BitLMConfig, rows: int, blocks: int, like: Tensor) -> None:
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, blocks * config.block_size, head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.position_ids = torch.full((rows, shape[3]), -1, device=like.device)
+
+    def clear(self) -> None:
+        """Forget what is in the slots (the buffers stay, and with them what was compiled for them)."""
+        self.position_ids.fill_(-1)
+
+
+class BitLMPreTrainedModel(PreTrainedModel):
+    config: BitLMConfig
+    config_class = BitLMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["BitLMLayer", "BitLMHead"]  # noqa: RUF012  # transformers' own form
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name in ("start", "position"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                nn.init.normal_(getattr(module, name), std=self.config.initializer_range)
+
+
+class BitLMModel(BitLMPreTrainedModel):
+    """The backbone."""
+
+    code_table: Tensor
+
+    def __init__(self, config: BitLMConfig) -> None:
+        super().__init__(config)
+        digits = torch.arange(config.bits - 1, -1, -1)
+        table = (((torch.arange(config.vocab_size)[:, None] >> digits) & 1) * 2 - 1).to(torch.int8)
+        self.register_buffer("code_table", table)  # the plain binary code, until a checkpoint brings its own
+        self.embed_tokens = BitLMEmbedding(config)
+        self.layers = nn.ModuleList(BitLMLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        past_key_values: BlockCache | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """One pass over input positions; compiles as one graph, also with a cache.
+
+        Args:
+            input_ids: int64 [b, s], the ids at the *input* positions: position p holds token p - K (any id for p < K).
+            position_ids: int64 [b, s], each row's own positions; negative ones are padding and seen by nobody.
+            past_key_values: what earlier passes left; this one adds to it.
+            slots: int64 [s], where in the cache these positions go.
+
+        Returns:
+            [b, s, D]; the state at position p conditions token p.
+        """
+        x = self.embed_tokens(self.code_table[input_ids], position_ids)
+        cos, sin = self._rope(position_ids, x.dtype)
+        keys = position_ids
+        if past_key_values is not None and slots is not None:
+            keys = past_key_values.position_ids.index_copy_(1, slots, position_ids)
+        mask = self._mask(position_ids, keys)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, past_key_values, slots)
+        return self.norm(x)
+
+    def _rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        half = self.config.hidden_size // self.config.num_attention_heads // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=position_ids.device) / half
+        angle = (position_ids.double()[..., None] * self.config.rope_theta**-exponent)[:, :, None, :]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def _mask(self, query: Tensor, key: Tensor) -> Tensor:
+        """bool [b, 1, q, k]. What is no token sees everything: a row that saw nothing would be not a number."""
+        q, k = query[:, None, :, None], key[:, None, None, :]
+        size = self.config.block_size if self.config.block_causal else 1
+        return ((k >= 0) & (k // size <= q // size)) | (q < 0)
+
+
+class BitLMHeadAttention(nn.Module):
+    """Attention among the K tokens of one block."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class BitLMHeadLayer(nn.Module):
+    def __init__(self, config: BitLMConfig) -> None:
+        super().__init__()
+        self.self_attn = BitLMHeadAttention(config.head_hidden_size, config.head_num_attention_heads)
+        self.mlp = BitLMMLP(config.head_hidden_size, config.head_intermediate_size)
+
+    def forward(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        x = x + gate_a * self.self_attn(_modulate(x, shift_a, scale_a))
+        return x + gate_m * self.mlp(_modulate(x, shift_m, scale_m))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normed = _normalize(x, HEAD_EPS)
+    return (normed + normed * scale + shift).to(x.dtype)
+
+
+class BitLMNoiseEmbedding(nn.Module):
+    """ln sigma [...] to [..., W]: sinusoids of ln(sigma) / 4, then an MLP."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(FEATURES, size)
+        self.fc2 = nn.Linear(size, size)
+
+    def forward(self, log_sigma: Tensor) -> Tensor:
+        exponent = torch.linspace(0.0, math.log(100.0), FEATURES // 2, dtype=torch.float64, device=log_sigma.device)
+        angle = (log_sigma * 0.25)[..., None] * exponent.exp().float()
+        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class BitLMHead(nn.Module):
+    """The denoising head."""
+
+    def __init__(self, config: BitLMConfig) -> None:
+        super().__init__()
+        size = config.head_hidden_size
+        self.in_proj = nn.Linear(config.bits, size, bias=False)
+        self.position = nn.Parameter(torch.zeros(config.block_size, size))
+        self.condition_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.noise_embed = BitLMNoiseEmbedding(size)
+        self.modulation = nn.Linear(size, 6 * size)
+        self.layers = nn.ModuleList(BitLMHeadLayer(config) for _ in range(config.head_num_layers))
+        self.final_modulation = nn.Linear(size, 2 * size)
+        self.out_proj = nn.Linear(size, config.bits, bias=False)
+
+    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
+        """z float32 [b, n, M, K, B], noisy bits; log_sigma float32 [b, n, M]; hidden [b, n, K, D].
+
+        Returns:
+            Residual log-odds [b, n, M, K, B]: what context and the other bits add to 2 z / sigma^2.
+        """
+        shape = z.shape
+        scale = torch.rsqrt(1.0 + torch.exp(2.0 * log_sigma))[..., None, None]
+        level = self.noise_embed(log_sigma)[:, :, :, None]  # [b, n, M, 1, W]
+        condition = F.silu(level + self.condition_proj(hidden)[:, :, None]).flatten(0, 2)  # [b n M, K, W]
+        x = self.in_proj((z * scale).to(self.in_proj.weight.dtype)).flatten(0, 2) + self.position
+        modulation = self.modulation(condition).chunk(6, dim=-1)
+        for layer in self.layers:
+            x = layer(x, modulation)
+        shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
+        return self.out_proj(_modulate(x, shift, gain)).view(shape)
+
+
+# ------------------------------------------------------------------------------------------------- outputs
+@dataclass
+class BitLMOutput(ModelOutput):
+    """last_hidden_state [b, S + K, D]: row p conditions token p, the last K rows the block that is not there yet.
+    logits [b, n, M, K, B]: residual log-odds, if noisy bits were given."""
+
+    last_hidden_state: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass
+class BitLMScore(ModelOutput):
+    """nats [b]: a bound on -ln p(row), with the end-of-document tokens that fill the first block up.
+    nats_per_token [b, S]: each token's share of its block's bound (only whole blocks are bounds), 0 for padding."""
+
+    nats: Tensor | None = None
+    nats_per_token: Tensor | None = None
+
+
+class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
+    """Backbone and head. `generate` and `score` are what it is for; `forward` gives the parts."""
+
+    def __init__(self, config: BitLMConfig) -> None:
+        super().__init__(config)
+        self.model = BitLMModel(config)
+        self.head = BitLMHead(config)
+        self.noise = NoiseDistribution(config)
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        noisy_bits: Tensor | None = None,
+        log_sigma: Tensor | None = None,
+    ) -> BitLMOutput:
+        """States of a text, and with noisy bits the head's answer.
+
+        Args:
+            input_ids: int64 [b, S]. S is filled up in front to whole blocks (with end-of-document tokens), n of them.
+            attention_mask: [b, S], 0 where a row has no token.
+            noisy_bits: float32 [b, n, M, K, B], x + sigma eps for the n blocks of the text.
+            log_sigma: float32 [b, n, M], ln sigma of each.
+        """
+        k = self.config.block_size
+        ids, lead = self._blocks(input_ids, attention_mask)
+        states = self._states(ids, lead)
+        logits = None
+        if noisy_bits is not None and log_sigma is not None:
+            logits = self.head(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)))
+        return BitLMOutput(last_hidden_state=states, logits=logits)
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        noise_samples: int = 4,
+        seed: int = 0,
+        sequence_ids: Tensor | None = None,
+    ) -> BitLMScore:
+        """The likelihood bound in nats, as validation reports it: unbiased, with the noise of (seed, sequence).
+
+        Args:
+            input_ids, attention_mask: int64 [b, S]; padding on either side.
+            noise_samples: noise levels of a block; more make it less noisy.
+            sequence_ids: int64 [b], keys of the noise; default 0, 1, ...
+
+        Raises:
+            ValueError: longer than the model was trained for.
+        """
+        k, bits, noise = self.config.block_size, self.config.bits, self.noise
+        ids, lead = self._blocks(input_ids, attention_mask)
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"score: {ids.shape[1]} tokens are more than the {self.config.max_position_embeddings} the model was "
+                "trained at; score shorter pieces"
+            )
+        states = self._states(ids, lead)[:, :-k].unflatten(1, (-1, k))
+        sequence = self._sequences(sequence_ids, len(ids))
+        block = torch.arange(ids.shape[1] // k, device=ids.device) - lead[:, None]
+        x = self.model.code_table[ids].float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
+
+        log_sigma = noise.log_sigma(stratified_levels(seed, VALIDATION, sequence, block, noise_samples))
+        sigma = log_sigma.exp()[..., None, None]
+        z = x + sigma * gaussian(seed, VALIDATION, sequence, block, noise_samples, k, bits)
+        odds = x * posterior_logits(self.head(z, log_sigma, states), z, sigma)
+        error = 4.0 * torch.sigmoid(-odds).square().sum(-1)  # (x - x_hat)^2, [b, n, M, K]
+        integral = (error / (sigma.square() * noise.density(log_sigma)[..., None, None]).squeeze(-1)).mean(2)
+
+        lowest = torch.full_like(log_sigma[..., :1], math.log(noise.sigma_min))
+        sigma = lowest.exp()[..., None, None]
+        z = x + sigma * gaussian(seed, RECONSTRUCTION, sequence, block, 1, k, bits)
+        odds = x * posterior_logits(self.head(z, lowest, states), z, sigma)
+        reconstruction = F.softplus(-odds).sum(-1).squeeze(2)  # [b, n, K]
+        nats = integral + reconstruction + bits / (2.0 * noise.sigma_max**2)
+        nats = nats.masked_fill(block[..., None] < 0, 0.0).flatten(1)
+        return BitLMScore(nats=nats.sum(1), nats_per_token=_where_given(nats, input_ids, attention_mask))
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        sequence_ids: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Continue texts, a block of K tokens at a time; every row is what it would be alone.
+
+        A prompt is filled up in front to whole blocks with end-of-document tokens. While a text is not longer than the
+        model was trained for, all of it is context. After that the context is moved on by half of that length whenever
+        it is full, and read again.
+
+        Args:
+            inputs, input_ids: int64 [b, S], S may be 0; the same under two names, as in transformers.
+            generation_config: instead of the model's own; keyword arguments win over it.
+            attention_mask: [b, S], 0 where a row has no token (prompts of different lengths).
+            streamer: gets the prompt and then tokens, as transformers' streamers expect it.
+            tokenizer: needed for `stop_strings`.
+            sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
+            kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text),
+                seed, steps (of the head, at least 2), sampler (a key of SAMPLERS).
+
+        Returns:
+            int64 [b, S + new]: the given ids and the new ones; what follows a row's end is pad_token_id.
+
+        Raises:
+            ValueError: an argument that means nothing here (sampling temperature, beams, ...), or a wrong value.
+        """
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("generate: give the prompt once, as `inputs` or as `input_ids`")
+        given = inputs if input_ids is None else input_ids
+        assert given is not None
+        settings = _Settings.read(generation_config or self.generation_config, kwargs, given.shape[1], tokenizer)
+        k, device = self.config.block_size, self.device
+        tokens, lead = self._blocks(given.to(device), attention_mask)
+        sequence = self._sequences(sequence_ids, len(given))
+        if streamer is not None:
+            streamer.put(given.cpu())
+        rows = [_Row(settings) for _ in range(len(given))]
+        context = _Context(self, lead.tolist(), tokens.shape[1] // k + -(-settings.max_new_tokens // k))
+        grid = self.noise.grid(settings.steps, device)
+        made: list[list[int]] = []  # columns of new tokens
+        while len(made) < settings.max_new_tokens and any(row.open for row in rows):
+            hidden = context.advance(tokens)
+            block = self._denoise(hidden, grid, settings, sequence, tokens.shape[1] // k - lead)
+            tokens = torch.cat((tokens, block), dim=1)
+            for column in block.t().tolist():
+                if len(made) < settings.max_new_tokens and any(row.open for row in rows):
+                    made.append([row.take(token) for row, token in zip(rows, column, strict=True)])
+                    if streamer is not None:
+                        streamer.put(torch.tensor(made[-1]))
+        if streamer is not None:
+            streamer.end()
+        new = torch.tensor(made, dtype=torch.int64, device=given.device).view(-1, len(given)).t()
+        return torch.cat((given, new), dim=1)
+
+    def _denoise(self, hidden: Tensor, grid: Tensor, settings: _Settings, sequence: Tensor, block: Tensor) -> Tensor:
+        """hidden [b, K, D], sequence and index of the block in its text [b] to ids int64 [b, K]."""
+        k, bits = self.config.block_size, self.config.bits
+        eps = gaussian(settings.seed, SAMPLING, sequence, block[:, None], 1, k, bits)
+        states = hidden[:, None]
+
+        def logits(z: Tensor, log_sigma: Tensor) -> Tensor:
+            residual = self.head(z, log_sigma.expand(len(z), 1, 1), states)
+            return posterior_logits(residual, z, log_sigma.exp())
+
+        odds = SAMPLERS[settings.sampler](logits, eps, grid)[:, 0, 0]
+        return (odds @ self.model.code_table.t().float()).argmax(-1)  # the nearest code of a token
+
+    def _blocks(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows moved to the right and filled up in front to whole blocks: ids [b, n K], empty blocks in front [b]."""
+        k, fill = self.config.block_size, self._eos()
+        length = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+        if attention_mask is not None:
+            mask = attention_mask.to(input_ids.device).bool()
+            order = mask.int().argsort(dim=1, stable=True)
+            input_ids = input_ids.gather(1, order).masked_fill(~mask.gather(1, order), fill)
+            length = mask.sum(1)
+        blocks = -(-length // k)
+        width = int(blocks.max()) * k if len(blocks) else 0
+        ids = F.pad(input_ids, (width - input_ids.shape[1], 0), value=fill)
+        return ids, width // k - blocks
+
+    def _states(self, ids: Tensor, lead: Tensor) -> Tensor:
+        """ids [b, n K] and empty blocks in front [b] to the backbone's states [b, (n + 1) K, D]."""
+        k = self.config.block_size
+        position = torch.arange(ids.shape[1] + k, device=ids.device) - lead[:, None] * k
+        return self.model(F.pad(ids, (k, 0)), position)
+
+    def _sequences(self, sequence_ids: Tensor | Sequence[int] | None, rows: int) -> Tensor:
+        values = torch.as_tensor(range(rows) if sequence_ids is None else sequence_ids, dtype=torch.int64)
+        if values.shape != (rows,):
+            raise ValueError(f"sequence_ids of shape {tuple(values.shape)}: give one number for each of {rows} rows")
+        return values.to(self.device)
+
+    def _eos(self) -> int:
+        eos = self.generation_config.eos_token_id if self.generation_config is not None else None
+        if eos is None:
+            raise ValueError("generation_config.eos_token_id is not set; texts are filled up with it to whole blocks")
+        return eos[0] if isinstance(eos, list) else eos
+
+
+# ------------------------------------------------------------------------------------------------- generation
+@dataclass
+class _Settings:
+    max_new_tokens: int
+    eos: frozenset[int]
+    pad: int
+    stop_strings: tuple[str, ...]
+    seed: int
+    steps: int
+    sampler: str
+    tokenizer: Any
+
+    @classmethod
+    def read(cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any) -> _Settings:
+        values = {"max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode"}
+        known = {*values, "max_length", "eos_token_id", "pad_token_id", "stop_strings"}
+        aside = {"transformers_version", "bos_token_id", "_from_model_config"}
+        own = {k: v for k, v in (base.to_diff_dict() if base is not None else {}).items() if k not in aside}
+        if "max_length" in kwargs:
+            own.pop("max_new_tokens", None)
+        unknown = sorted({*own, *kwargs} - known)
+        if unknown:
+            raise ValueError(f"generate: {unknown[0]} means nothing to a BitLM; it knows {', '.join(sorted(known))}")
+        for source in (own, {k: v for k, v in kwargs.items() if v is not None}):
+            values.update(copy.copy(source))
+        length = values.get("max_length")
+        if length is not None and "max_new_tokens" not in {**own, **kwargs}:
+            values["max_new_tokens"] = int(length) - given
+        eos = values.get("eos_token_id")
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        pad = values.get("pad_token_id")
+        stops = values.get("stop_strings") or ()
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if stops and tokenizer is None:
+            raise ValueError("generate: stop_strings need the tokenizer as well (tokenizer=...)")
+        if int(values["steps"]) < 2 or int(values["max_new_tokens"]) < 1:
+            raise ValueError(
+                f"generate: steps={values['steps']} has to be at least 2 and max_new_tokens={values['max_new_tokens']} "
+                "at least 1"
+            )
+        if values["sampler"] not in SAMPLERS:
+            raise ValueError(
+                f"generate: sampler={values['sampler']!r} does not exist; choose one of {', '.join(SAMPLERS)}"
+            )
+        pad = pad if pad is not None else eos[0] if eos else 0
+        return cls(
+            int(values["max_new_tokens"]), frozenset(eos), pad, stops, int(values["seed"]), int(values["steps"]),
+            str(values["sampler"]), tokenizer,
+        )  # fmt: skip
+
+
+class _Row:
+    """Whether a row goes on."""
+
+    def __init__(self, settings: _Settings) -> None:
+        self.settings, self.open, self.ids = settings, True, []
+
+    def take(self, token: int) -> int:
+        """The token, or padding behind the end of the row."""
+        s = self.settings
+        if not self.open:
+            return s.pad
+        self.ids.append(token)
+        if token in s.eos:
+            self.open = False
+        elif s.stop_strings:
+            tail = self.ids[-4 * max(map(len, s.stop_strings)) - 4 :]  # a character is at most four (byte) tokens
+            text = s.tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self.open = not any(stop in text for stop in s.stop_strings)
+        return token
+
+
+class _Context:
+    """What the backbone has read of each row, and its cache.
+
+    Where a row's context begins depends on how long its text is, and on nothing else: not on the batch, and not on
+    which part of it was a prompt.
+    """
+
+    def __init__(self, model: BitLMForCausalLM, lead: list[int], blocks: int) -> None:
+        config = model.config
+        self.model, self.lead = model.model, lead
+        self.k, self.most = config.block_size, config.max_position_embeddings // config.block_size
+        self.begin: list[int] | None = None
+        size = min(blocks, self.most)  # the start vectors and all blocks but the last: as many as there are blocks
+        self.cache = BlockCache(config, len(lead), size, model.model.norm.weight)
+
+    def window(self, blocks: int) -> int:
+        """First block that is context of the next one, for a text of so many blocks."""
+        hop = max(1, self.most // 2)
+        return max(0, -(-(blocks - self.most + 1) // hop)) * hop
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """tokens [b, n K], longer by one block each time; returns the states [b, K, D] of the block to come."""
+        k, blocks = self.k, tokens.shape[1] // self.k
+        begin = [lead + self.window(blocks - lead) for lead in self.lead]
+        if begin == self.begin:
+            inputs, slot = tokens[:, -k:], (blocks - min(begin)) * k
+        else:
+            self.begin = begin
+            self.cache.clear()
+            inputs, slot = F.pad(tokens[:, min(begin) * k :], (k, 0)), 0
+        slots = torch.arange(slot, slot + inputs.shape[1], device=tokens.device)
+        empty = torch.tensor(begin, device=tokens.device)[:, None] - min(begin)
+        return self.model(inputs, slots - empty * k, self.cache, slots)[:, -k:].contiguous()  # one layout: one graph
+
+
+def _where_given(nats: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Values of right-aligned, filled-up rows back to where the tokens stood; 0 for padding."""
+    length, have = input_ids.shape[1], nats.shape[1]
+    nats = F.pad(nats, (length - have, 0))  # cuts, where negative
+    if attention_mask is None:
+        return nats
+    mask = attention_mask.to(nats.device).bool()
+    order = mask.int().argsort(dim=1, stable=True)
+    return torch.zeros_like(nats).scatter(1, order, nats).masked_fill(~mask, 0.0)

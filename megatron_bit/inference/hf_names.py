@@ -1,0 +1,195 @@
+"""A checkpoint's tensors and configuration in transformers' terms: names, shapes, and how fused ones are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_bit.checkpoint.folder import read_meta
+from megatron_bit.checkpoint.index import Reader, Rectangle
+from megatron_bit.checkpoint.load import open_reader
+from megatron_bit.config import Config, ModelConfig, config_from_dict
+from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.errors import UserError
+from megatron_bit.model.codec import Codec
+from megatron_bit.parallel.split import FREQUENCIES
+from megatron_bit.run_folder import newest_checkpoint
+
+CODE_TABLE = "model.code_table"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the Hugging Face model: all of a logical tensor, or what `cut` takes from it."""
+
+    name: str
+    shape: tuple[int, ...]
+    logical: str
+    logical_shape: tuple[int, ...]
+    cut: Callable[[Tensor], Tensor] | None = None
+
+
+class Source:
+    """A checkpoint to read weights from, with the data folder's tokenizer."""
+
+    def __init__(self, run: Path, data: str | None = None) -> None:
+        """
+        Args:
+            run: a run folder (its newest complete checkpoint) or a checkpoint folder.
+            data: folder with the run's tokenizer, if it has moved since.
+
+        Raises:
+            UserError: no complete checkpoint, or the tokenizer is gone or another one.
+        """
+        self.folder = newest_checkpoint(run)
+        meta = read_meta(self.folder)
+        self.config: Config = config_from_dict(meta["config"])
+        self.step = int(meta["step"])
+        self.manifest: Manifest = load_manifest(data or self.config.data.path, check_files=False)
+        if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
+            raise UserError(
+                f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"
+            )
+        codec = Codec(self.config.model.code, self.manifest.vocab_size, self.config.model.bits)
+        if codec.fingerprint != meta["identity"]["code table"]:
+            raise UserError(
+                f"checkpoint {self.folder} was trained with another table of codes than model.code="
+                f"{self.config.model.code} makes here; its tokens would be read wrongly"
+            )
+        self.code_table = codec.table  # int8 [V, B]
+
+    def parts(self) -> list[Part]:
+        """All weights, a layer's side by side."""
+        return list(_parts(self.config.model))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 tensor) of all parts, one at a time, and the code table at the end.
+
+        Raises:
+            UserError: a tensor is missing, incomplete or of another shape.
+        """
+        reader, group = open_reader(self.folder), ""
+        for part in self.parts():
+            layer = part.logical.partition(".layers.")[2].partition(".")[0]
+            if layer != group:  # a reader keeps what it has read mapped into memory: begin anew
+                reader, group = open_reader(self.folder), layer
+            yield part.name, _read(reader, part)
+        yield CODE_TABLE, self.code_table
+
+
+def _read(reader: Reader, part: Part) -> Tensor:
+    shape = reader.shape(part.logical)
+    if shape != part.logical_shape:
+        raise UserError(
+            f"checkpoint tensor {part.logical} has shape {shape}, the configuration wants {part.logical_shape}; it is "
+            "of another model"
+        )
+    whole = reader.read(part.logical, "param", Rectangle((0,) * len(shape), shape))
+    return whole if part.cut is None else part.cut(whole)
+
+
+def _parts(m: ModelConfig) -> Iterator[Part]:
+    d, h, w = m.hidden_size, m.head, m.head.hidden_size
+
+    def same(name: str, logical: str, *shape: int) -> Part:
+        return Part(name, shape, logical, shape)
+
+    yield same("model.embed_tokens.start", "embedding.start", m.block_size, d)
+    yield same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
+    yield same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
+    yield same("model.embed_tokens.norm.weight", "embedding.norm.weight", d)
+    for i in range(m.num_layers):
+        yield from _backbone_layer(m, f"model.layers.{i}.", f"backbone.layers.{i}.")
+    yield same("model.norm.weight", "backbone.final_layernorm.weight", d)
+    yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
+    yield same("head.position", "head.position", m.block_size, w)
+    yield same("head.condition_proj.weight", "head.condition.weight", w, d)
+    for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
+        yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
+        yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
+    for name, count in (("modulation", 6), ("final_modulation", 2)):
+        yield same(f"head.{name}.weight", f"head.{name}.weight", count * w, w)
+        yield same(f"head.{name}.bias", f"head.{name}.bias", count * w)
+    yield same("head.out_proj.weight", "head.output.weight", m.bits, w)
+    for i in range(h.num_layers):
+        layer = f"head.layers.{i}."
+        for j, letter in enumerate("qkv"):  # the rows go head by head: query, key, value
+            name = f"{layer}self_attn.{letter}_proj.weight"
+            yield Part(name, (w, w), f"{layer}qkv.weight", (3 * w, w), _rows((h.num_heads, 3, -1), slice(j, j + 1)))
+        yield same(f"{layer}self_attn.o_proj.weight", f"{layer}proj.weight", w, w)
+        yield same(f"{layer}mlp.gate_proj.weight", f"{layer}fc1.gate.weight", h.ffn_hidden_size, w)
+        yield same(f"{layer}mlp.up_proj.weight", f"{layer}fc1.up.weight", h.ffn_hidden_size, w)
+        yield same(f"{layer}mlp.down_proj.weight", f"{layer}fc2.weight", w, h.ffn_hidden_size)
+
+
+def _backbone_layer(m: ModelConfig, to: str, logical: str) -> Iterator[Part]:
+    d, f, head_dim = m.hidden_size, m.ffn_hidden_size, m.hidden_size // m.num_heads
+    queries = m.num_heads // m.num_kv_heads  # of one group
+    fused = ((m.num_heads + 2 * m.num_kv_heads) * head_dim, d)
+    # the rows go group by group: the group's query heads, its key head, its value head
+    cuts = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, queries + 2)}
+    yield Part(f"{to}input_layernorm.weight", (d,), f"{logical}input_layernorm.weight", (d,))
+    for letter, rows in cuts.items():
+        shape = (m.num_kv_heads * (rows.stop - rows.start) * head_dim, d)
+        cut = _rows((m.num_kv_heads, queries + 2, head_dim), rows)
+        yield Part(
+            f"{to}self_attn.{letter}_proj.weight", shape, f"{logical}self_attention.linear_qkv.weight", fused, cut
+        )
+    same = [("self_attn.o_proj", "self_attention.linear_proj", (d, d))]
+    if m.qk_norm:
+        same += [(f"self_attn.{x}_norm", f"self_attention.{x}_layernorm", (head_dim,)) for x in "qk"]
+    same += [
+        ("post_attention_layernorm", "pre_mlp_layernorm", (d,)),
+        ("mlp.gate_proj", "mlp.linear_fc1.gate", (f, d)),
+        ("mlp.up_proj", "mlp.linear_fc1.up", (f, d)),
+        ("mlp.down_proj", "mlp.linear_fc2", (d, f)),
+    ]
+    for name, old, shape in same:
+        yield Part(f"{to}{name}.weight", shape, f"{logical}{old}.weight", shape)
+
+
+def _rows(groups: tuple[int, int, int], taken: slice) -> Callable[[Tensor], Tensor]:
+    """Of a matrix whose rows are [group, place in the group, row], all rows at the places `taken`."""
+
+    def cut(whole: Tensor) -> Tensor:
+        return whole.unflatten(0, groups)[:, taken].reshape(-1, whole.shape[1])
+
+    return cut
+
+
+def model_arguments(config: Config, vocab_size: int) -> dict[str, object]:
+    """Keyword arguments of BitLMConfig."""
+    m, d = config.model, config.diffusion
+    return {
+        "vocab_size": vocab_size,
+        "bits": m.bits,
+        "block_size": m.block_size,
+        "block_causal": m.attention == "block_causal",
+        "hidden_size": m.hidden_size,
+        "intermediate_size": m.ffn_hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "max_position_embeddings": config.data.seq_length,
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope_base,
+        "qk_norm": m.qk_norm,
+        "head_hidden_size": m.head.hidden_size,
+        "head_intermediate_size": m.head.ffn_hidden_size,
+        "head_num_layers": m.head.num_layers,
+        "head_num_attention_heads": m.head.num_heads,
+        "sigma_min": d.sigma_min,
+        "sigma_max": d.sigma_max,
+        "sigma_log_mean": d.log_mean,
+        "sigma_log_std": d.log_std,
+        "initializer_range": m.init_std,
+    }
+
+
+def training_dtype(config: Config) -> torch.dtype:
+    """The dtype in which the run computed."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32

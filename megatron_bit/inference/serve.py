@@ -1,0 +1,324 @@
+"""`megatron-bit serve`: OpenAI's /v1/completions over HTTP, on Starlette and uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import uvicorn
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from megatron_bit.errors import UserError
+from megatron_bit.inference.engine import Cancelled, Engine, Full, Piece, Request
+from megatron_bit.inference.generate import SAMPLERS, Generator
+
+KEY = "MEGATRON_BIT_API_KEY"  # if it is set, requests have to carry it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_tokens: int = 2048
+    prompt_tokens: int = 16384
+    texts: int = 64  # prompts x n
+    body_bytes: int = 2**20
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class Completion(BaseModel):
+    """The body of a request. What would change the text and means nothing to a BitLM is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    max_tokens: int = Field(default=16, ge=1)
+    n: int = Field(default=1, ge=1)
+    stop: str | list[str] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    echo: Literal[False] = False
+    temperature: float | None = Field(default=None, ge=1.0, le=1.0)
+    top_p: float | None = Field(default=None, ge=1.0, le=1.0)
+    user: str | None = None  # said to be for the operator's logs; there are none
+    steps: int = Field(default=32, ge=2, le=1024)
+    sampler: str = "ode"
+
+
+class Refused(Exception):
+    """An answer with an error status."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+    def response(self) -> JSONResponse:
+        kind = "invalid_request_error" if self.status < 429 else "rate_limit_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": None}
+        headers = {"Retry-After": "1"} if self.status == 429 else None
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+class Server:
+    """The routes, and what they count."""
+
+    def __init__(self, generator: Generator, name: str, workers: int, waiting: int, limits: Limits) -> None:
+        self.engine = Engine(generator, workers, waiting)
+        self._generator, self._name, self._limits = generator, name, limits
+        self._key = os.environ.get(KEY)
+        self._begin = int(time.time())
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("mbit_requests_total", "Requests by outcome", ["outcome"], registry=registry)
+        self._tokens = Counter("mbit_generated_tokens_total", "Tokens generated", registry=registry)
+        self._prompt = Counter("mbit_prompt_tokens_total", "Prompt tokens read", registry=registry)
+        self._first = Histogram("mbit_first_block_seconds", "Arrival to first text", registry=registry)
+        self._whole = Histogram("mbit_request_seconds", "Arrival to the end", registry=registry)
+        load = Gauge("mbit_requests_active", "Requests that run or wait", registry=registry)
+        load.set_function(lambda: self.engine.load)
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", self.completions, methods=["POST"]),
+                Route("/v1/models", self.models),
+                Route("/health", self.health),
+                Route("/metrics", self.metrics),
+            ],
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(self.engine.close)
+
+    async def health(self, request: HttpRequest) -> Response:
+        return JSONResponse({"status": "ok", "model": self._name, "active": self.engine.load})
+
+    async def metrics(self, request: HttpRequest) -> Response:
+        return PlainTextResponse(generate_latest(self._registry).decode(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, request: HttpRequest) -> Response:
+        card = {"id": self._name, "object": "model", "created": self._begin, "owned_by": "megatron_bit"}
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def completions(self, request: HttpRequest) -> Response:
+        try:
+            self._authorize(request)
+            body = self._read(await self._body(request))
+            prompts = self._prompts(body)
+            job = Request(
+                prompts, body.n, body.max_tokens, _stops(body), body.seed, body.steps, body.sampler
+            )  # fmt: skip
+            pieces = self._start(job)
+        except Refused as error:
+            self._requests.labels("refused").inc()
+            return error.response()
+        answer = _Answer(self._name, sum(map(len, prompts)))
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(self._stream(job, pieces, answer, usage), media_type="text/event-stream")
+        return await self._whole_text(request, job, pieces, answer)
+
+    # ------------------------------------------------------------ one request
+    def _authorize(self, request: HttpRequest) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+            raise Refused(401, "the API key is missing or wrong")
+
+    async def _body(self, request: HttpRequest) -> bytes:
+        data = bytearray()
+        async for piece in request.stream():
+            data += piece
+            if len(data) > self._limits.body_bytes:
+                raise Refused(413, f"the request is longer than {self._limits.body_bytes} bytes")
+        return bytes(data)
+
+    def _read(self, data: bytes) -> Completion:
+        try:
+            body = Completion.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            param = ".".join(map(str, first["loc"])) or None
+            why = {
+                "extra_forbidden": "is not known here, or means nothing to a BitLM",
+                "missing": "is missing",
+            }.get(first["type"], f"= {str(first.get('input'))[:80]!r}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+            if param in ("temperature", "top_p"):
+                why = f"is {first['input']}, and a BitLM has no such dial: leave it out, or 1"
+            raise Refused(400, f"{param or 'body'} {why}", param) from None
+        if body.model != self._name:
+            raise Refused(404, f"model {body.model!r} is not served here; it is {self._name!r}", "model")
+        if body.max_tokens > self._limits.max_tokens:
+            raise Refused(400, f"max_tokens {body.max_tokens} is more than {self._limits.max_tokens}", "max_tokens")
+        if body.sampler not in SAMPLERS:
+            raise Refused(400, f"sampler {body.sampler!r} does not exist; it may be {', '.join(SAMPLERS)}", "sampler")
+        return body
+
+    def _prompts(self, body: Completion) -> list[list[int]]:
+        given: Any = body.prompt
+        texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+        if not texts or len(texts) * body.n > self._limits.texts:
+            raise Refused(400, f"{len(texts)} prompts x n {body.n} have to be 1 to {self._limits.texts}", "prompt")
+        vocabulary = self._generator.vocab_size
+        rows = [self._generator.text.encode(text) if isinstance(text, str) else text for text in texts]
+        if any(not 0 <= token < vocabulary for row in rows for token in row):
+            raise Refused(400, f"a token id is not between 0 and {vocabulary - 1}", "prompt")
+        if (longest := max(map(len, rows))) > self._limits.prompt_tokens:
+            raise Refused(400, f"a prompt has {longest} tokens; at most {self._limits.prompt_tokens} may be", "prompt")
+        return rows
+
+    def _start(self, job: Request) -> asyncio.Queue[Piece | BaseException | None]:
+        """Begin in a worker; the queue gets the pieces, and at the end None or what went wrong."""
+        queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(item: Piece | BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        try:
+            future = self.engine.submit(job, put)
+        except Full:
+            raise Refused(429, "too many requests are waiting; try again") from None
+        future.add_done_callback(lambda f: put(Cancelled() if f.cancelled() else f.exception()))
+        return queue
+
+    async def _stream(
+        self, job: Request, pieces: asyncio.Queue[Any], answer: _Answer, usage: bool
+    ) -> AsyncIterator[str]:
+        outcome = "cancelled"
+        try:
+            while isinstance(item := await pieces.get(), Piece):
+                yield _event(answer.chunk([(item.row, item.text, item.finish_reason)]))
+            if item is not None:
+                outcome = "failed"
+                yield _event({"error": {"message": "generation failed", "type": "server_error"}})
+                return
+            if usage:
+                yield _event({**answer.chunk([]), "usage": answer.usage(job.produced)})
+            yield "data: [DONE]\n\n"
+            outcome = "completed"
+        finally:  # also when the client has gone
+            job.cancelled.set()
+            self._count(job, answer, outcome)
+
+    async def _whole_text(
+        self, request: HttpRequest, job: Request, pieces: asyncio.Queue[Any], answer: _Answer
+    ) -> Response:
+        texts: dict[int, str] = {}
+        reasons: dict[int, str | None] = {}
+        gone = asyncio.create_task(_disconnected(request))
+        outcome = "cancelled"
+        try:
+            while True:
+                item = asyncio.create_task(pieces.get())
+                await asyncio.wait((item, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not item.done():
+                    item.cancel()
+                    return Response(status_code=499)  # nobody reads it
+                piece = item.result()
+                if not isinstance(piece, Piece):
+                    break
+                texts[piece.row] = texts.get(piece.row, "") + piece.text
+                reasons[piece.row] = piece.finish_reason
+            if piece is not None:
+                outcome = "failed"
+                return JSONResponse({"error": {"message": "generation failed", "type": "server_error"}}, 500)
+            outcome = "completed"
+            choices = [(row, texts[row], reasons[row]) for row in sorted(texts)]
+            return JSONResponse({**answer.chunk(choices), "usage": answer.usage(job.produced)})
+        finally:
+            gone.cancel()
+            job.cancelled.set()
+            self._count(job, answer, outcome)
+
+    def _count(self, job: Request, answer: _Answer, outcome: str) -> None:
+        self._requests.labels(outcome).inc()
+        self._tokens.inc(job.produced)
+        self._prompt.inc(answer.prompt_tokens)
+        self._whole.observe(time.perf_counter() - job.arrived)
+        if job.first is not None:
+            self._first.observe(job.first)
+
+
+class _Answer:
+    """The fixed parts of a response."""
+
+    def __init__(self, model: str, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def chunk(self, choices: list[tuple[int, str, str | None]]) -> dict[str, Any]:
+        listed = [{"index": i, "text": text, "logprobs": None, "finish_reason": r} for i, text, r in choices]
+        return {**self._head, "choices": listed}
+
+    def usage(self, produced: int) -> dict[str, int]:
+        prompt = self.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": produced, "total_tokens": prompt + produced}
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def _stops(body: Completion) -> tuple[str, ...]:
+    stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if len(stops) > 4 or not all(stops):
+        raise Refused(400, "stop may hold up to 4 strings, none of them empty", "stop")
+    return stops
+
+
+async def _disconnected(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def main(
+    run: Path, host: str, port: int, name: str, concurrency: int, waiting: int, max_tokens: int, data: str | None
+) -> int:
+    """Serve until a signal; what runs then is ended. UserError if there is no model, or the port is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))  # before the model is read, which may take long
+        except OSError as error:
+            raise UserError(f"--host {host} --port {port} cannot be used: {error.strerror}; choose others") from None
+        server = Server(Generator(run, data), name, concurrency, waiting, Limits(max_tokens=max_tokens))
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"serving {name!r} on {address}/v1 (also /health and /metrics); Ctrl-C ends it", flush=True)
+        if not os.environ.get(KEY) and not _loopback(host):
+            print(f"warning: {host} is open to others, and {KEY} is not set: anybody may use this", flush=True)
+        config = uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def _loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

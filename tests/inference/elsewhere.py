@@ -1,0 +1,49 @@
+"""Runs in an environment without this project: what a user of transformers gets from converted folders.
+
+    python elsewhere.py CASES.json OUT.safetensors
+
+CASES.json maps a name to a folder; its inputs are in CASES.json.NAME, a safetensors file.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    absent = ("megatron_bit", "mbit_kernels", "mbit_data", "sentencepiece_model_pb2")
+    found = [name for name in absent if importlib.util.find_spec(name)]
+    assert not found, f"{found} can be imported: this environment proves nothing"
+    torch.set_num_threads(1)
+    out = {}
+    for name, folder in json.loads(Path(sys.argv[1]).read_text()).items():
+        given = load_file(f"{sys.argv[1]}.{name}")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with torch.no_grad():
+            parts = model(
+                given["tokens"], noisy_bits=given["noisy_bits"].to(model.dtype).float(), log_sigma=given["log_sigma"]
+            )
+        score = model.score(given["tokens"], noise_samples=3, seed=11, sequence_ids=given["sample"])
+        prompts = tokenizer(["def f(", "import os, sys\nclass "], padding=True, return_tensors="pt")
+        text = model.generate(**prompts, max_new_tokens=17, steps=6, seed=5, sequence_ids=[40, 2**40])
+        results = {
+            "states": parts.last_hidden_state.float(),
+            "residual": parts.logits.float(),
+            "nats": score.nats,
+            "nats_per_token": score.nats_per_token,
+            "text": text[:, prompts.input_ids.shape[1] :],
+            "special": tokenizer("</s> a", return_tensors="pt").input_ids,
+        }
+        out.update({f"{name}/{key}": value.contiguous() for key, value in results.items()})
+    assert "megatron_bit" not in sys.modules
+    save_file(out, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Generation: against the trainer's own parts without a cache, alone and in batches, within and beyond the context."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from mbit_kernels.decode import nearest_token
+from mbit_kernels.matched_filter import posterior_logits
+from transformers import GenerationConfig, TextStreamer
+
+from megatron_bit.diffusion import noise
+from megatron_bit.inference.generate import Generator
+from megatron_bit.inference.hf import modeling_bitlm as hf
+
+NAMES = ["sharded_training", "k1", "k4", "odd"]
+STEPS = 5
+KEYS = ("prompt", "text", "tokens", "step")
+
+
+def tokens(seed, length):
+    return torch.randint(2, 421, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def by_the_trainer(ours, prompt, count, seed, sequence):
+    """New ids, computed again for every block with the parts that train. The context begins where it has to."""
+    m, length = ours.config.model, ours.config.data.seq_length
+    k, most = m.block_size, length // m.block_size
+    ids = [0] * (-len(prompt) % k) + list(prompt)
+    begin, first = len(ids), 0
+    distribution = noise.NoiseDistribution.from_config(ours.config.diffusion)
+    grid = distribution.log_sigma(torch.linspace(1.0, 0.0, STEPS).clamp(1e-6, 1 - 1e-6))
+    while len(ids) < begin + count:
+        blocks = len(ids) // k
+        while blocks - first > most - 1:
+            first += max(1, most // 2)
+        window = torch.tensor([ids[first * k :] + [0] * k])
+        hidden = ours.hidden(window)[0, -k:, None]
+        z = grid[0].exp() * noise.gaussian(seed, noise.SAMPLING, torch.tensor([sequence]), blocks, 1, 1, k, m.bits)
+        with torch.no_grad():
+            for now, after in zip(grid, [*grid[1:].tolist(), None], strict=True):
+                odds = posterior_logits(ours.model.head(z, now.expand(1, 1, 1), hidden), z, now.exp())
+                if after is not None:
+                    x_hat = torch.tanh(odds / 2)
+                    z = x_hat + (after - now).exp() * (z - x_hat)
+        ids += nearest_token(odds[:, 0, 0], ours.model.codec.table).tolist()
+    return ids[begin : begin + count]
+
+
+def generate(generator, prompts, count, **more):
+    """New ids of rows with prompts of any lengths, padded on the left with an id that would matter if it were read."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[77] * (width - len(p)) + p for p in prompts], dtype=torch.int64).view(len(prompts), width)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).view(len(prompts), width)
+    options = {"steps": STEPS, "seed": 9, "eos_token_id": [], **more}
+    return generator.model.generate(ids, attention_mask=mask, max_new_tokens=count, **options)[:, width:].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("length", [0, 8, 50])
+def test_cached_text_is_the_text_computed_again_for_every_block(name, length, generator, trainer):
+    """From nothing, from a prompt of no whole number of blocks, and from one longer than the context; 2.5 contexts."""
+    prompt = tokens(1, length)
+    expected = by_the_trainer(trainer(name), prompt, 90, 9, 2**35 + 1)
+    assert generate(generator(name), [prompt], 90, sequence_ids=[2**35 + 1]) == [expected]
+    assert len(set(expected)) > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_a_padded_batch_is_what_it_is_alone(name, generator):
+    """The rows run into the end of the context at different times."""
+    prompts = [tokens(2, 7), [], tokens(3, 30), tokens(4, 1), tokens(5, 61)]
+    sequences = [5, 0, 2**40, 8, 9]
+    together = generate(generator(name), prompts, 64, sequence_ids=sequences)
+    for prompt, sequence, row in zip(prompts, sequences, together, strict=True):
+        assert generate(generator(name), [prompt], 64, sequence_ids=[sequence]) == [row]
+    other_seed = generate(generator(name), prompts, 64, sequence_ids=sequences, seed=10)
+    other_sequence = generate(generator(name), prompts[:1], 64, sequence_ids=[6])
+    assert together[0] not in (other_seed[0], other_sequence[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_score_of_a_padded_row_is_its_score_alone(side, generator):
+    model, rows = generator("odd").model, [tokens(6, 5), tokens(7, 12), tokens(8, 9)]
+    ids, mask = torch.full((3, 13), 99), torch.zeros(3, 13, dtype=torch.int64)
+    places = [slice(13 - len(r), 13) if side == "left" else slice(0, len(r)) for r in rows]
+    for row, (place, own) in enumerate(zip(places, rows, strict=True)):
+        ids[row, place], mask[row, place] = torch.tensor(own), 1
+    together = model.score(ids, mask, sequence_ids=[4, 5, 6])
+    for row, (place, own) in enumerate(zip(places, rows, strict=True)):
+        alone = model.score(torch.tensor([own]), sequence_ids=[4 + row])
+        torch.testing.assert_close(together.nats[row : row + 1], alone.nats, rtol=1e-5, atol=0)
+        torch.testing.assert_close(together.nats_per_token[row, place], alone.nats_per_token[0], rtol=1e-4, atol=1e-4)
+        assert (together.nats_per_token[row][mask[row] == 0] == 0).all()
+    with pytest.raises(ValueError, match="trained at"):
+        model.score(torch.zeros(1, 37, dtype=torch.int64))
+
+
+def test_the_end_of_a_row_and_the_length(generator):
+    free = generate(generator("odd"), [[], tokens(2, 7)], 31)
+    end = free[0][10]
+    first = [row.index(end) if end in row else len(row) for row in free]
+    ended = generate(generator("odd"), [[], tokens(2, 7)], 31, eos_token_id=end, pad_token_id=420)
+    for row, expected, at in zip(ended, free, first, strict=True):
+        assert row == expected[: at + 1] + [420] * (len(row) - at - 1)
+    assert len(ended[0]) == min(31, max(first) + 1) and first[0] <= 10
+    assert [len(row) for row in generate(generator("odd"), [[]], 2)] == [2], "less than a block"
+    ids = torch.tensor([tokens(2, 7)])
+    assert generator("odd").model.generate(ids, max_length=20, eos_token_id=[]).shape == (1, 20)
+    own = GenerationConfig(max_new_tokens=4, steps=STEPS, eos_token_id=None)
+    assert generator("odd").model.generate(ids, own).shape == (1, 11)
+
+
+def test_stop_strings_end_a_row_where_they_appear(generator):
+    """Also a string that no token holds alone."""
+    it = generator("odd")
+    (free,) = generate(it, [[]], 60)
+    text = [it.text.decode([token]) for token in free]
+    pairs = [(at, a + b) for at, (a, b) in enumerate(pairwise(text)) if a and b and (a + b).isascii()]
+    at, stop = next((at, pair) for at, pair in pairs if at > 5 and pair not in it.text.decode(free[: at + 1]))
+    (row,) = generate(it, [[]], 60, stop_strings=["never in it \u2603", stop], tokenizer=it.text)
+    assert row == free[: at + 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_with_a_cache_are_those_without(name, generator):
+    """Block after block, in a batch with empty blocks in front: text alone would hide small differences."""
+    model = generator(name).model
+    k, most = model.config.block_size, model.config.max_position_embeddings // model.config.block_size
+    ids, lead = torch.tensor([tokens(6, most * k), tokens(7, most * k)]), torch.tensor([0, 2])
+    context = hf._Context(model, lead.tolist(), most)
+    with torch.no_grad():
+        expected = model._states(ids[:, : (most - 1) * k], lead)
+        for blocks in range(3, most):
+            state = context.advance(ids[:, : blocks * k])
+            torch.testing.assert_close(state, expected[:, blocks * k : (blocks + 1) * k], rtol=0, atol=2e-6)
+
+
+def test_streamers_get_what_is_returned(generator, capsys):
+    it = generator("k4")
+    ids = torch.tensor([tokens(2, 6)])
+    out = it.model.generate(ids, max_new_tokens=22, steps=STEPS, streamer=TextStreamer(it.text), eos_token_id=[])
+    assert capsys.readouterr().out == it.text.decode(out[0].tolist()) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"temperature": 0.5}, "temperature means nothing"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"generation_config": GenerationConfig(top_k=7)}, "top_k"),
+        ({"sampler": "sde"}, "choose one of ode"),
+        ({"steps": 1}, "at least 2"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"stop_strings": ["x"]}, "tokenizer"),
+        ({"sequence_ids": [1, 2]}, "one number for each of 1 rows"),
+        ({"input_ids": torch.zeros(1, 3, dtype=torch.int64)}, "once"),
+    ],
+)
+def test_what_means_nothing_is_refused(arguments, words, generator):
+    with pytest.raises(ValueError, match=words):
+        generator("odd").model.generate(torch.zeros(1, 3, dtype=torch.int64), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_backbone_pass_and_head_compile_as_one_graph_each(backend, generator):
+    model = generator("k4").model
+    expected = generate(generator("k4"), [tokens(2, 7), []], 24)
+    plain = model.model.forward, model.head.forward
+    torch._dynamo.reset()
+    try:
+        model.model.forward = torch.compile(plain[0], fullgraph=True, backend=backend)
+        model.head.forward = torch.compile(plain[1], fullgraph=True, backend=backend)
+        torch._dynamo.utils.counters.clear()
+        assert generate(generator("k4"), [tokens(2, 7), []], 24) == expected
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == 3, "prompt, block, head"
+    finally:
+        model.model.forward, model.head.forward = plain
+
+
+def test_commands(converted, tmp_path):
+    """Both kinds of source, a file of prompts, batches, JSON."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("class A:\nx = \n")
+    options = ["--prompt", "def f", "--prompt-file", str(prompts), "--max-tokens", "20", "--steps", "4", "--json"]
+    code = "import sys; from megatron_bit import cli; cli.main()"
+    for source, more in ((converted["odd"].run, []), (converted["odd"].folder, ["--batch-size", "3"])):
+        command = [sys.executable, "-P", "-c", code, "generate", str(source), *options, *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        expected = Generator(source).generate(["def f", "class A:", "x = "], 20, steps=4)
+        for result, other in zip(results, expected, strict=True):
+            assert [result[key] for key in KEYS] == [other[key] for key in KEYS]
+            assert result["tokens_per_second"] > 0 and 0 < result["seconds_to_first_block"] <= result["seconds"]

@@ -1,0 +1,184 @@
+"""`megatron-bit serve`, asked by the official openai client."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tiny_runs
+import uvicorn
+from gloo_ranks import run_ranks
+
+from megatron_bit.inference import serve
+from megatron_bit.inference.generate import Generator
+
+PROMPT = "def f(self):"
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    run = tmp_path_factory.mktemp("serve") / "run"
+    settings = {"train.steps": 1, "checkpoint.every": 1}
+    run_ranks(tiny_runs.train, 1, tiny_runs.overrides(run, tiny_data, settings))
+    return Generator(run)
+
+
+class _Running:
+    def __init__(self, server: serve.Server) -> None:
+        self.server = server
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._uvicorn = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
+        self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._socket]))
+        self._thread.start()
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return response.read().decode()
+
+    def stop(self) -> None:
+        self._uvicorn.should_exit = True
+        self._thread.join(timeout=30)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def running(generator: Generator) -> Iterator[_Running]:
+    it = _Running(serve.Server(generator, "tiny", 1, 1, serve.Limits(max_tokens=4000, body_bytes=20_000)))
+    yield it
+    it.stop()
+
+
+def _complete(client: openai.OpenAI, **arguments: Any) -> Any:
+    extra = {"steps": arguments.pop("steps", 4)}
+    return client.completions.create(**{"model": "tiny", "prompt": PROMPT, **arguments}, extra_body=extra)
+
+
+def test_the_text_is_that_of_generate(running: _Running, generator: Generator) -> None:
+    want = generator.generate([PROMPT], 20, steps=4, seed=3)[0]
+    got = _complete(running.client(), max_tokens=20, seed=3)
+    assert got.choices[0].text == want["text"] and got.choices[0].finish_reason in ("length", "stop")
+    assert got.usage.completion_tokens == want["tokens"]
+    assert got.usage.prompt_tokens == len(generator.text.encode(PROMPT))
+
+
+def test_streaming_gives_the_same_text_in_pieces(running: _Running) -> None:
+    whole = _complete(running.client(), max_tokens=40, seed=5)
+    stream = _complete(running.client(), max_tokens=40, seed=5, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    texts = [chunk.choices[0].text for chunk in chunks if chunk.choices]
+    assert "".join(texts) == whole.choices[0].text and len(texts) > 5
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+def test_several_prompts_and_choices(running: _Running, generator: Generator) -> None:
+    prompts = ["import os", PROMPT]
+    got = _complete(running.client(), prompt=prompts, n=2, max_tokens=12)
+    want = generator.generate([p for p in prompts for _ in range(2)], 12, steps=4)
+    assert [c.text for c in got.choices] == [w["text"] for w in want]
+    assert len({c.text for c in got.choices}) == 4
+    ids = generator.text.encode(PROMPT)
+    assert _complete(running.client(), prompt=ids, max_tokens=12).choices[0].text == want_one(generator, ids)
+
+
+def want_one(generator: Generator, ids: list[int]) -> str:
+    return generator.generate([generator.text.decode(ids)], 12, steps=4)[0]["text"]
+
+
+def test_a_stop_string_ends_the_text_and_is_not_in_it(running: _Running) -> None:
+    whole = _complete(running.client(), max_tokens=60, seed=1).choices[0].text
+    stop = whole[10:13]
+    for stream in (False, True):
+        got = _complete(running.client(), max_tokens=60, seed=1, stop=[stop], stream=stream)
+        text = "".join(c.choices[0].text for c in got) if stream else got.choices[0].text
+        assert text == whole[: whole.index(stop)]
+    assert _complete(running.client(), max_tokens=60, seed=1, stop=stop).choices[0].finish_reason == "stop"
+
+
+REFUSED = {
+    "temperature": ({"temperature": 0.3}, 400, "temperature is 0.3, and a BitLM has no such dial"),
+    "logprobs": ({"logprobs": 3}, 400, "logprobs"),
+    "model": ({"model": "other"}, 404, "model 'other' is not served here"),
+    "max_tokens": ({"max_tokens": 4001}, 400, "max_tokens 4001 is more than 4000"),
+    "steps": ({"steps": 1}, 400, "steps"),
+    "token": ({"prompt": [5, 10**6]}, 400, "a token id is not between 0 and"),
+    "texts": ({"n": 65}, 400, "have to be 1 to 64"),
+    "body": ({"prompt": "x" * 30_000}, 413, "longer than 20000 bytes"),
+    "stop": ({"stop": ["a", "b", "c", "d", "e"]}, 400, "up to 4 strings"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, running: _Running) -> None:
+    arguments, status, message = REFUSED[name]
+    with pytest.raises(openai.APIStatusError, match=message) as caught:
+        _complete(running.client(), **arguments)
+    assert caught.value.status_code == status
+
+
+def test_a_client_that_leaves_stops_the_work(running: _Running) -> None:
+    for stream in (True, False):
+        if stream:
+            chunks = _complete(running.client(), max_tokens=4000, stream=True, steps=64)
+            next(iter(chunks))
+            chunks.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                running.client().with_options(timeout=0.5).completions.create(
+                    model="tiny", prompt=PROMPT, max_tokens=4000, extra_body={"steps": 64}
+                )
+        deadline = time.monotonic() + 10
+        while json.loads(running.get("/health"))["active"]:
+            assert time.monotonic() < deadline, "the request goes on without a client"
+            time.sleep(0.05)
+    assert 'mbit_requests_total{outcome="cancelled"} 2.0' in running.get("/metrics")
+
+
+def test_a_full_queue_says_so(running: _Running) -> None:
+    streams = [_complete(running.client(), max_tokens=4000, stream=True, steps=64) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError, match="too many requests are waiting"):
+        _complete(running.client())
+    for stream in streams:
+        stream.close()
+
+
+def test_models_health_metrics(running: _Running) -> None:
+    assert [card.id for card in running.client().models.list()] == ["tiny"]
+    assert json.loads(running.get("/health"))["status"] == "ok"
+    assert "mbit_generated_tokens_total" in running.get("/metrics")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        running.get("/v1/nothing")
+
+
+def test_a_key_has_to_be_given(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(serve.KEY, "secret")
+    it = _Running(serve.Server(generator, "tiny", 1, 1, serve.Limits()))
+    try:
+        assert _complete(it.client("secret"), max_tokens=3).choices[0].text
+        for wrong in ("other", "sécret"):
+            with pytest.raises((openai.AuthenticationError, UnicodeEncodeError)):
+                _complete(it.client(wrong), max_tokens=3)
+    finally:
+        it.stop()
+
+
+def test_a_port_that_is_taken(generator: Generator, tmp_path: Path) -> None:
+    from megatron_bit.errors import UserError
+
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port} cannot be used: .*in use"):
+            serve.main(tmp_path, "127.0.0.1", port, "tiny", 1, 1, 10, None)
