@@ -49,7 +49,7 @@ class Reporter:
                 left = max(0, total_bytes - done) / rate
                 self.line(
                     f"{description}: {done / 1e6:.0f} of {total_bytes / 1e6:.0f} MB, "
-                    f"{made / 1e6:.1f} M tokens, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
+                    f"{f'{made / 1e6:.1f} M tokens, ' if made else ''}{rate / 1e6:.1f} MB/s, {left:.0f} s left"
                 )
 
         return advance
@@ -72,16 +72,16 @@ def _rich_bar(description: str, total_bytes: int) -> Iterator[Advance]:
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TextColumn("{task.fields[made]:.1f} M tokens"),
+        TextColumn("{task.fields[made]}"),
         TimeRemainingColumn(),
     )
     made = 0
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total_bytes, made=0.0)
+        task = progress.add_task(description, total=total_bytes, made="")
 
         def advance(read_bytes: int, tokens: int) -> None:
             nonlocal made
             made += tokens
-            progress.update(task, advance=read_bytes, made=made / 1e6)
+            progress.update(task, advance=read_bytes, made=f"{made / 1e6:.1f} M tokens" if made else "")
 
         yield advance

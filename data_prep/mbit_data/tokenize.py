@@ -1,27 +1,18 @@
-"""Documents into token arrays, in worker processes; the result does not depend on how many there are."""
+"""What a worker does with documents: leave out, choose the split, encode."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from mbit_data.read import Document
+from mbit_data.filters import Filters
+from mbit_data.minhash import Dedup, exact_keys, near_keys
 from mbit_data.tokenizer import Tokenizer
-from megatron_bit.errors import UserError
-
-TASK_CHARS = 256 * 1024  # text per task: small enough to spread, large enough to be worth sending
 
 
 @dataclass(frozen=True)
@@ -36,85 +27,66 @@ class TokenizedDocument:
     read_bytes: int
 
 
-class _Encoded(NamedTuple):
-    tokens: np.ndarray
-    text_bytes: int
-    text_hash: bytes
+@dataclass(frozen=True)
+class Encoding:
+    """How documents are encoded, as it is sent to the workers."""
+
+    tokenizer: str  # path
+    tokenizer_sha256: str
+    dtype: str
+    validation_fraction: float
+    filters: Filters
+    done: Mapping[str, int]  # for each split, the last document that is in a finished shard
 
 
-def tokenize_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, dtype: str, workers: int
-) -> Iterator[TokenizedDocument]:
-    """The documents, tokenized, in their order. At most two tasks a worker are in memory ahead.
+class Encoded(NamedTuple):
+    """`reason`: why it is left out. `tokens`: None if it is, or if a finished shard has it."""
 
-    Raises UserError if a worker process dies.
-    """
-    tasks = _group(documents)
-    model = str(tokenizer.path), tokenizer.sha256
-    if workers == 1:
-        for task in tasks:
-            yield from _join(task, _encode([document.text for document in task], model, dtype))
-        return
-    # spawn: a fork of a process with threads (torch, if the caller has it) may inherit a held lock
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    waiting: deque[tuple[list[Document], Future[list[_Encoded]]]] = deque()
-    try:
-        for task in tasks:
-            texts = [document.text for document in task]
-            waiting.append((task, pool.submit(_encode, texts, model, dtype)))
-            if len(waiting) > 2 * workers:
-                first, future = waiting.popleft()
-                yield from _join(first, future.result())
-        while waiting:
-            first, future = waiting.popleft()
-            yield from _join(first, future.result())
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a tokenizer process died ({workers} workers); out of memory? Try fewer workers. "
-            'A script of your own must call prepare under `if __name__ == "__main__":`'
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    reason: str | None
+    split: str = ""
+    tokens: np.ndarray | None = None
+    text_bytes: int = 0
+    text_hash: bytes = b""
 
 
-def _group(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    task: list[Document] = []
-    chars = 0
-    for document in documents:
-        task.append(document)
-        chars += len(document.text)
-        if chars >= TASK_CHARS:
-            yield task
-            task, chars = [], 0
-    if task:
-        yield task
+def split_of(text_hash: bytes, validation_fraction: float) -> str:
+    """By content, so that a document goes to the same split wherever it lies, and its copies with it."""
+    position = int.from_bytes(text_hash[:8], "big") / 2**64
+    return "validation" if position < validation_fraction else "train"
 
 
-def _join(task: list[Document], results: list[_Encoded]) -> Iterator[TokenizedDocument]:
-    for document, encoded in zip(task, results, strict=True):
-        yield TokenizedDocument(document.source, document.index, *encoded, read_bytes=document.read_bytes)
+def encode(texts: list[tuple[int, str]], how: Encoding) -> list[Encoded]:
+    """The documents (number, text) of one task."""
+    tokenizer = _load(how.tokenizer, how.tokenizer_sha256)
+    results = []
+    for number, text in texts:
+        reason = how.filters.reason(text)
+        if reason is not None:
+            results.append(Encoded(reason))
+            continue
+        data = text.encode()
+        text_hash = hashlib.sha256(data).digest()
+        split = split_of(text_hash, how.validation_fraction)
+        tokens = None
+        if number > how.done[split]:
+            tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=how.dtype)
+        results.append(Encoded(None, split, tokens, len(data), text_hash))
+    return results
 
 
-def _follow_parent() -> None:
-    """End with the parent process, also when that is killed: a worker would wait for tasks for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def keys(texts: list[tuple[int, str]], how: tuple[Filters, Dedup]) -> list[np.ndarray]:
+    """The records of `mbit_data.dedup` for the documents of one task."""
+    filters, dedup = how
+    of_text = exact_keys if dedup == "exact" else near_keys
+    results = []
+    for _, text in texts:
+        hash_words = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype=">u8").astype("<u8")
+        record = np.concatenate([hash_words, of_text(text)])
+        results.append(np.zeros_like(record) if filters.reason(text) is not None else record)
+    return results
 
 
 @lru_cache(maxsize=1)
 def _load(path: str, sha256: str) -> Tokenizer:
     """Once a process. The hash is there so that another tokenizer under the same path is another entry."""
     return Tokenizer(path)
-
-
-def _encode(texts: list[str], model: tuple[str, str], dtype: str) -> list[_Encoded]:
-    tokenizer = _load(*model)
-    results = []
-    for text in texts:
-        data = text.encode()
-        tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=dtype)
-        results.append(_Encoded(tokens, len(data), hashlib.sha256(data).digest()))
-    return results

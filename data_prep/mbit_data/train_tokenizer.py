@@ -12,7 +12,7 @@ from typing import Literal
 import sentencepiece
 
 from mbit_data.inputs import InputFile
-from mbit_data.read import read_documents
+from mbit_data.read import Reading, read_documents
 from megatron_bit.errors import UserError
 
 ModelType = Literal["unigram", "bpe"]
@@ -25,7 +25,7 @@ SMALL_FILE_BYTES = 256 * 1024
 NUM_THREADS = 4
 
 
-def sample_texts(files: list[InputFile], budget: int) -> Iterator[str]:
+def sample_texts(files: list[InputFile], budget: int, reading: Reading | None = None) -> Iterator[str]:
     """Texts of about `budget` UTF-8 bytes in all, the same ones every time.
 
     Goes through the files in the order of the hash of their names until the budget is used up. From each it
@@ -34,7 +34,7 @@ def sample_texts(files: list[InputFile], budget: int) -> Iterator[str]:
     left, total = budget, sum(file.size for file in files) or 1
     for file in sorted(files, key=_name_hash):
         share = min(left, max(SMALL_FILE_BYTES, -(-budget * file.size // total)))
-        for document in read_documents(file):
+        for document in read_documents(file, reading):
             if share <= 0:
                 break
             text = document.text[:share]  # characters, at most as many as bytes: never above the budget by 4x
@@ -56,9 +56,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: ModelType
     Raises UserError if the texts do not support that many pieces.
     """
     model = io.BytesIO()
+    failed: list[BaseException] = []  # the library makes a RuntimeError of whatever the texts raise
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_sentences(_watched(texts, failed)),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -78,8 +79,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: ModelType
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         raise UserError(_explain(str(error), vocab_size)) from error
     return model.getvalue()
+
+
+def _watched(texts: Iterable[str], failed: list[BaseException]) -> Iterator[str]:
+    try:
+        yield from texts
+    except Exception as error:
+        failed.append(error)
+        raise
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

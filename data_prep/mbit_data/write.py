@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -88,20 +89,20 @@ class SplitWriter:
     Documents are never cut, so a shard exceeds `shard_tokens` by less than its last document.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, shard_tokens: int, shards: Iterable[Shard] = ()):
+        """`split` begins the names; `shards` are finished ones of an earlier run, to go on behind them."""
         self._folder = folder
         self._split = split
         self._shard_tokens = shard_tokens
-        self._shards: list[Shard] = []
+        self._shards = list(shards)
         self._open: _ShardFile | None = None
 
-    def add(self, key: str, document: TokenizedDocument) -> None:
-        """Append a document under a key that no other document has. Raises OSError."""
+    def add(self, key: str, document: TokenizedDocument) -> Shard | None:
+        """Append a document under a key that no other document has; the shard, if that completed it. Raises OSError."""
         if self._open is None:
             self._open = _ShardFile(self._folder, f"{self._split}-{len(self._shards):06d}.tar")
         self._open.add(key, document)
-        if self._open.tokens >= self._shard_tokens:
-            self._finish_shard(self._open)
+        return self._finish_shard(self._open) if self._open.tokens >= self._shard_tokens else None
 
     def finish(self) -> Split:
         """Close the last shard. Raises OSError."""
@@ -115,6 +116,8 @@ class SplitWriter:
             self._open.abandon()
             self._open = None
 
-    def _finish_shard(self, shard: _ShardFile) -> None:
-        self._shards.append(shard.finish())
+    def _finish_shard(self, shard: _ShardFile) -> Shard:
+        finished = shard.finish()
+        self._shards.append(finished)
         self._open = None
+        return finished

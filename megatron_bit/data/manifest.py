@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Manifest:
     dtype: str  # of the token payload: uint16 or uint32, little endian
     identity: Mapping[str, Any]
     package_version: str
+    dropped: Mapping[str, int] = field(default_factory=dict)  # documents and records left out, by reason
+    code_sha256: str = ""  # of `mbit_data` and its tokenizer libraries' versions; "" in a folder of before
 
     @property
     def fingerprint(self) -> str:
@@ -107,12 +109,14 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "package_version": self.package_version,
+            "code_sha256": self.code_sha256,
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "dtype": self.dtype,
             "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
             "identity": dict(self.identity),
+            "dropped": dict(self.dropped),
             "splits": splits,
         }
         return json.dumps(content, indent=2) + "\n"
@@ -159,6 +163,8 @@ def _parse(folder: Path, path: Path, content: Any) -> Manifest:
             dtype=content["dtype"],
             identity=content["identity"],
             package_version=content["package_version"],
+            dropped=dict(content.get("dropped", {})),
+            code_sha256=content.get("code_sha256", ""),
         )
         stored, computed = content["fingerprint"], manifest.fingerprint
     except (KeyError, TypeError, AttributeError) as error:

@@ -13,12 +13,12 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-from mbit_data import prepare as module
 from mbit_data import write
 from mbit_data.inputs import expand_inputs
 from mbit_data.prepare import PrepareOptions, prepare
 from mbit_data.read import SPLIT_ABOVE, read_documents
 from mbit_data.tokenizer import Tokenizer
+from mbit_data.train_tokenizer import sample_texts
 from mbit_data.verify import verify
 
 from megatron_bit.data.manifest import FILE_NAME, load_manifest
@@ -36,14 +36,14 @@ def contents(folder):
 
 
 def test_same_bytes_for_every_worker_count(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("mbit_data.tokenize.TASK_CHARS", 2000)  # many tasks
+    monkeypatch.setattr("mbit_data.pool.TASK_CHARS", 2000)  # many tasks
     one = prepare(options(corpus, tmp_path / "one"), progress=False)
     three = prepare(options(corpus, tmp_path / "three", workers=3), progress=False)
     assert contents(one.folder) == contents(three.folder)
     assert one.fingerprint == three.fingerprint
     names = sorted(contents(one.folder))
     assert names[:3] == [FILE_NAME, "tokenizer.model", "train-000000.tar"] and len(names) > 5
-    assert "unfinished.json" not in names
+    assert "unfinished.jsonl" not in names
     assert not verify(one.folder)
 
 
@@ -253,15 +253,12 @@ def test_stdlib_is_sources_without_tests():
 
 def test_files_that_are_not_text(corpus, tmp_path, capsys):
     (corpus / "image.png").write_bytes(b"\x89PNG\0\0")
-    (corpus / "data.jsonl").write_text("{}")
     (corpus / "empty.py").write_text("")
     manifest = prepare(options(corpus, tmp_path / "out"))
     assert sum(split.documents for split in manifest.splits.values()) == 40
-    assert "skipped 2 files" in capsys.readouterr().err
+    assert "skipped 1 files" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"image\.png is binary"):
         prepare(options(corpus / "image.png", tmp_path / "x"), progress=False)
-    with pytest.raises(UserError, match=r"jsonl.*not read yet"):
-        prepare(options(corpus / "data.jsonl", tmp_path / "x"), progress=False)
     with pytest.raises(UserError, match="empty"):
         prepare(options(corpus / "empty.py", tmp_path / "x"), progress=False)
     (corpus / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 100)[:-12])
@@ -272,7 +269,7 @@ def test_files_that_are_not_text(corpus, tmp_path, capsys):
 def test_the_tokenizer_sample_is_bounded(corpus):
     files = expand_inputs([str(corpus)])
     total = sum(file.size for file in files)
-    sample = list(module.sample_texts(files, total // 3))
+    sample = list(sample_texts(files, total // 3))
     assert total // 3 <= sum(len(text.encode()) for text in sample) < total // 3 + 4
-    assert list(module.sample_texts(files, total // 3)) == sample
-    assert sum(len(text.encode()) for text in module.sample_texts(files, 10 * total)) == total
+    assert list(sample_texts(files, total // 3)) == sample
+    assert sum(len(text.encode()) for text in sample_texts(files, 10 * total)) == total

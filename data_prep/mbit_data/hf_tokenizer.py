@@ -1,0 +1,84 @@
+"""A Hugging Face `tokenizer.json`, through the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.errors import UserError
+
+CONFIG_FILE = "tokenizer_config.json"  # stands beside tokenizer.json and names the token that ends a document
+# what the families call it, if nothing says so: GPT-2/NeoX, Llama 3, Llama/T5, Gemma, BERT
+USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+class HuggingFaceModel:
+    """Encodes text only: no template, no truncation, no padding, and a special token written in a text is text."""
+
+    def __init__(self, path: Path, data: bytes, eos_token: str | None):
+        """The token that ends a document: `eos_token`, else the one in tokenizer_config.json beside the file, else
+        the only one of USUAL_EOS in the vocabulary. Raises UserError if there is none, or it is not in the vocabulary.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                f"tokenizer {path} needs the package tokenizers; install it: pip install tokenizers"
+            ) from error
+        try:
+            model = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"tokenizer {path} is not a Hugging Face tokenizer.json ({error})") from error
+        # a file may carry the settings of some training, and would cut documents silently
+        model.no_truncation()
+        model.no_padding()
+        vocabulary = model.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"tokenizer {path} has an empty vocabulary")
+        self.vocab_size: int = max(vocabulary.values()) + 1  # ids may have gaps
+        self.eos_token = eos_token or _configured(path) or _usual(path, vocabulary)
+        if self.eos_token not in vocabulary:
+            raise UserError(
+                f"tokenizer {path} has no token {self.eos_token!r} to end documents with; name one with --eos-token"
+            )
+        self.eos_id: int = vocabulary[self.eos_token]
+        # Special tokens are left alone in a text, so that no text can end a document. Ours has to be one of them.
+        model.add_special_tokens([tokenizers.AddedToken(self.eos_token, special=True, normalized=False)])
+        model.encode_special_tokens = True
+        if self.eos_id in model.encode(self.eos_token, add_special_tokens=False).ids:
+            raise UserError(
+                f"tokenizer {path} reads {self.eos_token!r} in a text as the end of a document; "
+                "name another token with --eos-token"
+            )
+        self._model = model
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=True)
+
+
+def config_for(eos_token: str) -> bytes:
+    """A tokenizer_config.json to stand beside a copied tokenizer.json."""
+    return (json.dumps({"eos_token": eos_token}, indent=2) + "\n").encode()
+
+
+def _configured(path: Path) -> str | None:
+    try:
+        content: Any = json.loads(path.with_name(CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.with_name(CONFIG_FILE)} cannot be read as JSON ({error}); fix or remove it") from error
+    token = content.get("eos_token") if isinstance(content, dict) else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _usual(path: Path, vocabulary: dict[str, int]) -> str:
+    found = [token for token in USUAL_EOS if token in vocabulary]
+    if len(found) == 1:
+        return found[0]
+    what = f"several tokens may end a document ({', '.join(found)})" if found else "no token is known to end a document"
+    raise UserError(f"tokenizer {path}: {what}; name it with --eos-token")

@@ -1,0 +1,141 @@
+"""What of a folder is finished while it is being made, so that a killed `prepare` goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mbit_data.options import differences
+from megatron_bit.data.manifest import SPLITS, Shard
+from megatron_bit.errors import UserError
+from megatron_bit.files import PARTIAL, write_atomic
+
+BEFORE_SHARDS = 2  # lines: header and tokenizer
+
+
+@dataclass
+class Finished:
+    """The complete shards of one split, each with the number of the last document in it."""
+
+    entries: list[tuple[Shard, int]] = field(default_factory=list)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shard, _ in self.entries]
+
+    @property
+    def last_document(self) -> int:
+        return self.entries[-1][1] if self.entries else -1
+
+
+class Journal:
+    """A file of JSON lines: what is made here, by which code, then every finished shard, in the order of finishing."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], code: str, prefix: str = ""):
+        """Begin the journal, or go on with the one that is there. `prefix`: of the shards it is for, behind the split.
+
+        Shards that are not in it, or not as it says, are removed. Made by other code, none of them is kept.
+        Raises UserError if the folder is for other options or inputs, OSError.
+        """
+        self.path = path
+        self.notes: list[str] = []
+        self.finished: dict[str, Finished] = {split: Finished() for split in SPLITS}
+        self.tokenizer_sha256: str | None = None
+        self.continued = False  # keys and tokenizer in the folder are ours
+        header = {"identity": dict(identity), "code_sha256": code}
+        if path.exists():
+            self._continue(header)
+        self._remove_others(prefix)
+        lines = [json.dumps(header)]
+        lines += [json.dumps({"tokenizer_sha256": self.tokenizer_sha256})] if self.tokenizer_sha256 else []
+        lines += [_line(split, *entry) for split, done in self.finished.items() for entry in done.entries]
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+
+    def add(self, split: str, shard: Shard, last_document: int) -> None:
+        """A shard is complete on disk; `last_document` is the number of the last document in it. Raises OSError."""
+        self.finished[split].entries.append((shard, last_document))
+        self._append(_line(split, shard, last_document))
+
+    def use_tokenizer(self, sha256: str) -> None:
+        """All shards are of this tokenizer. Raises UserError if those that are kept are of another one, OSError."""
+        if self.tokenizer_sha256 is None:
+            self.tokenizer_sha256 = sha256
+            self._append(json.dumps({"tokenizer_sha256": sha256}))
+        elif self.tokenizer_sha256 != sha256:
+            raise UserError(
+                f"the tokenizer in {self.path.parent} was changed, and finished shards there are of the old one; "
+                "remove the folder and prepare it again"
+            )
+
+    def _append(self, line: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _continue(self, header: dict[str, Any]) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        try:
+            there = json.loads(lines[0])
+            different = differences(there["identity"], header["identity"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path} is damaged; remove the folder {self.path.parent} and prepare it again"
+            ) from error
+        if different and len(lines) <= BEFORE_SHARDS:
+            self.notes.append(
+                f"an unfinished prepare of other data, without a finished shard, is replaced ({different})"
+            )
+            return
+        if different:
+            raise UserError(
+                f"{self.path.parent} holds an unfinished prepare of other data: {different}; run that one again, "
+                "choose another folder, or remove it"
+            )
+        if there.get("code_sha256") != header["code_sha256"]:
+            self.notes.append("an unfinished prepare by other code is here: begun again")
+            return
+        self.continued = True
+        broken: set[str] = set()
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+                if "tokenizer_sha256" in entry:
+                    self.tokenizer_sha256 = entry["tokenizer_sha256"]
+                    continue
+                split, shard = entry["split"], Shard(**entry["shard"])
+                last = entry["last_document"]
+            except (ValueError, LookupError, TypeError):
+                break  # the line that was being written
+            if split not in broken and _is_whole(self.path.parent / shard.file, shard):
+                self.finished[split].entries.append((shard, last))
+            else:
+                broken.add(split)  # the shards behind it begin where it ended
+        kept = sum(len(done.shards) for done in self.finished.values())
+        if kept:
+            self.notes.append(f"{kept} finished shards are kept")
+
+    def _remove_others(self, prefix: str) -> None:
+        names = {shard.file for done in self.finished.values() for shard in done.shards}
+        ours = re.compile(rf"({'|'.join(SPLITS)})-{prefix}\d{{6}}\.tar({re.escape(PARTIAL)})?")
+        for path in self.path.parent.iterdir():
+            if ours.fullmatch(path.name) and path.name not in names:
+                path.unlink()
+
+
+def _line(split: str, shard: Shard, last_document: int) -> str:
+    return json.dumps({"split": split, "last_document": last_document, "shard": asdict(shard)})
+
+
+def _is_whole(path: Path, shard: Shard) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    except OSError:
+        return False
