@@ -192,6 +192,9 @@ class TrainConfig(Section):
     """bf16 keeps fp32 master weights, moments and gradient accumulation."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of weights, noise and data order."""
+    init_from: str | None = None
+    """Weights a new run starts with: a run, a checkpoint, a converted folder, or a Hugging Face folder of the Llama
+    layout, whose layers become the backbone. A run that has a checkpoint goes on from that."""
 
 
 class EvaluateConfig(Section):

@@ -51,7 +51,7 @@ def claim(config: Config, mine: dict[str, Any], lock: RunLock) -> None:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         if known.exists():
-            _compare(json.loads(known.read_text()), mine, f"run folder {run}")
+            compare(json.loads(known.read_text()), mine, f"run folder {run}")
         for line in (lock.acquire(), *sweep(run / "checkpoints")):
             if line:
                 print(line, flush=True)
@@ -70,7 +70,7 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
     run = Path(config.run)
     meta = None if checkpoint is None else read_meta(checkpoint)
     if meta is not None:
-        _compare(meta["identity"], mine, f"checkpoint {checkpoint}")
+        compare(meta["identity"], mine, f"checkpoint {checkpoint}")
     try:
         (run / "starts").mkdir(exist_ok=True)
         if not (run / "identity.json").exists():
@@ -104,7 +104,8 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def _compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
+def compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
+    """UserError with the first key of `mine` that is another one `there`, which is said to be at `where`."""
     if not isinstance(there, dict):
         raise UserError(f"{where} has an identity that is not one: {_short(there)}; choose another run=... folder")
     if "model" in there:  # a key that is younger than the run has its default there
@@ -115,7 +116,7 @@ def _compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
         if other == value:
             continue
         if isinstance(value, dict) and isinstance(other, dict):
-            _compare(_prefixed(other, key), _prefixed(value, key), where)
+            compare(_prefixed(other, key), _prefixed(value, key), where)
             continue
         raise UserError(
             f"{where} is of another run: {key} is {_short(other)} there and {_short(value)} here; "

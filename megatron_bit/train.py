@@ -11,6 +11,7 @@ from megatron_bit.callbacks.checkpoint import CheckpointCallback
 from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
+from megatron_bit.checkpoint.init_from import init_from
 from megatron_bit.checkpoint.load import load_optimizer, newest_undamaged
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
@@ -62,9 +63,14 @@ def build(config: Config, groups: Groups) -> Trainer:
         on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
         optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
         state = TrainState(**meta["state"])
+    taken = ""
+    if checkpoint is None and config.train.init_from is not None:
+        taken = on_every_rank(functools.partial(init_from, config.train.init_from, config, mine, optimizer, groups))
+        optimizer.loaded(0)
     if groups.rank == 0:
         device = "CPU, gloo" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name()}, NCCL"
         begin = f"continuing {checkpoint} at step {state.step}" if checkpoint else "a new run"
+        begin += f" from {taken}" if taken else ""
         print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
     callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback())
     return Trainer(config, groups, manifest, optimizer, state, callbacks, mine, lock)

@@ -7,6 +7,7 @@ same sums at the same step and draw the same conclusion.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -109,6 +110,10 @@ class CheckpointWriter:
             with self._lock:
                 self._abandoned.set()
                 self._state = "idle"
+            assert self._thread is not None
+            self._thread.join(1.0)
+            if self._groups.rank == 0 and not self._thread.is_alive():  # give the room back, unless it still writes
+                shutil.rmtree(self._temporary, ignore_errors=True)
             self._report(error, required)
             return
         self._done()

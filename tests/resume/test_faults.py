@@ -102,6 +102,7 @@ def test_one_failed_save_is_reported_and_training_goes_on(background: bool, tiny
     said = (tmp_path / "said").read_text()
     assert "warning: checkpoint step 2 is not saved" in said and "File too large (rank 1; 1 of 2 ranks)" in said
     assert [step_of(p) for p in complete(tmp_path / "run" / "checkpoints")] == [1, 3, 4, 5]
+    assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.suffix]
 
 
 def test_two_failed_saves_in_a_row_end_the_run_with_the_last_good_one_left(tiny_data: Path, tmp_path: Path) -> None:

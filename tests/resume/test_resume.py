@@ -65,6 +65,31 @@ def test_another_layout_continues_within_rounding(first: str, second: str, tiny_
     assert tiny_runs.worst(halves.weights, whole.weights)[0] < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, {"parallel.pp": 2}),
+        (4, {"parallel.tp": 4, "parallel.zero_stage": 3}),
+        (3, {"parallel.zero_stage": 2}),
+        (6, {"parallel.tp": 2, "parallel.zero_stage": 0}),
+        (1, {}),
+    ],
+)
+def test_resharding_goes_on_with_the_optimizer(
+    world: int, layout: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Saved at TP 2 x DP 2; continued at PP 2, TP 4, DP 3, TP 2 x DP 3 and in one process, in other ZeRO stages."""
+    common = {"train.global_batch_size": 12}  # a multiple of 3
+    first = {"parallel.tp": 2, "parallel.zero_stage": 1, "train.stop_at": 2}
+    assert set(run_ranks(tiny_runs.train, 1, tiny_runs.overrides(tmp_path / "whole", tiny_data, common))) == {0}
+    for ranks, settings in ((4, first), (world, layout)):
+        run_ranks(tiny_runs.train, ranks, tiny_runs.overrides(tmp_path / "run", tiny_data, {**common, **settings}))
+    whole, run = tiny_runs.read(tmp_path / "whole"), tiny_runs.read(tmp_path / "run")
+    assert run.loss == pytest.approx(whole.loss, abs=1e-5)
+    assert run.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+    assert tiny_runs.worst(run.weights, whole.weights)[0] < 1e-5
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_bf16_resumes_from_its_masters(stage: int, tiny_data: Path, tmp_path: Path) -> None:
     bf16 = {"train.precision": "bf16", "parallel.zero_stage": stage}

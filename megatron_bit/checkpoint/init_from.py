@@ -1,0 +1,116 @@
+"""`train.init_from`: the weights that a new run starts with, from a run, a checkpoint or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_bit.checkpoint.folder import problems, read_meta
+from megatron_bit.checkpoint.huggingface import HuggingFaceWeights
+from megatron_bit.checkpoint.index import Rectangle, owned_rectangles
+from megatron_bit.checkpoint.load import open_reader
+from megatron_bit.config import Config
+from megatron_bit.errors import UserError
+from megatron_bit.model.bitlm import BitLM
+from megatron_bit.model.logical import pieces
+from megatron_bit.optim.optimizer import Optimizer
+from megatron_bit.parallel.groups import Groups
+from megatron_bit.run_folder import compare, newest_checkpoint
+
+
+class Weights(Protocol):
+    """Where weights come from."""
+
+    @property
+    def partial(self) -> bool:
+        """The backbone's layers alone; the rest keeps its own initial values."""
+        ...
+
+    def has(self, name: str) -> bool: ...
+
+    def read(self, name: str, full_shape: tuple[int, ...], box: Rectangle) -> Tensor: ...
+
+
+class CheckpointWeights:
+    """The fp32 masters of a checkpoint of ours."""
+
+    partial = False
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = open_reader(folder)
+        self._folder = folder
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str, full_shape: tuple[int, ...], box: Rectangle) -> Tensor:
+        shape = self._reader.shape(name)
+        if shape != full_shape:
+            raise UserError(f"checkpoint tensor {name} has shape {shape}, the model wants {full_shape}")
+        return self._reader.read(name, "param", box)
+
+
+def init_from(source: str, config: Config, mine: dict[str, Any], optimizer: Optimizer, groups: Groups) -> str:
+    """Fill this rank's masters; `optimizer.loaded(0)` then refreshes the model, on all ranks.
+
+    Args:
+        mine: the identity of the run that begins.
+
+    Returns:
+        what was taken, for a person.
+
+    Raises:
+        UserError: no such weights, damaged ones, or weights of a model with other sizes, tokens or codes.
+    """
+    weights = _open(Path(source), config, mine, optimizer, groups)
+    layout = [pieces(chunk, groups) for chunk in optimizer.chunks]
+    for fragment in optimizer.fragments():
+        target = fragment.states["param"]
+        for part in layout[fragment.chunk][fragment.name]:
+            if not weights.has(part.name):
+                continue
+            for at, place in owned_rectangles(part, fragment.start, target.numel()):
+                target.narrow(0, at, place.numel).copy_(weights.read(part.name, part.full_shape, place).flatten())
+    return f"the layers of {source}; bit embedding and head begin untrained" if weights.partial else f"all of {source}"
+
+
+def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer, groups: Groups) -> Weights:
+    if (path / "config.json").exists():
+        weights = HuggingFaceWeights(path, config.model)
+        if not weights.partial:
+            chunk = optimizer.chunks[0]
+            assert isinstance(chunk, BitLM)
+            _check_bitlm(weights, config, chunk.codec.table.cpu())
+        return weights
+    folder = newest_checkpoint(path)
+    if found := problems(folder, groups.rank, groups.dims.world_size):
+        raise UserError(f"train.init_from {path}: {found[0]}")
+    keys = ("model", "vocabulary size", "code table", "tokenizer")
+    compare(read_meta(folder)["identity"], {key: mine[key] for key in keys}, f"train.init_from {folder}")
+    return CheckpointWeights(folder)
+
+
+def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> None:
+    m, there = config.model, weights.config
+    for key, value, other in (
+        ("model.bits", m.bits, there.get("bits")),
+        ("model.block_size", m.block_size, there.get("block_size")),
+        ("model.attention", m.attention, "block_causal" if there.get("block_causal") else "causal"),
+        ("model.num_layers", m.num_layers, there.get("num_hidden_layers")),
+        ("model.num_heads", m.num_heads, there.get("num_attention_heads")),
+        ("model.num_kv_heads", m.num_kv_heads, there.get("num_key_value_heads")),
+        ("model.qk_norm", m.qk_norm, there.get("qk_norm")),
+        ("model.norm_eps", m.norm_eps, there.get("rms_norm_eps")),
+        ("model.head.num_layers", m.head.num_layers, there.get("head_num_layers")),
+        ("model.head.num_heads", m.head.num_heads, there.get("head_num_attention_heads")),
+    ):
+        if value != other:
+            raise UserError(f"{key} is {value}, and {weights.folder} has {other}; set {key}={str(other).lower()}")
+    if not torch.equal(weights.code_table(), table):
+        raise UserError(
+            f"{weights.folder} has another table of codes than this run (model.code, model.bits and the vocabulary of "
+            "data.path make it); its weights would mean other tokens"
+        )
