@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 
 import torch
@@ -55,10 +56,13 @@ def build(config: Config, groups: Groups) -> Trainer:
     mine = identity(config, manifest, chunks[0].codec.fingerprint)
     lock = RunLock(Path(config.run))
     on_rank0(functools.partial(claim, config, mine, lock))
+    start = time.perf_counter()
     checkpoint = newest_undamaged(Path(config.run) / "checkpoints", groups)
+    verified = time.perf_counter() - start
     meta = on_rank0(functools.partial(record_start, config, mine, checkpoint))
     optimizer = build_optimizer(config, chunks, groups)
     state = TrainState()
+    start = time.perf_counter()
     if checkpoint is not None and meta is not None:
         on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
         optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
@@ -69,7 +73,8 @@ def build(config: Config, groups: Groups) -> Trainer:
         optimizer.loaded(0)
     if groups.rank == 0:
         device = "CPU, gloo" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name()}, NCCL"
-        begin = f"continuing {checkpoint} at step {state.step}" if checkpoint else "a new run"
+        took = f" (verified in {verified:.1f} s, read in {time.perf_counter() - start:.1f} s)"
+        begin = f"continuing {checkpoint} at step {state.step}{took}" if checkpoint else "a new run"
         begin += f" from {taken}" if taken else ""
         print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
     callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback())

@@ -94,7 +94,7 @@ def _texts(inputs: Sequence[str], budget: int):
 def _rates(text_bytes: int, tokens: int, times: list[float]) -> dict[str, Any]:
     middle = statistics.median(times)
     return {
-        "seconds": round(middle, 3),
+        "seconds": round(middle, 6),
         "fastest": round(min(times), 3),
         "slowest": round(max(times), 3),
         "megabytes_per_second": round(text_bytes / 1e6 / middle, 3),
