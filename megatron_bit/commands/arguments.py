@@ -1,0 +1,19 @@
+"""What commands share: positional arguments, and how a configuration is told from key=value pairs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from megatron_bit.errors import UserError
+
+Args = Annotated[tuple[str, ...], tyro.conf.Positional]
+
+
+def split(args: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """(file or folder, overrides) of the positional arguments."""
+    targets = [a for a in args if "=" not in a]
+    if len(targets) > 1:
+        raise UserError(f"{targets[1]!r} is neither key=value nor the one configuration, which is {targets[0]!r}")
+    return next(iter(targets), None), tuple(a for a in args if "=" in a)

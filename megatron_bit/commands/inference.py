@@ -1,0 +1,195 @@
+"""The commands around a trained model. Each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_bit.commands.arguments import Args, split
+from megatron_bit.errors import UserError
+
+
+def generate(
+    run: Annotated[Path, tyro.conf.Positional],
+    prompt: tuple[str, ...] = (),
+    prompt_file: Path | None = None,
+    max_tokens: int = 128,
+    steps: int = 32,
+    sampler: str = "ode",
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    batch_size: int = 1,
+    stream: bool = False,
+    data: str | None = None,
+    json: bool = False,
+) -> int:
+    """Generate text from the newest checkpoint of a run, or from a converted folder, in one process.
+
+    Prompt number i with one seed has one text, whatever the batch.
+
+    Args:
+        run: run folder, checkpoint folder, or what `convert` has made.
+        prompt: one or more texts to continue; without any, a text from its beginning.
+        prompt_file: texts to continue, one a line, after those of --prompt.
+        max_tokens: most tokens to produce for a prompt.
+        steps: denoising steps a block.
+        sampler: how the noise is removed: ode.
+        seed: the same seed gives the same text.
+        stop: a text ends when one of these strings has appeared in it.
+        batch_size: prompts generated together.
+        stream: print the text as it is made, one prompt at a time.
+        data: the run's data folder, if it has moved.
+        json: print JSON lines.
+    """
+    for option, value, least in (
+        ("--steps", steps, 2),
+        ("--max-tokens", max_tokens, 1),
+        ("--batch-size", batch_size, 1),
+    ):
+        if value < least:
+            raise UserError(f"{option} {value} has to be at least {least}")
+    if stream and (json or batch_size > 1):
+        raise UserError("--stream prints one text at a time: leave out --json and --batch-size")
+    if "" in stop:
+        raise UserError("--stop '' is an empty string; give the text to stop at")
+    prompts = [*prompt, *(_lines(prompt_file) if prompt_file is not None else ())]
+    from megatron_bit.inference import generate as job
+
+    if sampler not in job.SAMPLERS:
+        raise UserError(f"--sampler {sampler} does not exist; choose one of {', '.join(job.SAMPLERS)}")
+    prompts = prompts or [""]
+    results = job.main(
+        run,
+        prompts,
+        max_tokens,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        data=data,
+        batch_size=batch_size,
+        stop=stop,
+        show=stream,
+    )
+    for result in results:
+        if json:
+            from json import dumps
+
+            print(dumps(result), flush=True)
+            continue
+        line = (
+            f"--- step {result['step']}, {result['tokens']} tokens in {result['seconds']} s, "
+            f"{result['tokens_per_second']} tokens/s, first block after {result['seconds_to_first_block']} s"
+        )
+        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+        print(line if stream else f"{line}\n{result['prompt']}{bold}{result['text']}{plain}", flush=True)
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path} cannot be read: {error}; give a text file, one prompt a line") from None
+    if not lines:
+        raise UserError(f"--prompt-file {path} is empty; give one prompt a line")
+    return lines
+
+
+def convert(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    to: Literal["hf"] = "hf",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    shard_size: str = "5GB",
+    data: str | None = None,
+) -> int:
+    """Convert a checkpoint to a Hugging Face folder: weights, tokenizer and the code that runs them in transformers.
+
+    Args:
+        run: run folder (its newest checkpoint) or checkpoint folder.
+        out: folder to make; it may not have anything in it.
+        to: the form: hf.
+        dtype: of the weights.
+        shard_size: above it the weights are several files, such as 5GB or 500MiB.
+        data: the run's data folder, if it has moved.
+    """
+    from megatron_bit.inference.convert import to_hf
+
+    to_hf(run, out, dtype=dtype, shard_size=shard_size, data=data)
+    return 0
+
+
+def serve(
+    run: Annotated[Path, tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    concurrency: int = 1,
+    waiting: int = 32,
+    max_tokens: int = 2048,
+    data: str | None = None,
+) -> int:
+    """Serve a model over HTTP: OpenAI's /v1/completions with streaming, /v1/models, /health, /metrics.
+
+    With MEGATRON_BIT_API_KEY in the environment, requests have to carry it as a bearer token.
+
+    Args:
+        run: run folder, checkpoint folder or converted folder.
+        host: address to listen on; anything but a loopback address opens the server to others.
+        port: port to listen on.
+        name: of the model, in requests; default the folder's name.
+        concurrency: requests that run at the same time.
+        waiting: requests that may wait; one more is answered with 429.
+        max_tokens: most tokens that a request may ask for.
+        data: the run's data folder, if it has moved.
+    """
+    try:
+        from megatron_bit.inference import serve as job
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'megatron-bit[serve]'") from None
+    if not (1 <= port <= 65535 and concurrency >= 1 and waiting >= 0 and max_tokens >= 1):
+        raise UserError(
+            f"--port {port} has to be 1 to 65535, --concurrency {concurrency} and --max-tokens {max_tokens} at "
+            f"least 1, --waiting {waiting} at least 0"
+        )
+    return job.main(run, host, port, name or run.resolve().name, concurrency, waiting, max_tokens, data)
+
+
+def bench_generate(
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
+    preset: str = "laptop",
+    vocab_size: int = 4096,
+    batch: tuple[int, ...] = (1, 8, 64),
+    steps: tuple[int, ...] = (8, 16, 32),
+    tokens: int = 64,
+    prompt: int = 32,
+    repeats: int = 5,
+    json: bool = False,
+) -> int:
+    """Time generation against transformers' Llama of the same shape, in turn. Both are untrained.
+
+    Args:
+        args: a YAML file and key=value pairs.
+        preset: the model to time.
+        vocab_size: of both models.
+        batch: batch sizes.
+        steps: denoising steps a block to try.
+        tokens: new tokens of each text.
+        prompt: tokens of each prompt.
+        repeats: timed runs of each, in turn.
+        json: print JSON.
+    """
+    from megatron_bit.bench import generate as job
+    from megatron_bit.config import load_config
+
+    if min(*batch, *steps, tokens, prompt, repeats) < 1 or min(steps) < 2:
+        raise UserError("bench generate: --steps are at least 2, all other numbers at least 1")
+    target, overrides = split(args)
+    config = load_config(target, overrides, None if target else preset)
+    return job.main(
+        config, vocab_size=vocab_size, batches=batch, steps=steps, tokens=tokens, prompt=prompt, repeats=repeats,
+        as_json=json,
+    )  # fmt: skip

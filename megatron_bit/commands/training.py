@@ -1,0 +1,146 @@
+"""The commands around a run. Each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from megatron_bit import environment
+from megatron_bit.commands.arguments import Args, split
+from megatron_bit.errors import EXIT_PREEMPTED, UserError
+
+
+def train(
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml|RUN] [key=value ...]")] = (),
+    preset: str | None = None,
+    nproc: int = 1,
+    dry_run: bool = False,
+    world_size: int | None = None,
+    json: bool = False,
+) -> int:
+    """Train a BitLM, or continue a run.
+
+    CONFIG is a YAML file; a run folder continues that run. key=value overrides any key of the configuration
+    (`megatron-bit config` lists them), later layers win: defaults < preset < file < command line.
+
+    Several processes: `--nproc N` starts N ranks on this machine; on a cluster use torchrun, with the same
+    arguments: `torchrun --nproc-per-node 8 -m megatron_bit train CONFIG.yaml key=value`.
+
+    Exit codes: 0 done; 2 a mistake in the input; 85 saved after SIGTERM, SIGUSR1 or Ctrl-C, and the same command
+    continues.
+
+    Args:
+        args: a YAML file or a run folder, then key=value pairs.
+        preset: laptop, 125m, 1b or 8b.
+        nproc: ranks to start on this machine.
+        dry_run: print the resolved configuration, parameter counts, memory a rank and the layout; train nothing.
+        world_size: with --dry-run, plan for this many ranks.
+        json: with --dry-run, print JSON.
+    """
+    from megatron_bit.parallel.dims import ParallelDims
+    from megatron_bit.run_folder import resolve
+
+    target, overrides = split(args)
+    if target is None and preset is None:
+        raise UserError(
+            "train needs CONFIG.yaml, a run folder, or --preset; try `megatron-bit train --preset laptop data.path=DIR`"
+        )
+    ranked = "RANK" in os.environ  # torchrun, or the parent of --nproc, has started this process
+    for option, value in (("--nproc", nproc), ("--world-size", world_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value} has to be at least 1")
+    if ranked and nproc > 1:
+        raise UserError(
+            f"--nproc {nproc} starts ranks, and torchrun has started this one (RANK is set); leave out one of them"
+        )
+    config = resolve(target, overrides, preset)
+    world = environment.world_size() if ranked else nproc
+    if dry_run:
+        from megatron_bit.plan import describe, render
+
+        plan = describe(config, world_size or world)
+        if json:
+            from json import dumps
+
+            print(dumps(plan, indent=1))
+        else:
+            from megatron_bit.config import to_yaml
+
+            lines = "".join(f"# {line}\n" for line in render(plan).splitlines())  # the whole is a YAML file
+            print(f"{to_yaml(config)}\n{lines}", end="")
+        return 0
+    if json or world_size is not None:
+        raise UserError("--json and --world-size belong to --dry-run")
+    ParallelDims.build(config, world)  # before any rank starts
+    if nproc > 1:
+        from mbit_launcher.local import run_local
+
+        return run_local(["train", *args, *(["--preset", preset] if preset else [])], nproc)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the first step there is nothing to save
+        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
+    # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from megatron_bit import train as job
+
+    return job.main(config)
+
+
+def bench_step(
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
+    preset: str = "laptop",
+    steps: int = 20,
+    repeats: int = 5,
+    json: bool = False,
+) -> int:
+    """Time the full trainer at one process against a plain PyTorch loop over the same model, in turn.
+
+    Args:
+        args: a YAML file and key=value pairs.
+        preset: the model to time.
+        steps: steps of one timed stretch.
+        repeats: stretches of each, in turn.
+        json: print JSON.
+    """
+    from megatron_bit.bench import step
+    from megatron_bit.config import load_config
+
+    target, overrides = split(args)
+    return step.main(load_config(target, overrides, None if target else preset), steps, repeats, json)
+
+
+def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:
+    """See it work: prepare, train on four ranks, continue on two, generate before and after. A few minutes, offline.
+
+    Args:
+        text: files or folders to train on; `stdlib` is Python's own standard library.
+        out: folder for data and run.
+        steps: training steps.
+    """
+    from megatron_bit.demo import main as run
+
+    if steps < 2:
+        raise UserError(f"--steps {steps} has to be at least 2: the demo stops half-way and continues")
+    return run(text, out, steps)
+
+
+def doctor(json: bool = False) -> int:
+    """Say what this machine has, what is missing, what that costs and how to get it.
+
+    Args:
+        json: print JSON.
+    """
+    from megatron_bit.doctor import main as run
+
+    return run(json)
+
+
+def config() -> int:
+    """List every configuration key with its type, default and meaning, as Markdown."""
+    from megatron_bit.reference import markdown
+
+    print(markdown(), end="")
+    return 0
