@@ -1,6 +1,6 @@
 """Weights of a Hugging Face folder, read as logical tensors: a converted BitLM, or an AR model of the Llama layout.
 
-Llama, Mistral and Qwen3 write a layer as we do: RMSNorm, grouped queries, RoPE that turns channel i with i + d/2,
+Llama and Qwen3 write a layer as we do: RMSNorm, grouped queries, RoPE that turns channel i with i + d/2,
 SwiGLU. Only the fused projection of queries, keys and values has to be put together: its rows go group by group, the
 group's query heads, its key head, its value head.
 """
@@ -20,7 +20,7 @@ from megatron_bit.checkpoint.index import Rectangle
 from megatron_bit.config import ModelConfig
 from megatron_bit.errors import UserError
 
-LLAMA_LAYOUT = ("llama", "mistral", "qwen3")
+LLAMA_LAYOUT = ("llama", "qwen3")
 BITLM = "bitlm"
 
 _LAYER = re.compile(r"^backbone\.layers\.(\d+)\.(.+)$")
