@@ -8,13 +8,18 @@ from pathlib import Path
 PARTIAL = ".partial"  # ends the name of a file that is still being written
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears under its name complete, or not at all. Raises OSError."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
+def write_synced(path: Path, data: bytes) -> None:
+    """The file is on the disk when this returns. Raises OSError."""
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file appears under its name complete, or not at all. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
+    write_synced(partial, data)
     os.replace(partial, path)
     sync_folder(path.parent)
 

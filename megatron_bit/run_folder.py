@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bit.checkpoint.folder import complete, read_meta, sweep
+from megatron_bit.checkpoint.folder import checkpoints_of, read_meta, sweep
 from megatron_bit.config import Config, ModelConfig, load_config, to_yaml
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
@@ -96,12 +96,7 @@ def resolve(target: str | None, overrides: tuple[str, ...], preset: str | None) 
 
 def newest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run (or `run` itself, if it is one); UserError if there is none."""
-    if (run / "COMMITTED").exists():
-        return run
-    found = complete(run / "checkpoints")
-    if not found:
-        raise UserError(f"{run} has no complete checkpoint in {run / 'checkpoints'}; train first, or give another run")
-    return found[-1]
+    return checkpoints_of(run)[-1]
 
 
 def compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:

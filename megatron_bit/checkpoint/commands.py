@@ -16,14 +16,9 @@ from megatron_bit.run_lock import RunLock
 
 def resolve(target: Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first, or the one that `target` is; UserError if there are none."""
-    if (target / "COMMITTED").exists():
-        return [target]
     if not target.is_dir():
         raise UserError(f"{target} is no folder; give a run folder or one of its checkpoints")
-    found = folders.complete(target / "checkpoints")
-    if not found:
-        raise UserError(f"{target} has no complete checkpoint in {target / 'checkpoints'}")
-    return found
+    return folders.checkpoints_of(target)
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder
+from megatron_bit.files import sync_folder, write_synced
 
 FORMAT = 2
 TEMPORARY, REPLACED, DELETED = ".tmp", ".replaced", ".deleted"
-_CHUNK = 2**22
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -43,6 +41,17 @@ def complete(root: Path) -> list[Path]:
     return sorted(p.parent for p in root.glob("step-*/COMMITTED") if not p.parent.suffix)
 
 
+def checkpoints_of(target: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first, or `target` itself, if it is one; UserError if there are none."""
+    if (target / "COMMITTED").exists():
+        return [target]
+    found = complete(target / "checkpoints")
+    if not found:
+        where = target / "checkpoints"
+        raise UserError(f"{target} has no complete checkpoint in {where}; train first, or give another run")
+    return found
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The checkpoint's meta.json; UserError if it is not one of ours."""
     try:
@@ -53,15 +62,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise UserError(f"checkpoint {folder / 'meta.json'} has format {found}; this version reads {FORMAT}")
     return meta
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in pieces."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(_CHUNK):
-            total.update(piece)
-    return total.hexdigest()
 
 
 def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
@@ -84,8 +84,10 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
             size = path.stat().st_size
             if size != expected["bytes"]:
                 found.append(f"{path} has {size} bytes instead of {expected['bytes']}")
-            elif digest(path) != expected["sha256"]:
-                found.append(f"{path} has changed since it was written: its SHA-256 is another one")
+                continue
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    found.append(f"{path} has changed since it was written: its SHA-256 is another one")
         except OSError as error:
             found.append(f"{path} cannot be read: {error.strerror}")
     return found
@@ -114,13 +116,10 @@ def fresh(folder: Path, needed: int) -> None:
         )
 
 
-def write_synced(path: Path, text: str) -> dict[str, Any]:
+def _write(path: Path, text: str) -> dict[str, Any]:
     """Write and sync a small file; returns its entry for hashes.json."""
     data = text.encode()
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, data)
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
@@ -131,10 +130,10 @@ def commit(temporary: Path, final: Path, index: dict[str, Any], files: dict[str,
         index, files: what `join` returned.
     """
     files = dict(files)
-    files["index.json"] = write_synced(temporary / "index.json", json.dumps(index))
-    files["meta.json"] = write_synced(temporary / "meta.json", json.dumps({**meta, "format": FORMAT}, indent=1))
-    mark = write_synced(temporary / "hashes.json", json.dumps(files, indent=1))
-    write_synced(temporary / "COMMITTED", mark["sha256"])
+    files["index.json"] = _write(temporary / "index.json", json.dumps(index))
+    files["meta.json"] = _write(temporary / "meta.json", json.dumps({**meta, "format": FORMAT}, indent=1))
+    mark = _write(temporary / "hashes.json", json.dumps(files, indent=1))
+    _write(temporary / "COMMITTED", mark["sha256"])
     sync_folder(temporary)
     replaced = final.with_suffix(REPLACED)
     if final.exists():  # the same step of this run, saved before: it goes when the new one is there

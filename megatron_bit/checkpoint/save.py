@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from megatron_bit.files import write_atomic
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import STATES, Optimizer
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.safetensors_file import Spec, write_file
 
 
 class Snapshot(NamedTuple):
@@ -76,36 +76,10 @@ def write_rank(folder: Path, rank: int, part: Snapshot) -> None:
     """Write one rank's file, and last `rank-N.json`, which says that it is there; UserError if that fails."""
     path = folder / file_name(rank)
     try:
-        files = {path.name: write_safetensors(path, part.tensors)}
+        total = hashlib.sha256()
+        specs = [Spec(key, tuple(tensor.shape), tensor.dtype) for key, tensor in part.tensors.items()]
+        size = write_file(path, specs, part.tensors.values(), also=total.update)
+        files = {path.name: {"sha256": total.hexdigest(), "bytes": size}}
         write_atomic(folder / f"rank-{rank:05d}.json", json.dumps({"index": part.index, "files": files}).encode())
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be written: {error.strerror}") from None
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write float32 host tensors as safetensors, synced; returns the entry for hashes.json. Raises OSError.
-
-    The library's `save_file` holds Python's lock while it copies everything once more; in the background of a
-    training run neither is welcome. The format is a length, a JSON header and the bytes, and the hash comes with
-    the same pass.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * 4
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), key
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    total = hashlib.sha256()
-    with open(path, "wb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
-            total.update(piece)
-        for tensor in tensors.values():
-            data = tensor.view(-1).numpy().data  # memory, not a copy
-            file.write(data)
-            total.update(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"sha256": total.hexdigest(), "bytes": 8 + len(text) + end}

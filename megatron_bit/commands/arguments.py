@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from megatron_bit.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_bit.config import Config
 
 Args = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -17,3 +20,11 @@ def split(args: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
     if len(targets) > 1:
         raise UserError(f"{targets[1]!r} is neither key=value nor the one configuration, which is {targets[0]!r}")
     return next(iter(targets), None), tuple(a for a in args if "=" in a)
+
+
+def configuration(args: tuple[str, ...], preset: str) -> Config:
+    """The given YAML file, or the preset if there is none, with the key=value pairs."""
+    from megatron_bit.config import load_config
+
+    target, overrides = split(args)
+    return load_config(target, overrides, None if target else preset)

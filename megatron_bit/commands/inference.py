@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit.commands.arguments import Args, split
+from megatron_bit.commands.arguments import Args, configuration
 from megatron_bit.errors import UserError
 
 
@@ -183,13 +183,10 @@ def bench_generate(
         json: print JSON.
     """
     from megatron_bit.bench import generate as job
-    from megatron_bit.config import load_config
 
     if min(*batch, *steps, tokens, prompt, repeats) < 1 or min(steps) < 2:
         raise UserError("bench generate: --steps are at least 2, all other numbers at least 1")
-    target, overrides = split(args)
-    config = load_config(target, overrides, None if target else preset)
     return job.main(
-        config, vocab_size=vocab_size, batches=batch, steps=steps, tokens=tokens, prompt=prompt, repeats=repeats,
-        as_json=json,
+        configuration(args, preset), vocab_size=vocab_size, batches=batch, steps=steps, tokens=tokens, prompt=prompt,
+        repeats=repeats, as_json=json,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from megatron_bit import environment
-from megatron_bit.commands.arguments import Args, split
+from megatron_bit.commands.arguments import Args, configuration, split
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
 
@@ -106,10 +106,8 @@ def bench_step(
         json: print JSON.
     """
     from megatron_bit.bench import step
-    from megatron_bit.config import load_config
 
-    target, overrides = split(args)
-    return step.main(load_config(target, overrides, None if target else preset), steps, repeats, json)
+    return step.main(configuration(args, preset), steps, repeats, json)
 
 
 def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:

@@ -1,35 +1,14 @@
-"""Safetensors files written tensor by tensor: the header follows from names, shapes and dtypes alone.
-
-The library's own writer wants all tensors of a file at once. Here a tensor is in memory only while it is written, so
-that the peak is one tensor whatever the size of a shard.
-"""
+"""The weights of a converted folder: one safetensors file, or shards of a bounded size with an index."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor that will be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+from megatron_bit.safetensors_file import Spec, write_file
 
 
 def plan_shards(specs: Sequence[Spec], shard_bytes: int) -> dict[str, list[Spec]]:
@@ -64,33 +43,17 @@ def write_shards(
         OSError: the folder cannot be written.
     """
     shards, done, total = plan_shards(specs, shard_bytes), 0, sum(spec.nbytes for spec in specs)
+
+    def loaded(members: Sequence[Spec]) -> Iterator[Tensor]:
+        nonlocal done
+        for spec in members:
+            yield load(spec.name).to(spec.dtype)
+            done += spec.nbytes
+            progress(done, total)
+
     for file, members in shards.items():
-        with open(folder / file, "wb") as out:
-            out.write(_header(members))
-            for spec in members:
-                tensor = load(spec.name).to(spec.dtype).contiguous()
-                assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
-                out.write(tensor.flatten().view(torch.uint8).numpy().data)
-                done += spec.nbytes
-                progress(done, total)
-            out.flush()
-            os.fsync(out.fileno())
+        write_file(folder / file, members, loaded(members), metadata={"format": "pt"})  # transformers asks for it
     if len(shards) > 1:
         weight_map = {spec.name: file for file, members in shards.items() for spec in members}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _header(specs: Sequence[Spec]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    at = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": _NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
-        }
-        at += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
-    return len(text).to_bytes(8, "little") + text
