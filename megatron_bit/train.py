@@ -17,7 +17,7 @@ from megatron_bit.checkpoint.load import load_optimizer, newest_undamaged
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
-from megatron_bit.model.bitlm import build_model
+from megatron_bit.model.build import build_model
 from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
@@ -53,7 +53,7 @@ def build(config: Config, groups: Groups) -> Trainer:
     """Model, optimizer, data and callbacks, at the newest checkpoint of the run if it has one."""
     manifest = open_data(config)
     chunks = build_model(config, manifest.vocab_size, groups)
-    mine = identity(config, manifest, chunks[0].codec.fingerprint)
+    mine = identity(config, manifest, chunks[0].code_table)
     lock = RunLock(Path(config.run))
     on_rank0(functools.partial(claim, config, mine, lock))
     start = time.perf_counter()

@@ -17,7 +17,7 @@ from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
-from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.optim.guard import accept
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.optim.schedule import learning_rate

@@ -118,7 +118,7 @@ def train_spiked(arguments: list[str], factor: float) -> int:
     def loss(self: Any, hidden: Any, batch: Any) -> Any:
         output = plain(self, hidden, batch)
         scale = torch.where((batch.sample == BAD_SAMPLE).any(), factor, 1.0)
-        return bitlm.LossOutput(output.loss * scale, output.metrics * scale)
+        return type(output)(output.loss * scale, output.metrics * scale)
 
     bitlm.BitLM.loss = loss  # type: ignore[method-assign]
     return train(arguments)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
-from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel.agree import alone
 from megatron_bit.parallel.step import pipeline
 from megatron_bit.trainer import Callback, Trainer

@@ -1,48 +1,26 @@
-"""BitLM: one pipeline chunk, from token ids or a received hidden state to a hidden state or the loss."""
+"""BitLM: bits in, a denoising head and its loss out."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
 from megatron_bit.diffusion.noise import TRAIN, NoiseDistribution, gaussian, stratified_levels
-from megatron_bit.model.backbone import Backbone, transformer_config
+from megatron_bit.model.backbone import Backbone
+from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
 from megatron_bit.model.codec import Codec
 from megatron_bit.model.embedding import BitEmbedding
 from megatron_bit.model.head import DenoisingHead
-from megatron_bit.model.init import initialize
-from megatron_bit.model.layers import sum_partial_grads
 from megatron_bit.parallel.groups import Groups
 
 
-class TokenBatch(NamedTuple):
-    """One micro-batch on the device."""
-
-    tokens: Tensor  # int64 [b, S]
-    sample: Tensor  # int64 [b], global sample indices: the key of the noise
-
-
-class LossOutput(NamedTuple):
-    """What the last chunk returns in training. Under sequence parallelism both are this rank's share over TP."""
-
-    loss: Tensor  # float32 scalar, differentiable
-    metrics: Tensor  # float32 [2], detached: loss, likelihood bound (nats per token)
-
-
-class BoundOutput(NamedTuple):
-    """What the last chunk returns in validation: the same on every TP rank."""
-
-    loss: Tensor  # float32 scalar, the mean bound of the micro-batch
-    metrics: Tensor  # float32 [3]: sum, sum of squares and count of the samples' bounds (nats per token)
-
-
-class BitLM(nn.Module):
+class BitLM(ModelChunk):
     """Bits -> MLP -> backbone layers -> head and loss; the first and last parts where this chunk has them."""
 
     def __init__(
@@ -55,40 +33,24 @@ class BitLM(nn.Module):
         first: bool,
         last: bool,
     ) -> None:
-        super().__init__()
-        self.settings = config
-        self.config = mcore  # the name under which megatron-core's schedules look it up
+        super().__init__(config, mcore, groups)
         self.codec = codec
         self.noise = NoiseDistribution.from_config(config.diffusion)
-        self.shards = groups.dims.tp if groups.dims.sequence_parallel else 1
-        self.shard = groups.tp_rank if groups.dims.sequence_parallel else 0
-        self.tp_group = groups.tp
         self.embedding = BitEmbedding(config, mcore) if first else None
         self.backbone = Backbone(config, mcore, groups, vp_stage, first, last)
         self.head = DenoisingHead(config, mcore, groups.tp) if last else None
 
-    def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
-        """Receive the previous chunk's hidden state; called by megatron-core's schedules."""
-        self.backbone.block.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+    @property
+    def code_table(self) -> str:
+        return self.codec.fingerprint
 
-    def forward(self, batch: TokenBatch) -> Tensor | LossOutput | BoundOutput:
-        """The hidden state [s, b, D], or on the last chunk the loss of the micro-batch."""
-        hidden = self.hidden(batch.tokens)
-        if self.head is None:
-            return hidden
-        return self.loss(hidden, batch) if self.training else self.bound(hidden, batch)
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Backbone states of this chunk; row p conditions token p. tokens int64 [b, S] to [s, b, D]."""
-        length = tokens.shape[1]
-        x = None
-        if self.embedding is not None:
-            first, last = self._bounds(length)
-            k = self.settings.model.block_size
-            # position p holds token p - K; the first K positions are learned and their ids are not looked at
-            inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
-            x = self.embedding(self.codec.encode(inputs.t()), first)
-        return self.backbone(x)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Position p holds token p - K; the first K positions are learned and their ids are not looked at."""
+        assert self.embedding is not None
+        length, k = tokens.shape[1], self.settings.model.block_size
+        first, last = self._bounds(length)
+        inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
+        return self.embedding(self.codec.encode(inputs.t()), first)
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""
@@ -133,26 +95,3 @@ class BitLM(nn.Module):
         """First and last (exclusive) position of the sequence that this rank's activations hold."""
         part = length // self.shards
         return self.shard * part, (self.shard + 1) * part
-
-
-def build_model(config: Config, vocab_size: int, groups: Groups) -> list[BitLM]:
-    """This rank's chunks (more than one only with vpp > 1), initialised by parameter name, on the device.
-
-    Raises:
-        UserError: the vocabulary does not fit the bits.
-    """
-    from megatron.core.enums import ModelType
-
-    dims = groups.dims
-    codec = Codec(config.model.code, vocab_size, config.model.bits).to(groups.device)
-    mcore = transformer_config(config, groups)
-    chunks = []
-    for vp in range(dims.vpp):
-        first = groups.is_first_stage and vp == 0
-        last = groups.is_last_stage and vp == dims.vpp - 1
-        chunk = BitLM(config, mcore, codec, groups, vp if dims.vpp > 1 else None, first, last)
-        chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]  # asked for by the schedules
-        initialize(chunk, config, groups)
-        sum_partial_grads(chunk, groups.tp)
-        chunks.append(chunk.to(groups.device))
-    return chunks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bit.model.bitlm import BitLM, TokenBatch
+from megatron_bit.model.chunk import ModelChunk, TokenBatch
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
 
@@ -55,7 +55,7 @@ def pipeline(
     return [output["metrics"] for output in outputs]
 
 
-def _forward_step(batches: Iterator[TokenBatch], model: BitLM) -> tuple[Tensor, Any]:
+def _forward_step(batches: Iterator[TokenBatch], model: ModelChunk) -> tuple[Tensor, Any]:
     """What the schedule calls for each micro-batch: the output, and how to turn it into a loss."""
     output = model(next(batches))
     if isinstance(output, Tensor):

@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_bit.config import Config, load_config
 from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
-from megatron_bit.model.bitlm import BitLM, build_model
+from megatron_bit.model.bitlm import BitLM
+from megatron_bit.model.build import build_model
 from megatron_bit.parallel import groups as parallel_groups
 from megatron_bit.parallel.groups import Groups
 

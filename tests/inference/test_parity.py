@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_bit.diffusion import noise
 from megatron_bit.inference.hf import modeling_bitlm as hf
-from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.chunk import TokenBatch
 
 FP32 = ["sharded_training", "k1", "k4", "odd"]
 

@@ -80,7 +80,7 @@ def test_a_converted_folder_and_back_to_the_bit(trained: Path, tiny_data: Path, 
 def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -> None:
     """The backbone, given the same input, gives what transformers' model gives."""
     from megatron_bit.config import load_config
-    from megatron_bit.model.bitlm import build_model
+    from megatron_bit.model.build import build_model
     from megatron_bit.parallel import groups as process_groups
 
     model = _llama(tmp_path / "hf", kind)

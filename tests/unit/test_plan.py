@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_bit.config import load_config
-from megatron_bit.model.bitlm import TokenBatch, build_model
+from megatron_bit.model.build import build_model
+from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.plan import describe, memory_per_rank, parameter_counts, render

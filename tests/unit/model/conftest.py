@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_bit.config import Config, load_config
-from megatron_bit.model.bitlm import BitLM, build_model
+from megatron_bit.model.bitlm import BitLM
+from megatron_bit.model.build import build_model
 from megatron_bit.parallel import groups as parallel_groups
 from megatron_bit.parallel.groups import Groups
 

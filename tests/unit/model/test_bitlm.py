@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.optim.groups import parameter_groups
 
 VOCAB_SIZE = 1999

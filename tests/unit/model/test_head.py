@@ -5,7 +5,7 @@ import torch
 from mbit_kernels.matched_filter import posterior_logits
 
 from megatron_bit.diffusion.noise import TRAIN, gaussian, stratified_levels
-from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.chunk import TokenBatch
 
 
 def head_inputs(config, samples=2, seed=0):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_bit.model.bitlm import TokenBatch
+from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.optim.schedule import learning_rate

@@ -1,0 +1,81 @@
+"""One pipeline chunk of a model: what every kind of model has, and what training asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from megatron_bit.config import Config
+from megatron_bit.model.backbone import Backbone
+from megatron_bit.parallel.groups import Groups
+
+
+class TokenBatch(NamedTuple):
+    """One micro-batch on the device."""
+
+    tokens: Tensor  # int64 [b, S]
+    sample: Tensor  # int64 [b], global sample indices: the key of the noise
+
+
+class LossOutput(NamedTuple):
+    """What the last chunk returns in training."""
+
+    loss: Tensor  # float32 scalar, differentiable; its gradients, summed where they are partial, are the micro-batch's
+    metrics: Tensor  # float32 [2], detached: loss, likelihood bound (nats per token); under SP a share, the sum over TP
+
+
+class BoundOutput(NamedTuple):
+    """What the last chunk returns in validation: the same on every TP rank."""
+
+    loss: Tensor  # float32 scalar, the mean bound of the micro-batch
+    metrics: Tensor  # float32 [3]: sum, sum of squares and count of the samples' bounds (nats per token)
+
+
+class ModelChunk(nn.Module, ABC):
+    """Embedding, backbone layers, head: those this chunk has. A kind of model is a subclass with its own ends."""
+
+    embedding: nn.Module | None  # on the first chunk
+    backbone: Backbone
+    head: nn.Module | None  # on the last chunk
+
+    def __init__(self, config: Config, mcore: Any, groups: Groups) -> None:
+        super().__init__()
+        self.settings = config
+        self.config = mcore  # the name under which megatron-core's schedules look it up
+        self.shards = groups.dims.tp if groups.dims.sequence_parallel else 1
+        self.shard = groups.tp_rank if groups.dims.sequence_parallel else 0
+        self.tp_group = groups.tp
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
+        """Receive the previous chunk's hidden state; called by megatron-core's schedules."""
+        self.backbone.block.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def forward(self, batch: TokenBatch) -> Tensor | LossOutput | BoundOutput:
+        """The hidden state [s, b, D], or on the last chunk the loss of the micro-batch."""
+        hidden = self.hidden(batch.tokens)
+        if self.head is None:
+            return hidden
+        return self.loss(hidden, batch) if self.training else self.bound(hidden, batch)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Backbone states of this chunk; row p conditions token p. tokens int64 [b, S] to [s, b, D]."""
+        return self.backbone(None if self.embedding is None else self.embed(tokens))
+
+    @property
+    @abstractmethod
+    def code_table(self) -> str:
+        """Fingerprint of how ids become bits: part of what a run is."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [b, S] to the layers' input [s, b, D], of which row p may know the tokens before p's block alone."""
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
+        """The training loss of the micro-batch, from the last layer's [s, b, D]."""
+
+    @abstractmethod
+    def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
+        """The likelihood bound of every sample, from the last layer's [s, b, D]."""
