@@ -25,6 +25,10 @@ class Section(BaseModel):
 
 
 class HeadConfig(Section):
+    kind: Literal["diffusion", "softmax"] = "diffusion"
+    """The denoising head, or the autoregressive peer to compare with: a token table, and a softmax over the vocabulary,
+    both untied and split over `parallel.tp`. `softmax` needs `model.block_size=1`; the sizes below, `model.bits`,
+    `model.code`, `diffusion` and `evaluate.noise_samples` then have no effect."""
     num_layers: int = Field(default=2, ge=1)
     """Layers of the denoising head, a bidirectional transformer over the K tokens of one block."""
     hidden_size: int = Field(default=256, ge=8)
@@ -46,6 +50,9 @@ class ModelConfig(Section):
     """Bits of one token, B. The vocabulary of the data has to fit: V <= 2^B."""
     code: Literal["binary", "gray", "random"] = "binary"
     """How a token id becomes bits: the id itself, its Gray code, or a seeded permutation (the negative control)."""
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Tokens of the vocabulary, V. The data says it, and has to agree if it is set; a softmax head planned without
+    data (`--dry-run`) needs it."""
     block_size: int = Field(default=4, ge=1, le=64)
     """Tokens generated at once, K."""
     attention: Literal["causal", "block_causal"] = "causal"
@@ -80,6 +87,12 @@ class ModelConfig(Section):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} has to be a multiple of num_kv_heads {self.num_kv_heads}")
         return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of a softmax model's token table and projection: a function of V alone, so that any layout has them."""
+        assert self.vocab_size is not None, "the vocabulary is not known yet"
+        return -(-self.vocab_size // 128) * 128
 
 
 class DiffusionConfig(Section):
@@ -242,6 +255,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         k, s = self.model.block_size, self.data.seq_length
+        if self.model.head.kind == "softmax" and k != 1:
+            raise ValueError(
+                f"model.head.kind softmax predicts one token at a time, and model.block_size is {k}; set "
+                "model.block_size=1"
+            )
         if s % k:
             down = max(s // k, 1) * k
             raise ValueError(
@@ -255,6 +273,16 @@ class Config(Section):
                 f"train.micro_batch_size {self.train.micro_batch_size}"
             )
         return self
+
+    def with_vocab_size(self, size: int) -> Config:
+        """This configuration with the data's vocabulary; UserError if it was told of another one."""
+        told = self.model.vocab_size
+        if told not in (None, size):
+            raise UserError(
+                f"model.vocab_size is {told}, and the data has a vocabulary of {size} tokens; leave it out, or set "
+                f"model.vocab_size={size}"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
 
 def preset_names() -> list[str]:

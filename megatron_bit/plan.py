@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bit.config import Config
+from megatron_bit.data.manifest import load_manifest
+from megatron_bit.errors import UserError
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.parallel.split import FREQUENCIES, head_flops, layer_flops, split_layers, train_flops
 
@@ -16,6 +18,9 @@ def parameter_counts(config: Config) -> dict[str, int]:
     head_dim = d // m.num_heads
     attention = d * (d + 2 * head_dim * m.num_kv_heads) + d * d + (2 * head_dim if m.qk_norm else 0)
     layer = attention + 3 * d * m.ffn_hidden_size + 2 * d
+    if h.kind == "softmax":
+        table = m.padded_vocab_size * d
+        return {"embedding": table, "backbone": m.num_layers * layer + d, "head": table}
     ends = m.bits * w * 2 + m.block_size * w + d * w
     noise_level = FREQUENCIES * w + w + w * w + w
     modulation = w * 6 * w + 6 * w + w * 2 * w + 2 * w
@@ -35,12 +40,13 @@ def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
     split = split_layers(config, dims.num_chunks)
     per_layer = counts["backbone"] / config.model.num_layers
     width = 2 if config.train.precision == "bf16" else 4
+    softmax = config.model.head.kind == "softmax"
     stages = []
     for stage in range(dims.pp):
         mine = range(stage, dims.num_chunks, dims.pp)
         layers = sum(split[chunk] for chunk in mine)
         parameters = layers * per_layer / dims.tp
-        parameters += counts["embedding"] if stage == 0 else 0
+        parameters += counts["embedding"] / (dims.tp if softmax else 1) if stage == 0 else 0
         last = stage == dims.pp - 1
         parameters += counts["head"] / dims.tp if last else 0
         flight = min(dims.pp - stage, dims.micro_batches(config)) if dims.pp > 1 else 1
@@ -71,7 +77,10 @@ def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, l
     )
     head_layer = 6 * w / shared + (5 * w + 3 * h.ffn_hidden_size) / dims.tp
     ends = 14 * w / shared + 10 * m.bits * (4 / width) / shared
-    head = config.diffusion.noise_samples * (h.num_layers * head_layer + ends) if last else 0.0
+    head = config.diffusion.noise_samples * (h.num_layers * head_layer + ends)
+    if h.kind == "softmax":  # final norm, and the probabilities in float32
+        head = 2 * d / shared + m.padded_vocab_size / dims.tp * (4 / width)
+    head = head if last else 0.0
     if config.parallel.recompute == "full":  # inputs of layers stay; the head, and later one layer at a time, is whole
         return tokens * width * (flight * layers * d / shared + max(head, layer if layers else 0.0))
     return tokens * width * (flight * layers * layer + head)
@@ -79,6 +88,7 @@ def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, l
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything `--dry-run` shows, as plain data; UserError if the layout does not fit."""
+    config = _with_vocabulary(config)
     dims = ParallelDims.build(config, world_size)
     counts = parameter_counts(config)
     split = split_layers(config, dims.num_chunks)
@@ -114,6 +124,17 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
         "train_flops_per_token": train_flops(config),
         "head_cost_in_layers": round(head_flops(config) / layer_flops(config), 2),
     }
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """The configuration with the vocabulary that a softmax head has to know: of the data, if there is some."""
+    if config.model.head.kind != "softmax" or (config.model.vocab_size is not None and not config.data.path):
+        return config
+    if not config.data.path:
+        raise UserError(
+            "a softmax head is as large as the vocabulary: give data.path=DIR, or for example model.vocab_size=32000"
+        )
+    return config.with_vocab_size(load_manifest(config.data.path, check_files=False).vocab_size)
 
 
 def render(plan: dict[str, Any]) -> str:

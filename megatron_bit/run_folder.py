@@ -29,7 +29,7 @@ from megatron_bit.run_lock import RunLock
 def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
     """What every start of a run has to share. `code` is the fingerprint of the table of codes."""
     return {
-        "model": config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude={"vocab_size"}),  # which the data has, below
         "train.seed": config.train.seed,
         "data.seq_length": config.data.seq_length,
         "data.shuffle_shards": config.data.shuffle_shards,

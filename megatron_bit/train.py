@@ -52,7 +52,7 @@ def main(config: Config) -> int:
 def build(config: Config, groups: Groups) -> Trainer:
     """Model, optimizer, data and callbacks, at the newest checkpoint of the run if it has one."""
     manifest = open_data(config)
-    chunks = build_model(config, manifest.vocab_size, groups)
+    chunks = build_model(config, manifest.vocab_size, groups, manifest.eos_id)
     mine = identity(config, manifest, chunks[0].code_table)
     lock = RunLock(Path(config.run))
     on_rank0(functools.partial(claim, config, mine, lock))
@@ -60,6 +60,7 @@ def build(config: Config, groups: Groups) -> Trainer:
     checkpoint = newest_undamaged(Path(config.run) / "checkpoints", groups)
     verified = time.perf_counter() - start
     meta = on_rank0(functools.partial(record_start, config, mine, checkpoint))
+    config = config.with_vocab_size(manifest.vocab_size)  # not before: RUN/config.yaml is what was asked for
     optimizer = build_optimizer(config, chunks, groups)
     state = TrainState()
     start = time.perf_counter()

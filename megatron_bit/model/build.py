@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.bitlm import BitLM
@@ -9,25 +12,38 @@ from megatron_bit.model.chunk import ModelChunk
 from megatron_bit.model.codec import Codec
 from megatron_bit.model.init import initialize
 from megatron_bit.model.layers import sum_partial_grads
+from megatron_bit.model.softmax import SoftmaxLM
+from megatron_bit.parallel.dims import check_vocabulary
 from megatron_bit.parallel.groups import Groups
 
 
-def build_model(config: Config, vocab_size: int, groups: Groups) -> list[ModelChunk]:
+def build_model(config: Config, vocab_size: int, groups: Groups, eos_id: int | None = None) -> list[ModelChunk]:
     """This rank's chunks (more than one only with vpp > 1), initialised by parameter name, on the device.
 
+    Args:
+        eos_id: the end-of-document token, for a softmax head.
+
     Raises:
-        UserError: the vocabulary does not fit the bits.
+        UserError: the vocabulary does not fit the bits, or cannot be split over TP; the same on every rank.
     """
     from megatron.core.enums import ModelType
 
-    dims = groups.dims
-    codec = Codec(config.model.code, vocab_size, config.model.bits).to(groups.device)
-    mcore = transformer_config(config, groups)
+    dims, config = groups.dims, config.with_vocab_size(vocab_size)
+    make: Callable[[int | None, bool, bool], ModelChunk]
+    if config.model.head.kind == "softmax":
+        assert eos_id is not None
+        check_vocabulary(config)
+        mcore = transformer_config(config, groups)
+        make = functools.partial(SoftmaxLM, config, mcore, eos_id, groups)
+    else:
+        codec = Codec(config.model.code, vocab_size, config.model.bits).to(groups.device)
+        mcore = transformer_config(config, groups)
+        make = functools.partial(BitLM, config, mcore, codec, groups)
     chunks = []
     for vp in range(dims.vpp):
         first = groups.is_first_stage and vp == 0
         last = groups.is_last_stage and vp == dims.vpp - 1
-        chunk = BitLM(config, mcore, codec, groups, vp if dims.vpp > 1 else None, first, last)
+        chunk = make(vp if dims.vpp > 1 else None, first, last)
         chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]  # asked for by the schedules
         initialize(chunk, config, groups)
         sum_partial_grads(chunk, groups.tp)

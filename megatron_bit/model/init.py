@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.logical import Piece, pieces
+from megatron_bit.model.logical import VOCABULARY, Piece, pieces
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import FREQUENCIES
 
@@ -39,7 +39,10 @@ def _draw(part: Piece, config: Config, device: torch.device) -> torch.Tensor:
         return torch.zeros(part.full_shape, device=device)
     digest = hashlib.sha256(f"{config.train.seed}/{part.name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(part.full_shape, generator=generator, device=device) * _std(part.name, config)
+    whole = torch.randn(part.full_shape, generator=generator, device=device) * _std(part.name, config)
+    if part.name in VOCABULARY:
+        whole[config.model.vocab_size :] = 0.0
+    return whole
 
 
 def _std(name: str, config: Config) -> float:

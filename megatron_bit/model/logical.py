@@ -42,6 +42,7 @@ class Piece:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
 
+VOCABULARY = ("embedding.table.weight", "head.logits.weight")  # a row a token, and padded rows behind them
 _GATED = re.compile(r"(^|\.)(linear_fc1|fc1)\.weight$")
 _LAYER = re.compile(r"^backbone\.block\.layers\.(\d+)\.")
 
@@ -93,10 +94,12 @@ def _mark_tensor_parallel(chunk: nn.Module) -> None:
     from megatron.core.tensor_parallel.layers import (
         ColumnParallelLinear,
         RowParallelLinear,
+        VocabParallelEmbedding,
         set_tensor_model_parallel_attributes,
     )
 
     for module in chunk.modules():
-        dim = 0 if isinstance(module, ColumnParallelLinear) else 1 if isinstance(module, RowParallelLinear) else None
+        by_row = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding))
+        dim = 0 if by_row else 1 if isinstance(module, RowParallelLinear) else None
         if dim is not None and not hasattr(module.weight, "partition_dim"):
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
+from megatron_bit.parallel.split import least_layers
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,18 @@ class ParallelDims:
                 f"start {fits} ranks" + (f", or use one of: {', '.join(layouts[:8])}" if layouts else "")
             )
         dp = world_size // (p.tp * p.pp)
-        for key, value in {
+        divided = {
             "model.num_heads": m.num_heads,
             "model.num_kv_heads": m.num_kv_heads,
             "model.ffn_hidden_size": m.ffn_hidden_size,
-            "model.head.num_heads": m.head.num_heads,
-            "model.head.ffn_hidden_size": m.head.ffn_hidden_size,
-        }.items():
+        }
+        if m.head.kind == "diffusion":
+            divided |= {"model.head.num_heads": m.head.num_heads, "model.head.ffn_hidden_size": m.head.ffn_hidden_size}
+        for key, value in divided.items():
             if value % p.tp:
                 allowed = [d for d in _divisors(value) if d <= 64]
                 raise UserError(f"{key} {value} cannot be split over parallel.tp {p.tp}; tp may be one of {allowed}")
+        check_vocabulary(config)
         sequence_parallel = p.sequence_parallel and p.tp > 1
         if sequence_parallel and config.data.seq_length % (p.tp * m.block_size):
             raise UserError(
@@ -89,10 +92,11 @@ class ParallelDims:
             )
         zero_stage = (1 if dp > 1 else 0) if p.zero_stage == "auto" else p.zero_stage
         dims = cls(tp=p.tp, pp=p.pp, dp=dp, vpp=p.vpp, sequence_parallel=sequence_parallel, zero_stage=zero_stage)
-        if m.num_layers + 1 < dims.num_chunks:  # the head may be a chunk of its own
+        most = m.num_layers + 1 - least_layers(config)  # the head may be a chunk of its own
+        if most < dims.num_chunks:
             raise UserError(
                 f"model.num_layers {m.num_layers} is too few for parallel.pp {p.pp} x parallel.vpp {p.vpp} = "
-                f"{dims.num_chunks} chunks; use at most {m.num_layers + 1}"
+                f"{dims.num_chunks} chunks; use at most {most}"
             )
         if p.vpp > 1 and dims.micro_batches(config) % p.pp:
             raise UserError(
@@ -111,6 +115,17 @@ class ParallelDims:
         except UserError:
             return False
         return True
+
+
+def check_vocabulary(config: Config) -> None:
+    """UserError if a softmax model's vocabulary cannot be split over TP; nothing if it is not known yet."""
+    m, tp = config.model, config.parallel.tp
+    if m.head.kind == "softmax" and m.vocab_size is not None and m.padded_vocab_size % tp:
+        allowed = [d for d in _divisors(m.padded_vocab_size) if d <= 64]
+        raise UserError(
+            f"the vocabulary of {m.vocab_size} tokens, padded to {m.padded_vocab_size}, cannot be split over "
+            f"parallel.tp {tp}; tp may be one of {allowed}"
+        )
 
 
 def _divisors(n: int) -> list[int]:

@@ -14,8 +14,13 @@ def layer_flops(config: Config) -> float:
 
 
 def head_flops(config: Config) -> float:
-    """Forward FLOPs of the head for one token: all its noise samples and the projection of the hidden state."""
+    """Forward FLOPs of the head for one token: all its noise samples and the projection of the hidden state.
+
+    Of a softmax head: the projection onto the padded vocabulary, which the configuration has to know.
+    """
     m, h, n = config.model, config.model.head, config.diffusion.noise_samples
+    if h.kind == "softmax":
+        return 2.0 * m.hidden_size * m.padded_vocab_size
     w = h.hidden_size
     layer = 2.0 * (4 * w * w + 3 * w * h.ffn_hidden_size) + 4.0 * m.block_size * w
     noise_level = 2.0 * (FREQUENCIES * w + w * w) / m.block_size  # one level a block
@@ -25,8 +30,10 @@ def head_flops(config: Config) -> float:
 
 
 def embedding_flops(config: Config) -> float:
-    """Forward FLOPs of bits -> MLP -> width for one token."""
+    """Forward FLOPs of bits -> MLP -> width for one token; to look a token up in a table costs none."""
     m = config.model
+    if m.head.kind == "softmax":
+        return 0.0
     return 2.0 * (m.bits * m.hidden_size + m.hidden_size * m.hidden_size)
 
 
@@ -38,11 +45,17 @@ def train_flops(config: Config) -> float:
 FREQUENCIES = 128  # sinusoidal features of the noise level
 
 
+def least_layers(config: Config) -> int:
+    """Layers that the last chunk has at least."""
+    return 1 if config.model.head.kind == "softmax" else 0
+
+
 def split_layers(config: Config, num_chunks: int) -> list[int]:
     """Layers of each chunk, in pipeline order; the slowest chunk is as fast as it can be.
 
     The last chunk also carries the head and the first the embedding. Among the splits with the same slowest
-    chunk, the more even one wins. Only the last chunk may be without layers (the head is its work).
+    chunk, the more even one wins. Only the last chunk may be without layers (the head is its work), and not even that
+    under a softmax head: one matrix cannot be cut into the optimizer's four groups (optim/groups.py).
     """
     layer, head, embedding = layer_flops(config), head_flops(config), embedding_flops(config)
     total = config.model.num_layers
@@ -53,7 +66,7 @@ def split_layers(config: Config, num_chunks: int) -> list[int]:
         extra = (embedding if chunk == 0 else 0.0) + (head if chunk == num_chunks - 1 else 0.0)
         return layers * layer + extra
 
-    counts = [1] * (num_chunks - 1) + [0]
+    counts = [1] * (num_chunks - 1) + [least_layers(config)]
     for _ in range(total - sum(counts)):  # greedy is optimal here: every layer costs the same
         cheapest = min(range(num_chunks), key=lambda c: (cost(c, counts[c] + 1), c))
         counts[cheapest] += 1

@@ -253,3 +253,14 @@ def test_a_key_given_twice_in_a_file_is_refused(tmp_path):
     path.write_text("train: {steps: 5}\ntrain: {seed: 5}\n")
     with pytest.raises(UserError, match="key 'train' is given twice"):
         load_config(path)
+
+
+def test_softmax_wants_blocks_of_one_token_and_the_vocabulary_of_the_data():
+    with pytest.raises(UserError, match=r"^model.head.kind softmax .* model.block_size is 4; set model.block_size=1$"):
+        load_config(preset="laptop", overrides=["model.head.kind=softmax"])
+    config = load_config(preset="laptop", overrides=["model.head.kind=softmax", "model.block_size=1"])
+    assert config.with_vocab_size(421).model.padded_vocab_size == 512
+    assert config.with_vocab_size(512).model.padded_vocab_size == 512
+    told = load_config(overrides=["model.vocab_size=420"])
+    with pytest.raises(UserError, match=r"model.vocab_size is 420, and the data has a vocabulary of 421 tokens; leave"):
+        told.with_vocab_size(421)

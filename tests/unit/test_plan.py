@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_bit.config import load_config
+from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.plan import describe, memory_per_rank, parameter_counts, render
 
+SOFTMAX = ["model.head.kind=softmax", "model.block_size=1", "model.vocab_size=4096"]
 SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"]
 
 
 @pytest.mark.parametrize("preset", ["laptop", "125m"])
-@pytest.mark.parametrize("extra", [[], ["train.precision=fp32"], ["parallel.recompute=full"], ["model.qk_norm=false"]])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["train.precision=fp32"], ["parallel.recompute=full"], ["model.qk_norm=false"], SOFTMAX],
+    ids=lambda extra: ",".join(extra),
+)
 def test_parameters_and_activations(preset: str, extra: list[str]) -> None:
     config = load_config(preset=preset, overrides=[*SMALL, *extra])
-    model = build_model(config, 4096, process_groups.init(config))[0]
+    model = build_model(config, 4096, process_groups.init(config), eos_id=2)[0]
     if config.train.precision == "bf16":
         model.bfloat16()
     named = dict(model.named_parameters())
@@ -59,6 +66,32 @@ def test_zero_and_tp_divide_memory() -> None:
     assert parts(8, zero_stage=3)["weights"] == pytest.approx(one["weights"] / 8)
     assert parts(8, tp=8)["activations"] < one["activations"] / 6
     assert parts(1, recompute="full")["activations"] < one["activations"] / 2
+
+
+def test_the_softmax_head_counts() -> None:
+    """It moves layers away from the last stage, and is split over TP with the table."""
+    base = ["model.head.kind=softmax", "model.block_size=1", "parallel.pp=2"]
+
+    def plan(vocab_size: int, *extra: str) -> dict[str, Any]:
+        return describe(load_config(preset="125m", overrides=[*base, f"model.vocab_size={vocab_size}", *extra]), 4)
+
+    small, large = plan(1), plan(200_000)
+    assert [c["holds"] for c in small["layout"]["chunks"]] == ["embedding + 8 layers", "8 layers + head"]
+    assert [c["holds"] for c in large["layout"]["chunks"]] == ["embedding + 15 layers", "1 layers + head"]
+    assert small["parameters"]["head"] == 128 * 768
+    assert large["parameters"]["embedding"] == large["parameters"]["head"] == 200_064 * 768
+    split = plan(200_000, "parallel.tp=2", "parallel.zero_stage=0")["memory_bytes_per_rank"]
+    assert split["optimizer"] < 0.52 * plan(200_000, "parallel.zero_stage=0")["memory_bytes_per_rank"]["optimizer"]
+
+
+def test_a_softmax_plan_has_to_know_the_vocabulary(tiny_data: Path) -> None:
+    base = ["model.head.kind=softmax", "model.block_size=1"]
+    with pytest.raises(UserError, match=r"data.path=DIR, or for example model.vocab_size=32000"):
+        describe(load_config(preset="laptop", overrides=base), 1)
+    found = describe(load_config(preset="laptop", overrides=[*base, f"data.path={tiny_data}"]), 1)
+    assert found["parameters"]["head"] == 512 * 256
+    with pytest.raises(UserError, match=r"the data has a vocabulary of 421 tokens; .* model.vocab_size=421"):
+        describe(load_config(preset="laptop", overrides=[*base, f"data.path={tiny_data}", "model.vocab_size=7"]), 1)
 
 
 def test_the_rendered_plan_names_every_chunk() -> None:
