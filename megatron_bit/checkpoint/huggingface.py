@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder, read as logical tensors: a converted BitLM, or an AR model of the Llama layout.
+"""Weights of a Hugging Face folder, read as logical tensors: a converted run, or an AR model of the Llama layout.
 
 Llama and Qwen3 write a layer as we do: RMSNorm, grouped queries, RoPE that turns channel i with i + d/2,
 SwiGLU. Only the fused projection of queries, keys and values has to be put together: its rows go group by group, the
@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_bit.checkpoint.index import Rectangle
 from megatron_bit.config import ModelConfig
 from megatron_bit.errors import UserError
+from megatron_bit.model.logical import VOCABULARY
 
 LLAMA_LAYOUT = ("llama", "qwen3")
 BITLM = "bitlm"
@@ -43,6 +44,8 @@ _IN_HEAD_LAYER = {
 }
 _OUTSIDE = {
     "backbone.final_layernorm.weight": "model.norm.weight",
+    "embedding.table.weight": "model.embed_tokens.weight",
+    "head.logits.weight": "lm_head.weight",
     "embedding.start": "model.embed_tokens.start",
     "embedding.fc1.weight": "model.embed_tokens.fc1.weight",
     "embedding.fc2.weight": "model.embed_tokens.fc2.weight",
@@ -72,6 +75,13 @@ class HuggingFaceWeights:
             )
         if self.kind in LLAMA_LAYOUT:
             self._check_layers()
+        elif model.head.kind == "softmax":
+            raise UserError(
+                f"{folder} is a converted BitLM, and model.head.kind is softmax; weights can be taken from a converted "
+                f"softmax run and from {', '.join(LLAMA_LAYOUT)}"
+            )
+        # the same number of tokens: a softmax model can take their rows as well
+        self.has_tokens = model.head.kind == "softmax" and self.config.get("vocab_size") == model.vocab_size
         index = folder / "model.safetensors.index.json"
         self._where: dict[str, str] = _json(index)["weight_map"] if index.exists() else {}
         self._files: dict[str, Any] = {}
@@ -79,7 +89,7 @@ class HuggingFaceWeights:
     @property
     def partial(self) -> bool:
         """Whether it holds the backbone's layers alone."""
-        return self.kind != BITLM
+        return self.kind != BITLM and not self.has_tokens
 
     def has(self, name: str) -> bool:
         """Whether a logical tensor is to be found here."""
@@ -94,11 +104,24 @@ class HuggingFaceWeights:
         if (match := _HEAD_LAYER.match(name)) and match.group(2) == "qkv.weight":
             heads = m.head.num_heads
             return self._fused(f"head.layers.{match.group(1)}.self_attn.", (heads, m.head.hidden_size // heads), 1, box)
+        if name in VOCABULARY:
+            return self._tokens(name, full_shape[1], box)
         return self._slice(_name(name), full_shape, box)
 
     def code_table(self) -> Tensor:
         """int8 [V, B] of a converted BitLM."""
         return self._open("model.code_table").get_tensor("model.code_table")
+
+    def _tokens(self, name: str, columns: int, box: Rectangle) -> Tensor:
+        """Rows of tokens; those behind the vocabulary are zero."""
+        size, theirs = self._model.vocab_size, _name(name)
+        assert size is not None
+        if self.config.get("tie_word_embeddings"):
+            theirs = _OUTSIDE["embedding.table.weight"]
+        out, count = torch.zeros(box.shape), min(box.shape[0], size - box.offset[0])
+        if count > 0:
+            out[:count] = self._slice(theirs, (size, columns), Rectangle(box.offset, (count, box.shape[1])))
+        return out
 
     def _fused(self, prefix: str, groups: tuple[int, int], queries: int, box: Rectangle) -> Tensor:
         """Rows of the fused projection, run by run. groups: (number of groups, rows of a head)."""

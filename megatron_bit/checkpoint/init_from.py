@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bit.checkpoint.folder import problems, read_meta
-from megatron_bit.checkpoint.huggingface import HuggingFaceWeights
+from megatron_bit.checkpoint.huggingface import BITLM, HuggingFaceWeights
 from megatron_bit.checkpoint.index import Rectangle, owned_rectangles
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config
@@ -74,13 +74,13 @@ def init_from(source: str, config: Config, mine: dict[str, Any], optimizer: Opti
                 continue
             for at, place in owned_rectangles(part, fragment.start, target.numel()):
                 target.narrow(0, at, place.numel).copy_(weights.read(part.name, part.full_shape, place).flatten())
-    return f"the layers of {source}; bit embedding and head begin untrained" if weights.partial else f"all of {source}"
+    return f"the layers of {source}; embedding and head begin untrained" if weights.partial else f"all of {source}"
 
 
 def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer, groups: Groups) -> Weights:
     if (path / "config.json").exists():
         weights = HuggingFaceWeights(path, config.model)
-        if not weights.partial:
+        if weights.kind == BITLM:
             chunk = optimizer.chunks[0]
             assert isinstance(chunk, BitLM)
             _check_bitlm(weights, config, chunk.codec.table.cpu())

@@ -1,4 +1,7 @@
-"""`megatron-bit convert --to hf`: a checkpoint as a folder for transformers, on machines without this project."""
+"""`megatron-bit convert --to hf`: a checkpoint as a folder for transformers, on machines without this project.
+
+A BitLM takes its code along; a softmax model becomes an ordinary Qwen3 or Llama.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from mbit_data.tokenizer import Tokenizer
 
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder
-from megatron_bit.inference.hf_names import CODE_TABLE, Source, model_arguments
+from megatron_bit.inference.hf_names import CODE_TABLE, Source, llama_arguments, model_arguments
 from megatron_bit.inference.safetensors_stream import Spec, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,47 +65,79 @@ def to_hf(run: Path, out: Path, *, dtype: str = "float32", shard_size: str = "5G
 
 
 def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
-    from transformers import GenerationConfig
-
-    from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig
     from megatron_bit.inference.tokenizer_json import convert_tokenizer
 
     tokenizer = Tokenizer(source.manifest.tokenizer_path)
     eos = tokenizer.eos_id
-    config = BitLMConfig(
-        **model_arguments(source.config, source.manifest.vocab_size),  # type: ignore[arg-type]
-        architectures=["BitLMForCausalLM"],
-        auto_map={
-            "AutoConfig": "modeling_bitlm.BitLMConfig",
-            "AutoModelForCausalLM": "modeling_bitlm.BitLMForCausalLM",
-        },
-        dtype=dtype,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        training_step=source.step,
-    )
-    config.save_pretrained(folder)
-    GenerationConfig(
-        eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, seed=0, steps=32, sampler="ode"
-    ).save_pretrained(folder)
     fast = convert_tokenizer(tokenizer)
+    common: dict[str, Any] = {
+        "dtype": dtype, "eos_token_id": eos, "pad_token_id": eos, "training_step": source.step
+    }  # fmt: skip
+    if source.softmax:
+        _write_llama(source, folder, common, fast)
+    else:
+        _write_bitlm(source, folder, common)
     fast.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": fast.id_to_token(eos),
         "pad_token": fast.id_to_token(eos),
+        **({"bos_token": fast.id_to_token(eos)} if source.softmax else {}),
         "padding_side": "left",
         "split_special_tokens": True,  # what looks like </s> in a text is text
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+
+
+def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig
+
+    arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size)
+    BitLMConfig(
+        **arguments,
+        **common,
+        architectures=["BitLMForCausalLM"],
+        auto_map={
+            "AutoConfig": "modeling_bitlm.BitLMConfig",
+            "AutoModelForCausalLM": "modeling_bitlm.BitLMForCausalLM",
+        },
+    ).save_pretrained(folder)
+    eos = common["eos_token_id"]
+    GenerationConfig(
+        eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, seed=0, steps=32, sampler="ode"
+    ).save_pretrained(folder)
     shutil.copyfile(MODELING, folder / MODELING.name)
+
+
+def _write_llama(source: Source, folder: Path, common: dict[str, Any], tokenizer: Any) -> None:
+    """A softmax model is a Qwen3, or a Llama without norms of queries and keys: no code has to go with it.
+
+    Position 0 was trained on the end-of-document token, so the tokenizer puts it in front of every text.
+    """
+    import transformers
+    from tokenizers.processors import TemplateProcessing
+
+    kind, eos = "Qwen3" if source.config.model.qk_norm else "Llama", common["eos_token_id"]
+    arguments = {**llama_arguments(source.config), **common, "bos_token_id": eos}
+    made = getattr(transformers, f"{kind}Config")(**arguments, architectures=[f"{kind}ForCausalLM"])
+    made.rope_theta = source.config.model.rope_base  # where transformers 4 looks for it; 5 has rope_parameters
+    made.save_pretrained(folder)
+    generation = transformers.GenerationConfig(
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, do_sample=True
+    )
+    generation.save_pretrained(folder)
+    token = tokenizer.id_to_token(eos)
+    tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, eos)])
 
 
 def _write_weights(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
     specs = [Spec(part.name, part.shape, dtype) for part in source.parts()]
-    specs.append(Spec(CODE_TABLE, tuple(source.code_table.shape), torch.int8))
+    if source.code_table is not None:
+        specs.append(Spec(CODE_TABLE, tuple(source.code_table.shape), torch.int8))
     tensors = source.tensors()
 
     def load(name: str) -> torch.Tensor:

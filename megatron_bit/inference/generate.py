@@ -59,7 +59,8 @@ class Generator:
             data: folder with the run's tokenizer, if it has moved since; a converted folder has its own.
 
         Raises:
-            UserError: no complete checkpoint, the tokenizer is gone or another one, or a damaged converted folder.
+            UserError: no complete checkpoint, a softmax model, the tokenizer is gone or another one, or a damaged
+                converted folder.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: BitLMForCausalLM
@@ -69,7 +70,13 @@ class Generator:
                 raise UserError(f"--data {data} has no use here: {run} is a converted folder with its own tokenizer")
             self._open_converted(run)
         else:
-            self._open_checkpoint(Source(run, data))
+            source = Source(run, data)
+            if source.softmax:
+                raise UserError(
+                    f"{run} has a softmax head, and this generates from BitLMs: `megatron-bit convert {run} --to hf "
+                    "DIR` makes of it what transformers generates from"
+                )
+            self._open_checkpoint(source)
         self.model.to(self.device).eval()  # type: ignore[arg-type]
 
     def _open_checkpoint(self, source: Source) -> None:
@@ -90,7 +97,10 @@ class Generator:
         try:
             kind = json.loads((folder / "config.json").read_text()).get("model_type")
             if kind != "bitlm":
-                raise UserError(f"{folder} is a model of type {kind}, not bitlm; give a run or a converted folder")
+                raise UserError(
+                    f"{folder} is a model of type {kind}, not bitlm; give a run or a converted BitLM, or generate with "
+                    "transformers"
+                )
             loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
             self.model, found = loaded
             self.text = _Converted(folder)

@@ -47,27 +47,36 @@ class Source:
         """
         self.folder = newest_checkpoint(run)
         meta = read_meta(self.folder)
-        self.config: Config = config_from_dict(meta["config"])
+        config = config_from_dict(meta["config"])
         self.step = int(meta["step"])
-        self.manifest: Manifest = load_manifest(data or self.config.data.path, check_files=False)
+        self.manifest: Manifest = load_manifest(data or config.data.path, check_files=False)
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"
             )
+        self.config: Config = config.with_vocab_size(self.manifest.vocab_size)
+        self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model has none
+        if self.softmax:
+            return
         codec = Codec(self.config.model.code, self.manifest.vocab_size, self.config.model.bits)
         if codec.fingerprint != meta["identity"]["code table"]:
             raise UserError(
                 f"checkpoint {self.folder} was trained with another table of codes than model.code="
                 f"{self.config.model.code} makes here; its tokens would be read wrongly"
             )
-        self.code_table = codec.table  # int8 [V, B]
+        self.code_table = codec.table
+
+    @property
+    def softmax(self) -> bool:
+        """Whether it is of the autoregressive peer."""
+        return self.config.model.head.kind == "softmax"
 
     def parts(self) -> list[Part]:
         """All weights, a layer's side by side."""
         return list(_parts(self.config.model))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 tensor) of all parts, one at a time, and the code table at the end.
+        """(name, float32 tensor) of all parts, one at a time, and a BitLM's code table at the end.
 
         Raises:
             UserError: a tensor is missing, incomplete or of another shape.
@@ -78,7 +87,8 @@ class Source:
             if layer != group:  # a reader keeps what it has read mapped into memory: begin anew
                 reader, group = open_reader(self.folder), layer
             yield part.name, _read(reader, part)
-        yield CODE_TABLE, self.code_table
+        if self.code_table is not None:
+            yield CODE_TABLE, self.code_table
 
 
 def _read(reader: Reader, part: Part) -> Tensor:
@@ -93,18 +103,36 @@ def _read(reader: Reader, part: Part) -> Tensor:
 
 
 def _parts(m: ModelConfig) -> Iterator[Part]:
-    d, h, w = m.hidden_size, m.head, m.head.hidden_size
-
-    def same(name: str, logical: str, *shape: int) -> Part:
-        return Part(name, shape, logical, shape)
-
-    yield same("model.embed_tokens.start", "embedding.start", m.block_size, d)
-    yield same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
-    yield same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
-    yield same("model.embed_tokens.norm.weight", "embedding.norm.weight", d)
+    d, softmax = m.hidden_size, m.head.kind == "softmax"
+    if softmax:
+        yield _tokens(m, "model.embed_tokens.weight", "embedding.table.weight")
+    else:
+        yield _same("model.embed_tokens.start", "embedding.start", m.block_size, d)
+        yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
+        yield _same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
+        yield _same("model.embed_tokens.norm.weight", "embedding.norm.weight", d)
     for i in range(m.num_layers):
         yield from _backbone_layer(m, f"model.layers.{i}.", f"backbone.layers.{i}.")
-    yield same("model.norm.weight", "backbone.final_layernorm.weight", d)
+    yield _same("model.norm.weight", "backbone.final_layernorm.weight", d)
+    if softmax:
+        yield _tokens(m, "lm_head.weight", "head.logits.weight")
+    else:
+        yield from _denoising_head(m)
+
+
+def _same(name: str, logical: str, *shape: int) -> Part:
+    return Part(name, shape, logical, shape)
+
+
+def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
+    """A matrix with a row for each token, without the padding."""
+    assert m.vocab_size is not None
+    size, d = m.vocab_size, m.hidden_size
+    return Part(name, (size, d), logical, (m.padded_vocab_size, d), lambda whole: whole[:size])
+
+
+def _denoising_head(m: ModelConfig) -> Iterator[Part]:
+    same, d, h, w = _same, m.hidden_size, m.head, m.head.hidden_size
     yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
     yield same("head.position", "head.position", m.block_size, w)
     yield same("head.condition_proj.weight", "head.condition.weight", w, d)
@@ -186,6 +214,25 @@ def model_arguments(config: Config, vocab_size: int) -> dict[str, object]:
         "sigma_max": d.sigma_max,
         "sigma_log_mean": d.log_mean,
         "sigma_log_std": d.log_std,
+        "initializer_range": m.init_std,
+    }
+
+
+def llama_arguments(config: Config) -> dict[str, object]:
+    """Keyword arguments of transformers' LlamaConfig and Qwen3Config, for a softmax model."""
+    m = config.model
+    return {
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.hidden_size,
+        "intermediate_size": m.ffn_hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.hidden_size // m.num_heads,
+        "max_position_embeddings": config.data.seq_length,
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope_base,
+        "tie_word_embeddings": False,
         "initializer_range": m.init_std,
     }
 
