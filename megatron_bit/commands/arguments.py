@@ -28,3 +28,11 @@ def configuration(args: tuple[str, ...], preset: str) -> Config:
 
     target, overrides = split(args)
     return load_config(target, overrides, None if target else preset)
+
+
+def bitlm_configuration(args: tuple[str, ...], preset: str) -> Config:
+    """The same for a command that measures BitLMs alone; UserError if it asks for a softmax head."""
+    config = configuration(args, preset)
+    if config.model.head.kind == "softmax":
+        raise UserError("model.head.kind softmax cannot be measured here, only BitLMs; leave it at diffusion")
+    return config

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit.commands.arguments import Args, configuration
+from megatron_bit.commands.arguments import Args, bitlm_configuration
 from megatron_bit.errors import UserError
 
 
@@ -187,6 +187,6 @@ def bench_generate(
     if min(*batch, *steps, tokens, prompt, repeats) < 1 or min(steps) < 2:
         raise UserError("bench generate: --steps are at least 2, all other numbers at least 1")
     return job.main(
-        configuration(args, preset), vocab_size=vocab_size, batches=batch, steps=steps, tokens=tokens, prompt=prompt,
-        repeats=repeats, as_json=json,
+        bitlm_configuration(args, preset), vocab_size=vocab_size, batches=batch, steps=steps, tokens=tokens,
+        prompt=prompt, repeats=repeats, as_json=json,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from megatron_bit import environment
-from megatron_bit.commands.arguments import Args, configuration, split
+from megatron_bit.commands.arguments import Args, bitlm_configuration, split
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
 
@@ -107,7 +107,7 @@ def bench_step(
     """
     from megatron_bit.bench import step
 
-    return step.main(configuration(args, preset), steps, repeats, json)
+    return step.main(bitlm_configuration(args, preset), steps, repeats, json)
 
 
 def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:

@@ -77,7 +77,8 @@ class SoftmaxHead(nn.Module):
         from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
         logits, _ = self.logits(hidden)  # [S, b, V_padded / tp]: under sequence parallelism it gathers first
-        logits[..., self.valid :] = float("-inf")
+        with torch.no_grad():  # their gradient is zero already, and autograd would copy all the others for it
+            logits[..., self.valid :] = float("-inf")
         return vocab_parallel_cross_entropy(logits, tokens.t().contiguous())
 
 

@@ -41,6 +41,11 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "vpp": (["parallel.vpp=2"], ["vpp 2", "pp > 1"]),
     "zero": (["--nproc", "2", "parallel.pp=2", "parallel.zero_stage=2"], ["zero_stage 2", "pp 2", "zero_stage=1"]),
     "layers": (["--nproc", "8", "parallel.pp=8"], ["model.num_layers 5", "parallel.pp 8", "at most 6"]),
+    "softmax": (["model.head.kind=softmax"], ["head.kind softmax", "model.block_size is 3", "model.block_size=1"]),
+    "softmax_plan": (
+        ["--dry-run", "model.head.kind=softmax", "model.block_size=1", "data.path="],
+        ["model.vocab_size="],
+    ),
     "stop_at": (["train.stop_at=9"], ["train.stop_at 9", "train.steps 5"]),
     "unknown_key": (["model.num_layer=3"], ["model.num_layer ", "command line", "model.num_layers"]),
     "unknown_section": (["modell.bits=3"], ["modell.bits", "model.bits"]),
