@@ -10,6 +10,7 @@ import tyro
 
 from megatron_bit import environment
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
+from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import bench_prepare, inspect, prepare, verify
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
 from megatron_bit.commands.training import bench_step, config, demo, doctor, train
@@ -33,6 +34,7 @@ def bench() -> int:
 
 COMMANDS = {
     "prepare": prepare,
+    "codes": codes,
     "train": train,
     "generate": generate,
     "serve": serve,

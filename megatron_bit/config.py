@@ -48,8 +48,9 @@ class HeadConfig(Section):
 class ModelConfig(Section):
     bits: int = Field(default=16, ge=1, le=62)
     """Bits of one token, B. The vocabulary of the data has to fit: V <= 2^B."""
-    code: Literal["binary", "gray", "random"] = "binary"
-    """How a token id becomes bits: the id itself, its Gray code, or a seeded permutation (the negative control)."""
+    code: Literal["binary", "gray", "random", "semantic"] = "binary"
+    """How a token id becomes bits: the id itself, its Gray code, a seeded permutation (the negative control), or a code
+    learned from the text of `data.path` (`megatron-bit codes DATA`), which makes bits cheaper to decide apart."""
     vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary, V. The data says it, and has to agree if it is set; a softmax head planned without
     data (`--dry-run`) needs it."""

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_bit.callbacks.checkpoint import CheckpointCallback
 from megatron_bit.callbacks.evaluate import EvaluateCallback
@@ -18,6 +19,7 @@ from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.model.build import build_model
+from megatron_bit.model.codec import learned_table
 from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
@@ -52,7 +54,7 @@ def main(config: Config) -> int:
 def build(config: Config, groups: Groups) -> Trainer:
     """Model, optimizer, data and callbacks, at the newest checkpoint of the run if it has one."""
     manifest = open_data(config)
-    chunks = build_model(config, manifest.vocab_size, groups, manifest.eos_id)
+    chunks = build_model(config, manifest.vocab_size, groups, manifest.eos_id, open_code(config, manifest))
     mine = identity(config, manifest, chunks[0].code_table)
     lock = RunLock(Path(config.run))
     on_rank0(functools.partial(claim, config, mine, lock))
@@ -86,6 +88,13 @@ def open_data(config: Config) -> Manifest:
     """The manifest, its files checked once by rank 0."""
     on_rank0(functools.partial(_check_data, config.data.path))
     return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
+
+
+def open_code(config: Config, manifest: Manifest) -> Tensor | None:
+    """The table of a learned code, int8 [V, B], as rank 0 reads it, so that all have the same; else None."""
+    if config.model.head.kind == "softmax":
+        return None
+    return on_rank0(functools.partial(learned_table, config.model.code, manifest, config.model.bits))
 
 
 def _check_path(config: Config) -> None:

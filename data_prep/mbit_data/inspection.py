@@ -34,7 +34,8 @@ def inspect(
 ) -> dict[str, Any]:
     """All that `render` shows, ready for JSON. Samples are drawn by `seed`; bits need `bits` or `code`.
 
-    Raises UserError: no finished folder, no such split, a damaged shard, a vocabulary that `bits` cannot hold.
+    Raises UserError: no finished folder, no such split, a damaged shard, a vocabulary that `bits` cannot hold, no
+    learned code for `code="semantic"`.
     """
     manifest = load_manifest(folder)
     tokenizer = Tokenizer(manifest.tokenizer_path)
@@ -46,7 +47,7 @@ def inspect(
             raise UserError(
                 f"--bits {width} does not do for a vocabulary of {manifest.vocab_size}: allowed are {needed} to 62"
             )
-        spell = _speller(code or "binary", manifest.vocab_size, width)
+        spell = _speller(code or "binary", manifest, width)
     shards = _spread(manifest.split(split).shards)
     lengths: list[int] = []
     counts = np.zeros(manifest.vocab_size, dtype=np.int64)
@@ -180,12 +181,12 @@ def _sample(
     }
 
 
-def _speller(code: str, vocab_size: int, bits: int) -> Any:
+def _speller(code: str, manifest: Manifest, bits: int) -> Any:
     import torch
 
-    from megatron_bit.model.codec import Codec
+    from megatron_bit.model.codec import Codec, learned_table
 
-    codec = Codec(code, vocab_size, bits)
+    codec = Codec(code, manifest.vocab_size, bits, learned_table(code, manifest, bits))
 
     def spell(ids: list[int]) -> list[str]:
         rows = codec.encode(torch.tensor(ids, dtype=torch.int64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -35,6 +35,36 @@ class Reporter:
                 yield advance
         else:
             yield self._plain(description, total_bytes)
+
+    @contextmanager
+    def steps(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        """Progress over equal steps; the callable inside is called after each."""
+        if not self._enabled:
+            yield lambda: None
+        elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=Console(stderr=True)) as progress:
+                task = progress.add_task(description, total=total)
+                yield lambda: progress.advance(task)
+        else:
+            yield self._plain_steps(description, total)
+
+    def _plain_steps(self, description: str, total: int) -> Callable[[], None]:
+        begin = last = time.monotonic()
+        done = 0
+
+        def step() -> None:
+            nonlocal last, done
+            done, now = done + 1, time.monotonic()
+            if now - last >= LINE_SECONDS:
+                last = now
+                left = (total - done) * (now - begin) / done
+                self.line(f"{description}: {done:,} of {total:,}, {left:.0f} s left")
+
+        return step
 
     def _plain(self, description: str, total_bytes: int) -> Advance:
         begin = last = time.monotonic()

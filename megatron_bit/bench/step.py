@@ -29,7 +29,7 @@ from megatron_bit.trainer import Trainer
 def main(config: Config, steps: int, repeats: int, as_json: bool) -> int:
     """Time trainer and reference in turn; print medians, spread and the ratio pair by pair."""
     reference = _reference_module()
-    if config.model.code == "random" or config.train.precision != "fp32":
+    if config.model.code not in ("binary", "gray") or config.train.precision != "fp32":
         raise UserError(
             "bench step compares with a plain fp32 loop: use train.precision=fp32 and model.code=binary or gray"
         )

@@ -36,6 +36,7 @@ def prepare(
     array_index: int | None = None,
     array_count: int | None = None,
     join: bool = False,
+    codes: Literal["semantic"] | None = None,
     quiet: bool = False,
 ) -> int:
     """Turn text into shards: train a tokenizer (or take one), tokenize, write webdataset tars and a manifest.
@@ -66,6 +67,7 @@ def prepare(
         array_index: do share number I, from 0 ...
         array_count: ... of N.
         join: make the manifest when all shares are done; only --out is needed.
+        codes: learn a code as well, for model.code=semantic, as `megatron-bit codes DIR` does.
         quiet: no progress.
     """
     from mbit_data.filters import Filters
@@ -78,12 +80,14 @@ def prepare(
             raise UserError("--join takes the parts in --out as they are: leave out inputs and --array options")
         from mbit_data.array import join as run_join
 
-        return _prepared(run_join(out, progress=not quiet))
+        return _prepared(run_join(out, progress=not quiet), codes, quiet)
     part = Part(array_index, array_count) if array_index is not None and array_count is not None else None
     if array:
         from mbit_data.array import part_from_environment
 
         part = part_from_environment()
+    if part is not None and codes is not None:
+        raise UserError("--codes is for the whole folder: give it with --join")
     extra = {} if workers is None else {"workers": workers}
     options = PrepareOptions(
         inputs=tuple(inputs),
@@ -112,14 +116,14 @@ def prepare(
     if part is None:
         from mbit_data.prepare import prepare as run
 
-        return _prepared(run(options, progress=not quiet))
+        return _prepared(run(options, progress=not quiet), codes, quiet)
     from mbit_data.array import prepare_part
 
     print(f"{out}: {prepare_part(options, progress=not quiet).describe(out)}")
     return 0
 
 
-def _prepared(manifest) -> int:
+def _prepared(manifest, codes: str | None, quiet: bool) -> int:
     from mbit_data.work import describe_dropped
 
     train_split, held = manifest.split("train"), manifest.split("validation")
@@ -128,6 +132,12 @@ def _prepared(manifest) -> int:
         f"{manifest.folder}: {train_split.tokens:,} training and {held.tokens:,} validation tokens in "
         f"{len(train_split.shards) + len(held.shards)} shards, vocabulary {manifest.vocab_size:,}{left_out}"
     )
+    if codes is not None:  # after the manifest: killed here, the same command finds the shards done and learns the code
+        from mbit_data.codes import CodeOptions, learn
+
+        from megatron_bit.commands.codes import learned_line
+
+        print(learned_line(learn(manifest.folder, CodeOptions(), progress=not quiet)))
     return 0
 
 
@@ -150,7 +160,7 @@ def inspect(
     chars: int = 300,
     tokens: int = 8,
     bits: int | None = None,
-    code: Literal["binary", "gray", "random"] | None = None,
+    code: Literal["binary", "gray", "random", "semantic"] | None = None,
     json: bool = False,
 ) -> int:
     """Show what a data folder holds: counts, options, document lengths, samples with the bits of their first tokens.

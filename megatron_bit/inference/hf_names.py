@@ -15,7 +15,7 @@ from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config, ModelConfig, config_from_dict
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import UserError
-from megatron_bit.model.codec import Codec
+from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.parallel.split import FREQUENCIES
 from megatron_bit.run_folder import newest_checkpoint
 
@@ -58,11 +58,13 @@ class Source:
         self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model has none
         if self.softmax:
             return
-        codec = Codec(self.config.model.code, self.manifest.vocab_size, self.config.model.bits)
+        m = self.config.model
+        learned = learned_table(m.code, self.manifest, m.bits)
+        codec = Codec(m.code, self.manifest.vocab_size, m.bits, learned)
         if codec.fingerprint != meta["identity"]["code table"]:
             raise UserError(
                 f"checkpoint {self.folder} was trained with another table of codes than model.code="
-                f"{self.config.model.code} makes here; its tokens would be read wrongly"
+                f"{m.code} makes here; its tokens would be read wrongly"
             )
         self.code_table = codec.table
 

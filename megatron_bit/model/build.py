@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from torch import Tensor
+
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.bitlm import BitLM
@@ -17,11 +19,14 @@ from megatron_bit.parallel.dims import check_vocabulary
 from megatron_bit.parallel.groups import Groups
 
 
-def build_model(config: Config, vocab_size: int, groups: Groups, eos_id: int | None = None) -> list[ModelChunk]:
+def build_model(
+    config: Config, vocab_size: int, groups: Groups, eos_id: int | None = None, learned: Tensor | None = None
+) -> list[ModelChunk]:
     """This rank's chunks (more than one only with vpp > 1), initialised by parameter name, on the device.
 
     Args:
         eos_id: the end-of-document token, for a softmax head.
+        learned: int8 [V, B], the table of a learned code (`model.code=semantic`).
 
     Raises:
         UserError: the vocabulary does not fit the bits, or cannot be split over TP; the same on every rank.
@@ -36,7 +41,7 @@ def build_model(config: Config, vocab_size: int, groups: Groups, eos_id: int | N
         mcore = transformer_config(config, groups)
         make = functools.partial(SoftmaxLM, config, mcore, eos_id, groups)
     else:
-        codec = Codec(config.model.code, vocab_size, config.model.bits).to(groups.device)
+        codec = Codec(config.model.code, vocab_size, config.model.bits, learned).to(groups.device)
         mcore = transformer_config(config, groups)
         make = functools.partial(BitLM, config, mcore, codec, groups)
     chunks = []

@@ -9,6 +9,8 @@ import torch
 from mbit_kernels.decode import nearest_token
 from torch import Tensor, nn
 
+from megatron_bit.data.codes import load_code
+from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 
 
@@ -35,25 +37,47 @@ def _random(vocab_size: int, bits: int) -> Tensor:
 CODES: dict[str, Callable[[int, int], Tensor]] = {"binary": _binary, "gray": _gray, "random": _random}
 
 
+def learned_table(code: str, manifest: Manifest, bits: int) -> Tensor | None:
+    """int8 [V, B]: the table of a code that is learned, from the data folder; None if it is one of CODES.
+
+    Raises:
+        UserError: the vocabulary does not fit, or the folder has no such code (the error says what makes it), or a
+            damaged or foreign one.
+    """
+    check_fit(manifest.vocab_size, bits)
+    return None if code in CODES else torch.from_numpy(load_code(manifest, bits).table)
+
+
+def check_fit(vocab_size: int, bits: int) -> None:
+    """UserError if the vocabulary has more tokens than there are codes of `bits` bits."""
+    if vocab_size > 2**bits:
+        raise UserError(
+            f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits "
+            f"make {2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
+        )
+
+
 class Codec(nn.Module):
     """Maps token ids to bits of -1 and +1 and bit logits to the nearest valid id."""
 
     table: Tensor
 
-    def __init__(self, code: str, vocab_size: int, bits: int) -> None:
+    def __init__(self, code: str, vocab_size: int, bits: int, learned: Tensor | None = None) -> None:
         """
+        Args:
+            learned: the table of a code that is not in CODES: int8 [V, B] of -1 and +1.
+
         Raises:
             UserError: the vocabulary has more tokens than there are codes of `bits` bits.
         """
         super().__init__()
-        if vocab_size > 2**bits:
-            raise UserError(
-                f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits "
-                f"make {2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
-            )
-        words = CODES[code](vocab_size, bits)
-        digits = torch.arange(bits - 1, -1, -1)
-        self.register_buffer("table", (((words[:, None] >> digits) & 1) * 2 - 1).to(torch.int8), persistent=False)
+        check_fit(vocab_size, bits)
+        if learned is None:
+            words = CODES[code](vocab_size, bits)
+            digits = torch.arange(bits - 1, -1, -1)
+            learned = (((words[:, None] >> digits) & 1) * 2 - 1).to(torch.int8)
+        assert learned.shape == (vocab_size, bits) and learned.dtype == torch.int8, (learned.shape, learned.dtype)
+        self.register_buffer("table", learned.clone(), persistent=False)
 
     @property
     def fingerprint(self) -> str:
