@@ -25,12 +25,16 @@ class Section(BaseModel):
 
 
 class HeadConfig(Section):
-    kind: Literal["diffusion", "softmax"] = "diffusion"
-    """The denoising head, or the autoregressive peer to compare with: a token table, and a softmax over the vocabulary,
-    both untied and split over `parallel.tp`. `softmax` needs `model.block_size=1`; the sizes below, `model.bits`,
-    `model.code`, `diffusion` and `evaluate.noise_samples` then have no effect."""
+    kind: Literal["diffusion", "chain", "softmax"] = "diffusion"
+    """`diffusion` takes the noise off all bits of a block together. `chain` decides a block's tokens one after another,
+    and a token's groups of bits (`model.group_bits`) one after another: the likelihood is exact, and `diffusion` and
+    `evaluate.noise_samples` have no effect. `softmax` is the autoregressive peer to compare with: a token table, and a
+    softmax over the vocabulary, both untied and split over `parallel.tp`; it needs `model.block_size=1`, and what is
+    said below of the head, of bits and of noise then has no effect."""
+    prior: bool = True
+    """Add to the head's logits a linear map of the backbone's states, the same at every noise level."""
     num_layers: int = Field(default=2, ge=1)
-    """Layers of the denoising head, a bidirectional transformer over the K tokens of one block."""
+    """Layers of the head, a light transformer over the K tokens of one block."""
     hidden_size: int = Field(default=256, ge=8)
     """Width of the head."""
     num_heads: int = Field(default=4, ge=1)
@@ -51,6 +55,9 @@ class ModelConfig(Section):
     code: Literal["binary", "gray", "random", "semantic"] = "binary"
     """How a token id becomes bits: the id itself, its Gray code, a seeded permutation (the negative control), or a code
     learned from the text of `data.path` (`megatron-bit codes DATA`), which makes bits cheaper to decide apart."""
+    group_bits: int = Field(default=1, ge=1, le=10)
+    """Bits decided together, g: the groups of a token's bits are as even as they can be, and have 2^g values. 1: every
+    bit by itself; B: a softmax over all codes. Above 1 bits enter the model as embeddings of their groups' values."""
     vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary, V. The data says it, and has to agree if it is set; a softmax head planned without
     data (`--dry-run`) needs it."""
@@ -81,6 +88,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.group_bits > self.bits:
+            raise ValueError(f"group_bits {self.group_bits} is more than the bits {self.bits} of a token")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}")
         if (self.hidden_size // self.num_heads) % 2:
@@ -90,6 +99,23 @@ class ModelConfig(Section):
         return self
 
     @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Bits of each group, the larger ones first: 12 bits by 8 are (6, 6), 15 by 8 are (8, 7)."""
+        count = -(-self.bits // self.group_bits)
+        size, larger = divmod(self.bits, count)
+        return (size + 1,) * larger + (size,) * (count - larger)
+
+    @property
+    def group_values(self) -> int:
+        """Values of all groups together, G * U, with room for the largest group's in each: rows of their tables."""
+        return len(self.group_sizes) * 2 ** self.group_sizes[0]
+
+    @property
+    def head_outputs(self) -> int:
+        """Outputs of the head for one token: a logit for every value of every group, or for every single bit."""
+        return self.bits if self.group_bits == 1 and self.head.kind == "diffusion" else self.group_values
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of a softmax model's token table and projection: a function of V alone, so that any layout has them."""
         assert self.vocab_size is not None, "the vocabulary is not known yet"
@@ -97,8 +123,12 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
-    loss: Literal["mse", "bce"] = "mse"
-    """Squared error of the posterior mean with the EDM weight, or binary cross-entropy of the bits."""
+    loss: Literal["auto", "mse", "bce"] = "auto"
+    """Squared error of the posterior mean with the EDM weight, or cross-entropy of the bits (with `model.group_bits`
+    above 1: of the groups' values). `auto`: mse with group_bits=1, else bce."""
+    parameterization: Literal["matched_filter", "direct"] = "matched_filter"
+    """`matched_filter` adds to the head's logits what the noisy bits tell by themselves, which is known exactly;
+    `direct` leaves it to the head."""
     noise_samples: int = Field(default=4, ge=1, le=4096)
     """Independent noise levels that share one backbone state (stratified)."""
     sigma_min: float = Field(default=0.1, gt=0)
@@ -274,6 +304,18 @@ class Config(Section):
                 f"train.micro_batch_size {self.train.micro_batch_size}"
             )
         return self
+
+    @property
+    def head_evaluations(self) -> int:
+        """How often the head runs for one backbone state in training: noise samples, or stages of the chain."""
+        return len(self.model.group_sizes) if self.model.head.kind == "chain" else self.diffusion.noise_samples
+
+    @property
+    def loss(self) -> Literal["mse", "bce"]:
+        """`diffusion.loss`, resolved."""
+        if self.diffusion.loss != "auto":
+            return self.diffusion.loss
+        return "mse" if self.model.group_bits == 1 else "bce"
 
     def with_vocab_size(self, size: int) -> Config:
         """This configuration with the data's vocabulary; UserError if it was told of another one."""

@@ -21,14 +21,28 @@ def parameter_counts(config: Config) -> dict[str, int]:
     if h.kind == "softmax":
         table = m.padded_vocab_size * d
         return {"embedding": table, "backbone": m.num_layers * layer + d, "head": table}
-    ends = m.bits * w * 2 + m.block_size * w + d * w
-    noise_level = FREQUENCIES * w + w + w * w + w
-    modulation = w * 6 * w + 6 * w + w * 2 * w + 2 * w
-    return {
-        "embedding": m.block_size * d + m.bits * d + d * d + d,
-        "backbone": m.num_layers * layer + d,
-        "head": h.num_layers * (4 * w * w + 3 * w * h.ffn_hidden_size) + ends + noise_level + modulation,
-    }
+    rows = 1 + (m.block_size > 1)  # a token's own state, and the last of its block
+    head = h.num_layers * (4 * w * w + 3 * w * h.ffn_hidden_size) + m.block_size * w + rows * d * w
+    head += w * 6 * w + 6 * w + w * 2 * w + 2 * w  # modulation
+    head += (w + rows * d * h.prior) * m.head_outputs
+    if h.kind == "chain":
+        head += 2 * m.group_values * w + len(m.group_sizes) * w
+    else:
+        head += m.bits * w + FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
+    read = m.group_values * d if m.group_bits > 1 else m.bits * d + d * d
+    return {"embedding": m.block_size * d + read + d, "backbone": m.num_layers * layer + d, "head": head}
+
+
+def table_parameters(config: Config) -> int:
+    """Of these, rows for tokens or for values of groups and the projections onto them: what is called embeddings."""
+    m, h = config.model, config.model.head
+    d, w = m.hidden_size, h.hidden_size
+    if h.kind == "softmax":
+        return 2 * m.padded_vocab_size * d
+    if h.kind == "diffusion" and m.group_bits == 1:
+        return 0
+    projections = (w + (1 + (m.block_size > 1)) * d * h.prior) * m.head_outputs
+    return projections + m.group_values * ((m.group_bits > 1) * d + (2 if h.kind == "chain" else 1) * w)
 
 
 def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
@@ -77,7 +91,7 @@ def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, l
     )
     head_layer = 6 * w / shared + (5 * w + 3 * h.ffn_hidden_size) / dims.tp
     ends = 14 * w / shared + 10 * m.bits * (4 / width) / shared
-    head = config.diffusion.noise_samples * (h.num_layers * head_layer + ends)
+    head = config.head_evaluations * (h.num_layers * head_layer + ends)
     if h.kind == "softmax":  # final norm, and the probabilities in float32
         head = 2 * d / shared + m.padded_vocab_size / dims.tp * (4 / width)
     head = head if last else 0.0

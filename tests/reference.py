@@ -10,6 +10,7 @@ Shape letters: b samples, S sequence, n blocks, K block size, M noise samples, B
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from megatron_bit.config import Config
 MicroBatch = tuple[Tensor, Tensor]  # tokens int64 [b, S], global sample indices int64 [b]
 LEVEL_ELEMENT = 0xFFFF  # element counter of a block's noise level
 FEATURES = 128  # sinusoids of the noise level
+ZEROS = ("head.output", "head.prior", "head.prior_last")
 
 
 # ---------------------------------------------------------------- noise: Philox4x32-10 on (seed, stream, sample, ...)
@@ -77,29 +79,55 @@ def _normal_cdf(config: Config, sigma: float) -> float:
 
 
 # ---------------------------------------------------------------- initial values
+def group_slices(config: Config) -> list[tuple[int, int]]:
+    """First and last (exclusive) bit of each group: as few groups as possible, larger ones first, sizes within one."""
+    bits, g = config.model.bits, config.model.group_bits
+    count = math.ceil(bits / g)
+    edges = np.cumsum([0] + [len(part) for part in np.array_split(np.arange(bits), count)])
+    return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+
 def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Logical name to shape of every parameter."""
     m, h = config.model, config.model.head
     d, w, head_dim = m.hidden_size, h.hidden_size, m.hidden_size // m.num_heads
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.start": (m.block_size, d),
-        "embedding.fc1.weight": (d, m.bits),
-        "embedding.fc2.weight": (d, d),
         "embedding.norm.weight": (d,),
         "backbone.final_layernorm.weight": (d,),
-        "head.input.weight": (w, m.bits),
         "head.position": (m.block_size, w),
         "head.condition.weight": (w, d),
-        "head.noise_level.fc1.weight": (w, FEATURES),
-        "head.noise_level.fc1.bias": (w,),
-        "head.noise_level.fc2.weight": (w, w),
-        "head.noise_level.fc2.bias": (w,),
         "head.modulation.weight": (6 * w, w),
         "head.modulation.bias": (6 * w,),
         "head.final_modulation.weight": (2 * w, w),
         "head.final_modulation.bias": (2 * w,),
-        "head.output.weight": (m.bits, w),
     }
+    groups = group_slices(config)
+    rows = len(groups) * 2 ** max(b - a for a, b in groups)  # of tables with a row for each value of each group
+    outputs = m.bits if m.group_bits == 1 and h.kind == "diffusion" else rows
+    shapes["head.output.weight"] = (outputs, w)
+    if h.prior:
+        shapes["head.prior.weight"] = (outputs, d)
+    if m.block_size > 1:
+        shapes["head.condition_last.weight"] = (w, d)
+        if h.prior:
+            shapes["head.prior_last.weight"] = (outputs, d)
+    if h.kind == "chain":
+        shapes |= {"head.previous": (rows, w), "head.values": (rows, w), "head.stage": (len(groups), w)}
+    else:
+        shapes |= {
+            "head.input.weight": (w, m.bits),
+            "head.noise_level.fc1.weight": (w, FEATURES),
+            "head.noise_level.fc1.bias": (w,),
+            "head.noise_level.fc2.weight": (w, w),
+            "head.noise_level.fc2.bias": (w,),
+        }
+        if m.group_bits > 1:
+            shapes["head.values"] = (rows, w)
+    if m.group_bits > 1:
+        shapes["embedding.values"] = (rows, d)
+    else:
+        shapes |= {"embedding.fc1.weight": (d, m.bits), "embedding.fc2.weight": (d, d)}
     for i in range(m.num_layers):
         layer = f"backbone.layers.{i}."
         shapes[f"{layer}input_layernorm.weight"] = (d,)
@@ -129,11 +157,13 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
         owner, leaf = name.rsplit(".", 1)
         if leaf == "weight" and owner.endswith("norm"):
             weights[name] = torch.ones(shape)
-        elif leaf == "bias" or owner.endswith("modulation") or owner == "head.output":
+        elif (
+            leaf == "bias" or owner.endswith("modulation") or owner in ("head.output", "head.prior", "head.prior_last")
+        ):
             weights[name] = torch.zeros(shape)
         else:
             std = m.init_std
-            if name == "embedding.start":
+            if name in ("embedding.start", "embedding.values"):
                 std = 1.0
             elif owner.startswith("head.noise_level"):
                 std = shape[1] ** -0.5
@@ -173,8 +203,11 @@ class ReferenceModel:
         x = w["embedding.start"].expand(batch, -1, -1)
         if length > m.block_size:
             bits = self.encode(tokens[:, : length - m.block_size])
-            mlp = F.silu(bits @ w["embedding.fc1.weight"].T) @ w["embedding.fc2.weight"].T
-            x = torch.cat((x, self._norm(mlp, "embedding.norm")), dim=1)
+            if m.group_bits > 1:
+                embedded = sum(self._look_up("embedding.values", self.values(bits)))
+            else:
+                embedded = F.silu(bits @ w["embedding.fc1.weight"].T) @ w["embedding.fc2.weight"].T
+            x = torch.cat((x, self._norm(embedded, "embedding.norm")), dim=1)
         angle = self._rope_angles(length)
         mask = None
         if m.attention == "block_causal":
@@ -213,8 +246,52 @@ class ReferenceModel:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return out.transpose(1, 2).flatten(2) @ self.weights[f"{prefix}linear_proj.weight"].T
 
+    def values(self, bits: Tensor) -> list[Tensor]:
+        """Bits [..., B] to the value of each group: a list of int64 [...], the group's first bit counting most."""
+        found = []
+        for first, last in group_slices(self.config):
+            value = torch.zeros(bits.shape[:-1], dtype=torch.int64)
+            for j in range(first, last):
+                value = 2 * value + (bits[..., j] > 0).long()
+            found.append(value)
+        return found
+
+    def _look_up(self, table: str, values: list[Tensor]) -> list[Tensor]:
+        """Each group's embeddings [..., width]; a table has as many rows for each group as the largest one needs."""
+        rows = self.weights[table].unflatten(0, (len(values), -1))
+        return [rows[i][value] for i, value in enumerate(values)]
+
+    def _of_block(self, name: str, hidden: Tensor) -> Tensor:
+        """hidden [b, S, D] to [b, n, K, out]: linear in a row's own state, and in the state of its block's last row."""
+        blocks = hidden.unflatten(1, (-1, self.config.model.block_size))
+        out = blocks @ self.weights[f"head.{name}.weight"].T
+        if self.config.model.block_size > 1:
+            out = out + (blocks[:, :, -1] @ self.weights[f"head.{name}_last.weight"].T)[:, :, None]
+        return out
+
+    def _head_layers(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x and condition [b, n, M, K, W]; M evaluations of each block, apart from each other."""
+        m, w = self.config.model, self.weights
+        modulation = F.linear(condition, w["head.modulation.weight"], w["head.modulation.bias"]).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        x = x + w["head.position"]
+        sees = torch.ones(m.block_size, m.block_size, dtype=torch.bool)
+        if m.head.kind == "chain":
+            sees = sees.tril()
+        for i in range(m.head.num_layers):
+            layer = f"head.layers.{i}."
+            y = _adaptive_norm(x, shift_a, scale_a) @ w[f"{layer}qkv.weight"].T
+            y = y.flatten(0, 2).unflatten(-1, (m.head.num_heads, 3, -1))  # rows head by head: query, key, value
+            q, k, v = (y[:, :, :, j].transpose(1, 2) for j in range(3))
+            weight = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~sees, float("-inf")).softmax(-1)
+            attended = (weight @ v).transpose(1, 2).reshape(x.shape)
+            x = x + gate_a * (attended @ w[f"{layer}proj.weight"].T)
+            x = x + gate_m * self._swiglu(_adaptive_norm(x, shift_m, scale_m), f"{layer}fc1", f"{layer}fc2")
+        final = F.linear(condition, w["head.final_modulation.weight"], w["head.final_modulation.bias"])
+        return _adaptive_norm(x, *final.chunk(2, dim=-1))
+
     def head(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
-        """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to residual log-odds [b, n, M, K, B]."""
+        """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to head outputs [b, n, M, K, outputs]."""
         m, w = self.config.model, self.weights
         half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
         frequency = (torch.arange(half).double() * (math.log(100.0) / (half - 1))).exp().float()
@@ -222,41 +299,78 @@ class ReferenceModel:
         level = torch.cat((angle.cos(), angle.sin()), dim=-1)
         level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])
         level = F.linear(F.silu(level), w["head.noise_level.fc2.weight"], w["head.noise_level.fc2.bias"])
-        context = (hidden @ w["head.condition.weight"].T).unflatten(1, (-1, m.block_size))  # [b, n, K, W]
-        condition = F.silu(level[:, :, :, None] + context[:, :, None])  # [b, n, M, K, W]
-        modulation = F.linear(condition, w["head.modulation.weight"], w["head.modulation.bias"]).chunk(6, dim=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        condition = F.silu(level[:, :, :, None] + self._of_block("condition", hidden)[:, :, None])  # [b, n, M, K, W]
         scaled = z / (1.0 + (2 * log_sigma).exp()).sqrt()[..., None, None]
-        x = scaled @ w["head.input.weight"].T + w["head.position"]
-        for i in range(m.head.num_layers):
-            layer = f"head.layers.{i}."
-            y = _adaptive_norm(x, shift_a, scale_a) @ w[f"{layer}qkv.weight"].T
-            y = y.flatten(0, 2).unflatten(-1, (m.head.num_heads, 3, -1))  # rows head by head: query, key, value
-            q, k, v = (y[:, :, :, j].transpose(1, 2) for j in range(3))
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-            x = x + gate_a * (attended @ w[f"{layer}proj.weight"].T)
-            x = x + gate_m * self._swiglu(_adaptive_norm(x, shift_m, scale_m), f"{layer}fc1", f"{layer}fc2")
-        final = F.linear(condition, w["head.final_modulation.weight"], w["head.final_modulation.bias"])
-        return _adaptive_norm(x, *final.chunk(2, dim=-1)) @ w["head.output.weight"].T
+        x = scaled @ w["head.input.weight"].T
+        if m.group_bits > 1:
+            odds = (2 * z / (2 * log_sigma).exp()[..., None, None]).clamp(-30, 30)
+            tables = w["head.values"].unflatten(0, (len(group_slices(self.config)), -1))
+            for i, (codes, evidence) in enumerate(self._evidence(odds)):
+                x = x + evidence.softmax(-1) @ tables[i][: len(codes)]
+        out = self._head_layers(x, condition) @ w["head.output.weight"].T
+        return out + self._of_block("prior", hidden)[:, :, None] if m.head.prior else out
+
+    def _evidence(self, odds: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Log-odds of bits [..., B] to each group's codes [2^n, n] and unnormalised log-probabilities [..., 2^n]."""
+        found = []
+        for first, last in group_slices(self.config):
+            codes = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=last - first)))
+            found.append((codes, odds[..., first:last] @ codes.T / 2))
+        return found
 
     def loss(self, tokens: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Training loss and likelihood bound (nats a token), means over the tokens of a micro-batch."""
-        d, k = self.config.diffusion, self.config.model.block_size
+        if self.config.model.head.kind == "chain":
+            nats = self.chain(tokens).mean()
+            return nats, nats.detach()
+        d, m, k = self.config.diffusion, self.config.model, self.config.model.block_size
         log_sigma, eps = draw_noise(self.config, sample, tokens.shape[1] // k)
         sigma = log_sigma.exp()[..., None, None]
         x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
         z = x + sigma * eps
-        residual = self.head(z, log_sigma, self.hidden(tokens))
-        logits = residual + (2 * z / sigma**2).clamp(-30, 30)
-        error = (2 * torch.sigmoid(-x * logits)) ** 2  # (x - tanh(logits / 2))^2 without cancellation
-        if d.loss == "mse":
-            loss = ((sigma**2 + 1) / sigma**2 * error).mean()
+        out = self.head(z, log_sigma, self.hidden(tokens))
+        odds = (2 * z / sigma**2).clamp(-30, 30) if d.parameterization == "matched_filter" else torch.zeros_like(z)
+        if m.group_bits == 1:
+            logits = out + odds
+            wrong = torch.sigmoid(-x * logits)
+            entropy = F.binary_cross_entropy_with_logits(logits, ((x + 1) / 2).expand_as(logits))
         else:
-            loss = F.binary_cross_entropy_with_logits(logits, ((x + 1) / 2).expand_as(logits))
+            out, values = out.unflatten(-1, (len(group_slices(self.config)), -1)), self.values(x)
+            parts, crosses = [], []
+            for i, (codes, evidence) in enumerate(self._evidence(odds)):
+                first, last = group_slices(self.config)[i]
+                log_p = (out[..., i, : len(codes)] + evidence).log_softmax(-1)
+                differs = codes[None] != x[..., first:last].unsqueeze(-2)  # [b, n, 1, K, 2^n, bits of the group]
+                parts.append((log_p.exp().unsqueeze(-1) * differs).sum(-2))
+                crosses.append(-log_p.gather(-1, values[i].expand(log_p.shape[:-1])[..., None]))
+            wrong, entropy = torch.cat(parts, dim=-1), torch.cat(crosses, dim=-1).mean()
+        error = (2 * wrong) ** 2  # (x - E x)^2 without cancellation
+        mse = d.loss == "mse" or (d.loss == "auto" and m.group_bits == 1)
+        loss = ((sigma**2 + 1) / sigma**2 * error).mean() if mse else entropy
         mass = _normal_cdf(self.config, d.sigma_max) - _normal_cdf(self.config, d.sigma_min)
         density = torch.distributions.Normal(d.log_mean + math.log(2.0), d.log_std).log_prob(log_sigma).exp() / mass
         integrand = error.detach().sum(-1) / sigma.squeeze(-1) ** 2 / density[..., None]  # [b, n, M, K]
         return loss, integrand.mean()
+
+    def chain(self, tokens: Tensor) -> Tensor:
+        """tokens [b, S] to nats [b, S], one stage after another."""
+        w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens)
+        values = self.values(self.encode(tokens))
+        before = sum(self._look_up("head.previous", [v[:, :-1] for v in values]))
+        known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
+        total = torch.zeros(tokens.shape)
+        for i, (first, last) in enumerate(group_slices(self.config)):
+            condition = F.silu(w["head.stage"][i] + self._of_block("condition", hidden))[:, :, None]
+            features = self._head_layers(known, condition)[:, :, 0].flatten(1, 2)  # [b, S, W]
+            logits = features @ w["head.output.weight"].unflatten(0, (len(values), -1))[i].T
+            if self.config.model.head.prior:
+                logits = (
+                    logits + self._of_block("prior", hidden).flatten(1, 2).unflatten(-1, (len(values), -1))[..., i, :]
+                )
+            log_p = logits[..., : 2 ** (last - first)].log_softmax(-1)
+            total = total - log_p.gather(-1, values[i][..., None]).squeeze(-1)
+            known = known + self._look_up("head.values", values)[i].unflatten(1, (-1, k))[:, :, None]
+        return total
 
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:

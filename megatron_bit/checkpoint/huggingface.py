@@ -52,6 +52,11 @@ _OUTSIDE = {
     "embedding.norm.weight": "model.embed_tokens.norm.weight",
     "head.input.weight": "head.in_proj.weight",
     "head.condition.weight": "head.condition_proj.weight",
+    "head.condition_last.weight": "head.condition_last_proj.weight",
+    "head.prior.weight": "head.prior_proj.weight",
+    "head.prior_last.weight": "head.prior_last_proj.weight",
+    "head.stage": "head.stages",
+    "embedding.values": "model.embed_tokens.values",
     "head.output.weight": "head.out_proj.weight",
 }
 

@@ -14,7 +14,7 @@ from megatron_bit.checkpoint.index import Rectangle, owned_rectangles
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
-from megatron_bit.model.bitlm import BitLM
+from megatron_bit.model.bitlm import BitInput
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
@@ -82,7 +82,7 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
         weights = HuggingFaceWeights(path, config.model)
         if weights.kind == BITLM:
             chunk = optimizer.chunks[0]
-            assert isinstance(chunk, BitLM)
+            assert isinstance(chunk, BitInput)
             _check_bitlm(weights, config, chunk.codec.table.cpu())
         return weights
     folder = newest_checkpoint(path)
@@ -104,6 +104,9 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
         ("model.num_kv_heads", m.num_kv_heads, there.get("num_key_value_heads")),
         ("model.qk_norm", m.qk_norm, there.get("qk_norm")),
         ("model.norm_eps", m.norm_eps, there.get("rms_norm_eps")),
+        ("model.head.kind", m.head.kind, there.get("head_kind")),
+        ("model.head.prior", m.head.prior, there.get("head_prior")),
+        ("model.group_bits", list(m.group_sizes), there.get("group_sizes")),
         ("model.head.num_layers", m.head.num_layers, there.get("head_num_layers")),
         ("model.head.num_heads", m.head.num_heads, there.get("head_num_attention_heads")),
     ):

@@ -17,8 +17,9 @@ def generate(
     prompt: tuple[str, ...] = (),
     prompt_file: Path | None = None,
     max_tokens: int = 128,
-    steps: int = 32,
-    sampler: str = "ode",
+    steps: int | None = None,
+    sampler: str | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     stop: tuple[str, ...] = (),
     batch_size: int = 1,
@@ -35,8 +36,9 @@ def generate(
         prompt: one or more texts to continue; without any, a text from its beginning.
         prompt_file: texts to continue, one a line, after those of --prompt.
         max_tokens: most tokens to produce for a prompt.
-        steps: denoising steps a block.
-        sampler: how the noise is removed: ode.
+        steps: denoising steps a block, of a diffusion head; default 32.
+        sampler: how a diffusion head removes the noise: ode (default), heun, dpm, em, churn.
+        temperature: of a chain head; default 1, and 0 takes the likeliest.
         seed: the same seed gives the same text.
         stop: a text ends when one of these strings has appeared in it.
         batch_size: prompts generated together.
@@ -45,7 +47,7 @@ def generate(
         json: print JSON lines.
     """
     for option, value, least in (
-        ("--steps", steps, 2),
+        ("--steps", 2 if steps is None else steps, 2),
         ("--max-tokens", max_tokens, 1),
         ("--batch-size", batch_size, 1),
     ):
@@ -58,20 +60,22 @@ def generate(
     prompts = [*prompt, *(_lines(prompt_file) if prompt_file is not None else ())]
     from megatron_bit.inference import generate as job
 
-    if sampler not in job.SAMPLERS:
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature {temperature} has to be 0 (the likeliest) or above")
+    if sampler is not None and sampler not in job.SAMPLERS:
         raise UserError(f"--sampler {sampler} does not exist; choose one of {', '.join(job.SAMPLERS)}")
     prompts = prompts or [""]
+    how = {"steps": steps, "sampler": sampler, "temperature": temperature}
     results = job.main(
         run,
         prompts,
         max_tokens,
-        steps=steps,
-        sampler=sampler,
         seed=seed,
         data=data,
         batch_size=batch_size,
         stop=stop,
         show=stream,
+        how={key: value for key, value in how.items() if value is not None},
     )
     for result in results:
         if json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from mbit_kernels.matched_filter import cross_entropy, posterior_logits, squared_error
 from torch import Tensor
 
 from megatron_bit.diffusion.noise import (
@@ -15,12 +14,14 @@ from megatron_bit.diffusion.noise import (
     gaussian,
     stratified_levels,
 )
+from megatron_bit.diffusion.posterior import Posterior
 
-Head = Callable[[Tensor, Tensor], Tensor]  # (z [s, b, M, B], log_sigma [n, b, M]) -> residual [s, b, M, B]
+Head = Callable[[Tensor, Tensor], Tensor]  # (z [s, b, M, B], log_sigma [n, b, M]) -> [s, b, M, outputs]
 
 
 def token_bound(
     head: Head,
+    posterior: Posterior,
     x: Tensor,
     sample: Tensor,
     distribution: NoiseDistribution,
@@ -53,11 +54,11 @@ def token_bound(
     per_token = log_sigma.repeat_interleave(block_size, dim=0)
     sigma = per_token.exp()[..., None]
     z = x + sigma * eps
-    error = squared_error(posterior_logits(head(z, log_sigma), z, sigma), x).sum(-1)
+    error = posterior.squared_error(posterior.logits(head(z, log_sigma), z, sigma), x).sum(-1)
     integral = (error / (per_token.exp().square() * distribution.density(per_token))).mean(-1)
 
     lowest = log_sigma[..., :1] * 0 + math.log(distribution.sigma_min)
     sigma = lowest.repeat_interleave(block_size, dim=0).exp()[..., None]
     z = x + sigma * gaussian(seed, RECONSTRUCTION, sample, first_block, blocks, 1, block_size, bits)
-    reconstruction = cross_entropy(posterior_logits(head(z, lowest), z, sigma), x).sum(-1).squeeze(-1)
+    reconstruction = posterior.cross_entropy(posterior.logits(head(z, lowest), z, sigma), x).sum(-1).squeeze(-1)
     return integral + reconstruction + bits / (2.0 * distribution.sigma_max**2)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from mbit_kernels.matched_filter import cross_entropy, edm_weight, posterior_logits, squared_error
+from mbit_kernels.matched_filter import edm_weight
 from torch import Tensor
 
 from megatron_bit.diffusion.noise import NoiseDistribution
+from megatron_bit.diffusion.posterior import Posterior
 
 
 class LossTerms(NamedTuple):
@@ -18,6 +19,7 @@ class LossTerms(NamedTuple):
 
 
 def denoising_loss(
+    posterior: Posterior,
     residual: Tensor,
     z: Tensor,
     x: Tensor,
@@ -32,18 +34,18 @@ def denoising_loss(
     at sigma_min is not part of it; validation adds it.
 
     Args:
-        residual: [s, b, M, B] head output.
+        residual: [s, b, M, outputs] of the head.
         z: float32 [s, b, M, B], x + sigma eps.
         x: float32 [s, b, 1, B] clean bits, -1 or +1.
         log_sigma: float32 [s, b, M].
     """
     sigma = log_sigma.exp()[..., None]
-    logits = posterior_logits(residual, z, sigma)
-    error = squared_error(logits, x)
+    logits = posterior.logits(residual, z, sigma)
+    error = posterior.squared_error(logits, x)
     if kind == "mse":
         loss = (edm_weight(sigma) * error).mean(-1)
     else:
         assert kind == "bce", kind
-        loss = cross_entropy(logits, x).mean(-1)
+        loss = posterior.cross_entropy(logits, x).mean(-1)
     importance = 1.0 / (sigma.squeeze(-1).square() * distribution.density(log_sigma))
     return LossTerms(loss, error.detach().sum(-1) * importance)

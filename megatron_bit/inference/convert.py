@@ -107,9 +107,9 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
         },
     ).save_pretrained(folder)
     eos = common["eos_token_id"]
-    GenerationConfig(
-        eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, seed=0, steps=32, sampler="ode"
-    ).save_pretrained(folder)
+    chain = source.config.model.head.kind == "chain"
+    how: dict[str, Any] = {} if chain else {"steps": 32, "sampler": "ode"}  # a chain: temperature, 1 if not said
+    GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, seed=0, **how).save_pretrained(folder)
     shutil.copyfile(MODELING, folder / MODELING.name)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -41,8 +41,7 @@ class Request:
     max_tokens: int
     stop: tuple[str, ...]
     seed: int
-    steps: int
-    sampler: str
+    how: Mapping[str, Any]  # steps, sampler, temperature: what was said
     cancelled: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.perf_counter)
     first: float | None = None  # seconds until the first piece
@@ -91,10 +90,9 @@ class Engine:
                 prompts,
                 request.max_tokens,
                 streamer=sink,
-                steps=request.steps,
-                sampler=request.sampler,
                 seed=request.seed,
                 stop=request.stop,
+                **request.how,
             )
         finally:
             with self._lock:

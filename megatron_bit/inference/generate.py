@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,18 +116,18 @@ class Generator:
         prompts: Sequence[str],
         max_tokens: int,
         *,
-        steps: int,
-        sampler: str = "ode",
         seed: int = 0,
         sequences: Sequence[int] | None = None,
         stop: Sequence[str] = (),
         show: bool = False,
+        **how: Any,
     ) -> list[dict[str, Any]]:
         """Continue prompts, together; each stops at the end-of-document token or behind a stop string.
 
         Args:
             sequences: keys of the noise, one a prompt (default 0, 1, ...); a (seed, sequence) has one text.
             show: print the text as it comes; one prompt only.
+            how: steps and sampler of a diffusion head, temperature of a chain head; the model's own where not given.
 
         Returns:
             for every prompt a dict: prompt, text, tokens (produced for it), seconds (of all together),
@@ -135,9 +135,7 @@ class Generator:
         """
         watch = _Watch(TextStreamer(self.text) if show else None)  # type: ignore[arg-type]
         rows = [self.text.encode(prompt) for prompt in prompts]
-        produced = self.run(
-            rows, max_tokens, streamer=watch, steps=steps, sampler=sampler, seed=seed, sequences=sequences, stop=stop
-        )
+        produced = self.run(rows, max_tokens, streamer=watch, seed=seed, sequences=sequences, stop=stop, **how)
         seconds = time.perf_counter() - watch.begin
         rate = sum(map(len, produced)) / seconds
         return [
@@ -159,11 +157,10 @@ class Generator:
         max_tokens: int,
         *,
         streamer: Any,
-        steps: int,
-        sampler: str,
         seed: int,
         sequences: Sequence[int] | None = None,
         stop: Sequence[str] = (),
+        **how: Any,
     ) -> list[list[int]]:
         """Continue rows of token ids; returns the new ids of each. `streamer` gets what transformers' streamers get."""
         pad, width = self.eos_id, max(map(len, rows))
@@ -179,10 +176,16 @@ class Generator:
             stop_strings=list(stop),
             pad_token_id=_ENDED,
             seed=seed,
-            steps=steps,
-            sampler=sampler,
+            **how,
         )
         return [[token for token in row if token != _ENDED] for row in out[:, width:].tolist()]
+
+    def check(self, how: Mapping[str, Any]) -> None:
+        """UserError for what this model's head does not know."""
+        kind = self.model.config.head_kind
+        known = {"temperature"} if kind == "chain" else {"steps", "sampler"}
+        for name in sorted(how.keys() - known):
+            raise UserError(f"{name} means nothing to a {kind} head; it has {' and '.join(sorted(known))}")
 
     @property
     def eos_id(self) -> int:
@@ -220,19 +223,17 @@ def main(
     prompts: Sequence[str],
     max_tokens: int,
     *,
-    steps: int,
-    sampler: str,
     seed: int,
     data: str | None,
     batch_size: int,
     stop: Sequence[str],
     show: bool,
+    how: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Generate for every prompt, `batch_size` at a time; prompt i has sequence i, whatever the batch."""
     generator = Generator(run, data)
+    generator.check(how)
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
         sequences = range(start, start + len(some))
-        yield from generator.generate(
-            some, max_tokens, steps=steps, sampler=sampler, seed=seed, sequences=sequences, stop=stop, show=show
-        )
+        yield from generator.generate(some, max_tokens, seed=seed, sequences=sequences, stop=stop, show=show, **how)

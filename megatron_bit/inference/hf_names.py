@@ -110,8 +110,11 @@ def _parts(m: ModelConfig) -> Iterator[Part]:
         yield _tokens(m, "model.embed_tokens.weight", "embedding.table.weight")
     else:
         yield _same("model.embed_tokens.start", "embedding.start", m.block_size, d)
-        yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
-        yield _same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
+        if m.group_bits > 1:
+            yield _same("model.embed_tokens.values", "embedding.values", m.group_values, d)
+        else:
+            yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
+            yield _same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
         yield _same("model.embed_tokens.norm.weight", "embedding.norm.weight", d)
     for i in range(m.num_layers):
         yield from _backbone_layer(m, f"model.layers.{i}.", f"backbone.layers.{i}.")
@@ -119,7 +122,7 @@ def _parts(m: ModelConfig) -> Iterator[Part]:
     if softmax:
         yield _tokens(m, "lm_head.weight", "head.logits.weight")
     else:
-        yield from _denoising_head(m)
+        yield from _block_head(m)
 
 
 def _same(name: str, logical: str, *shape: int) -> Part:
@@ -133,18 +136,27 @@ def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
     return Part(name, (size, d), logical, (m.padded_vocab_size, d), lambda whole: whole[:size])
 
 
-def _denoising_head(m: ModelConfig) -> Iterator[Part]:
+def _block_head(m: ModelConfig) -> Iterator[Part]:
     same, d, h, w = _same, m.hidden_size, m.head, m.head.hidden_size
-    yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
     yield same("head.position", "head.position", m.block_size, w)
-    yield same("head.condition_proj.weight", "head.condition.weight", w, d)
-    for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
-        yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
-        yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
+    for end in ("", "_last") if m.block_size > 1 else ("",):
+        yield same(f"head.condition{end}_proj.weight", f"head.condition{end}.weight", w, d)
+        if h.prior:
+            yield same(f"head.prior{end}_proj.weight", f"head.prior{end}.weight", m.head_outputs, d)
+    if h.kind == "chain":
+        yield same("head.previous", "head.previous", m.group_values, w)
+        yield same("head.stages", "head.stage", len(m.group_sizes), w)
+    else:
+        yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
+        for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
+            yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
+            yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
+    if h.kind == "chain" or m.group_bits > 1:
+        yield same("head.values", "head.values", m.group_values, w)
     for name, count in (("modulation", 6), ("final_modulation", 2)):
         yield same(f"head.{name}.weight", f"head.{name}.weight", count * w, w)
         yield same(f"head.{name}.bias", f"head.{name}.bias", count * w)
-    yield same("head.out_proj.weight", "head.output.weight", m.bits, w)
+    yield same("head.out_proj.weight", "head.output.weight", m.head_outputs, w)
     for i in range(h.num_layers):
         layer = f"head.layers.{i}."
         for j, letter in enumerate("qkv"):  # the rows go head by head: query, key, value
@@ -212,6 +224,10 @@ def model_arguments(config: Config, vocab_size: int) -> dict[str, object]:
         "head_intermediate_size": m.head.ffn_hidden_size,
         "head_num_layers": m.head.num_layers,
         "head_num_attention_heads": m.head.num_heads,
+        "head_kind": m.head.kind,
+        "head_prior": m.head.prior,
+        "group_sizes": list(m.group_sizes),
+        "matched_filter": d.parameterization == "matched_filter",
         "sigma_min": d.sigma_min,
         "sigma_max": d.sigma_max,
         "sigma_log_mean": d.log_mean,

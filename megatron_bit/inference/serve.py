@@ -59,11 +59,11 @@ class Completion(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     echo: Literal[False] = False
-    temperature: float | None = Field(default=None, ge=1.0, le=1.0)
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     top_p: float | None = Field(default=None, ge=1.0, le=1.0)
     user: str | None = None  # said to be for the operator's logs; there are none
-    steps: int = Field(default=32, ge=2, le=1024)
-    sampler: str = "ode"
+    steps: int | None = Field(default=None, ge=2, le=1024)
+    sampler: str | None = None
 
 
 class Refused(Exception):
@@ -127,7 +127,7 @@ class Server:
             body = self._read(await self._body(request))
             prompts = self._prompts(body)
             job = Request(
-                prompts, body.n, body.max_tokens, _stops(body), body.seed, body.steps, body.sampler
+                prompts, body.n, body.max_tokens, _stops(body), body.seed, self._how(body)
             )  # fmt: skip
             pieces = self._start(job)
         except Refused as error:
@@ -163,16 +163,28 @@ class Server:
                 "extra_forbidden": "is not known here, or means nothing to a BitLM",
                 "missing": "is missing",
             }.get(first["type"], f"= {str(first.get('input'))[:80]!r}: {first['msg'][:1].lower()}{first['msg'][1:]}")
-            if param in ("temperature", "top_p"):
+            if param == "top_p":
                 why = f"is {first['input']}, and a BitLM has no such dial: leave it out, or 1"
             raise Refused(400, f"{param or 'body'} {why}", param) from None
         if body.model != self._name:
             raise Refused(404, f"model {body.model!r} is not served here; it is {self._name!r}", "model")
         if body.max_tokens > self._limits.max_tokens:
             raise Refused(400, f"max_tokens {body.max_tokens} is more than {self._limits.max_tokens}", "max_tokens")
-        if body.sampler not in SAMPLERS:
+        if body.sampler is not None and body.sampler not in SAMPLERS:
             raise Refused(400, f"sampler {body.sampler!r} does not exist; it may be {', '.join(SAMPLERS)}", "sampler")
         return body
+
+    def _how(self, body: Completion) -> dict[str, Any]:
+        """What was said of sampling; a diffusion head has no temperature but 1, and lets clients send that."""
+        given = {"steps": body.steps, "sampler": body.sampler, "temperature": body.temperature}
+        how = {key: value for key, value in given.items() if value is not None}
+        if self._generator.model.config.head_kind == "diffusion" and how.get("temperature") == 1.0:
+            del how["temperature"]
+        try:
+            self._generator.check(how)
+        except UserError as error:
+            raise Refused(400, str(error), sorted(how)[-1]) from None
+        return how
 
     def _prompts(self, body: Completion) -> list[list[int]]:
         given: Any = body.prompt

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bit.config import Config
+from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
 from megatron_bit.diffusion.noise import TRAIN, NoiseDistribution, gaussian, stratified_levels
+from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
 from megatron_bit.model.codec import Codec
@@ -20,8 +22,8 @@ from megatron_bit.model.head import DenoisingHead
 from megatron_bit.parallel.groups import Groups
 
 
-class BitLM(ModelChunk):
-    """Bits -> MLP -> backbone layers -> head and loss; the first and last parts where this chunk has them."""
+class BitInput(ModelChunk):
+    """Bits -> embedding -> backbone layers: what every model over bits begins with. The head is a subclass's."""
 
     def __init__(
         self,
@@ -35,10 +37,9 @@ class BitLM(ModelChunk):
     ) -> None:
         super().__init__(config, mcore, groups)
         self.codec = codec
-        self.noise = NoiseDistribution.from_config(config.diffusion)
-        self.embedding = BitEmbedding(config, mcore) if first else None
+        self.bit_groups = BitGroups(config.model.group_sizes)
+        self.embedding = BitEmbedding(config, mcore, self.bit_groups) if first else None
         self.backbone = Backbone(config, mcore, groups, vp_stage, first, last)
-        self.head = DenoisingHead(config, mcore, groups.tp) if last else None
 
     @property
     def code_table(self) -> str:
@@ -51,6 +52,30 @@ class BitLM(ModelChunk):
         first, last = self._bounds(length)
         inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
         return self.embedding(self.codec.encode(inputs.t()), first)
+
+    def _bounds(self, length: int) -> tuple[int, int]:
+        """First and last (exclusive) position of the sequence that this rank's activations hold."""
+        part = length // self.shards
+        return self.shard * part, (self.shard + 1) * part
+
+
+class BitLM(BitInput):
+    """The bits of a block denoised together."""
+
+    def __init__(
+        self,
+        config: Config,
+        mcore: Any,
+        codec: Codec,
+        groups: Groups,
+        vp_stage: int | None,
+        first: bool,
+        last: bool,
+    ) -> None:
+        super().__init__(config, mcore, codec, groups, vp_stage, first, last)
+        self.noise = NoiseDistribution.from_config(config.diffusion)
+        self.posterior = build_posterior(config)
+        self.head = DenoisingHead(config, mcore, groups.tp, self.posterior) if last else None
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""
@@ -65,7 +90,7 @@ class BitLM(ModelChunk):
         per_token = log_sigma.repeat_interleave(k, dim=0)
         z = x + per_token.exp()[..., None] * eps
         residual = self.head(z, log_sigma, hidden)
-        terms = denoising_loss(residual, z, x, per_token, self.noise, d.loss)
+        terms = denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
         loss = terms.loss.mean() / self.shards
         return LossOutput(loss, torch.stack((loss.detach(), terms.bound.mean() / self.shards)))
 
@@ -77,6 +102,7 @@ class BitLM(ModelChunk):
         x = self.codec.encode(batch.tokens[:, first:last].t()).float()[:, :, None, :]
         nats = token_bound(
             lambda z, log_sigma: head(z, log_sigma, hidden),
+            self.posterior,
             x,
             batch.sample,
             self.noise,
@@ -88,10 +114,4 @@ class BitLM(ModelChunk):
         per_sample = nats.sum(0) / batch.tokens.shape[1]
         if self.shards > 1:
             dist.all_reduce(per_sample, group=self.tp_group)
-        count = torch.full_like(per_sample[0], len(per_sample))
-        return BoundOutput(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
-
-    def _bounds(self, length: int) -> tuple[int, int]:
-        """First and last (exclusive) position of the sequence that this rank's activations hold."""
-        part = length // self.shards
-        return self.shard * part, (self.shard + 1) * part
+        return BoundOutput.of(per_sample)

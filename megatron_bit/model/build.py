@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.bitlm import BitLM
+from megatron_bit.model.chain import ChainLM
 from megatron_bit.model.chunk import ModelChunk
 from megatron_bit.model.codec import Codec
 from megatron_bit.model.init import initialize
@@ -43,7 +44,8 @@ def build_model(
     else:
         codec = Codec(config.model.code, vocab_size, config.model.bits, learned).to(groups.device)
         mcore = transformer_config(config, groups)
-        make = functools.partial(BitLM, config, mcore, codec, groups)
+        kind = ChainLM if config.model.head.kind == "chain" else BitLM
+        make = functools.partial(kind, config, mcore, codec, groups)
     chunks = []
     for vp in range(dims.vpp):
         first = groups.is_first_stage and vp == 0

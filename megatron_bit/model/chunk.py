@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
@@ -31,6 +32,12 @@ class BoundOutput(NamedTuple):
 
     loss: Tensor  # float32 scalar, the mean bound of the micro-batch
     metrics: Tensor  # float32 [3]: sum, sum of squares and count of the samples' bounds (nats per token)
+
+    @classmethod
+    def of(cls, per_sample: Tensor) -> BoundOutput:
+        """From the bounds of the micro-batch's samples, float32 [b]."""
+        count = torch.full_like(per_sample[0], len(per_sample))
+        return cls(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
 
 
 class ModelChunk(nn.Module, ABC):

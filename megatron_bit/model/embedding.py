@@ -1,4 +1,4 @@
-"""The input: bits -> MLP -> width, shifted by one block behind K learned start vectors."""
+"""The input: bits -> width, shifted by one block behind K learned start vectors."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.layers import RMSNorm, init_device, linear, mark_partial
+from megatron_bit.diffusion.bit_groups import BitGroups
+from megatron_bit.model.layers import RMSNorm, init_device, linear, look_up, mark_partial, value_table
 
 
 class BitEmbedding(nn.Module):
-    """Bits of the previous block in, hidden states out.
+    """Bits of the previous block in, hidden states out: through an MLP, or as the sum of embeddings of their groups.
 
     The weights are replicated over TP. Under sequence parallelism every rank embeds its own part of the sequence,
     which costs each rank 1/tp of the work and needs no communication in the forward pass.
     """
 
-    def __init__(self, config: Config, mcore: Any) -> None:
+    def __init__(self, config: Config, mcore: Any, groups: BitGroups) -> None:
         super().__init__()
         m = config.model
+        self.groups = groups
         self.block_size = m.block_size
         self.start = nn.Parameter(
             torch.empty(m.block_size, m.hidden_size, dtype=mcore.params_dtype, device=init_device(mcore))
         )
-        self.fc1 = linear(mcore, m.bits, m.hidden_size)
-        self.fc2 = linear(mcore, m.hidden_size, m.hidden_size)
+        if m.group_bits == 1:
+            self.fc1 = linear(mcore, m.bits, m.hidden_size)
+            self.fc2 = linear(mcore, m.hidden_size, m.hidden_size)
+        else:
+            self.values = value_table(mcore, groups, m.hidden_size)
         self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)
         mark_partial(self, mcore.sequence_parallel)
 
@@ -40,7 +45,12 @@ class BitEmbedding(nn.Module):
         Returns:
             [s, b, D].
         """
-        x = self.norm(self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype)))))
+        x = self.norm(self._embed(bits))
         position = torch.arange(first_position, first_position + bits.shape[0], device=bits.device)
         start = self.start[position.clamp(max=self.block_size - 1)]
         return torch.where((position < self.block_size)[:, None, None], start[:, None, :], x)
+
+    def _embed(self, bits: Tensor) -> Tensor:
+        if hasattr(self, "values"):
+            return look_up(self.values, self.groups.index(bits), self.groups).sum(-2)
+        return self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))

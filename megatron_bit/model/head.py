@@ -1,4 +1,4 @@
-"""The denoising head: a light bidirectional transformer over the K tokens of one block, tensor-parallel.
+"""The heads: light transformers over the K tokens of one block, tensor-parallel. Here what all have, and the denoiser.
 
 Shape suffixes: s sequence (local under sequence parallelism), S gathered sequence, b micro-batch, M noise samples,
 R = b * M rows, K block size, W head width, B bits, n blocks.
@@ -16,7 +16,8 @@ from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.layers import PARTIAL, init_device, linear
+from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
+from megatron_bit.model.layers import PARTIAL, init_device, linear, value_table
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -41,13 +42,14 @@ class NoiseLevelEmbedding(nn.Module):
 
 
 class HeadLayer(nn.Module):
-    """Attention inside the block and SwiGLU, both modulated by AdaLN; heads and channels split over TP."""
+    """Attention inside the block (all of it, or causal) and SwiGLU, modulated by AdaLN; split over TP."""
 
-    def __init__(self, config: Config, mcore: Any, tp_group: Any) -> None:
+    def __init__(self, config: Config, mcore: Any, tp_group: Any, causal: bool) -> None:
         super().__init__()
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
         h = config.model.head
+        self.causal = causal
         self.block_size = config.model.block_size
         self.head_dim = h.hidden_size // h.num_heads
         common: dict[str, Any] = {"config": mcore, "init_method": None, "bias": False, "tp_group": tp_group}
@@ -69,50 +71,99 @@ class HeadLayer(nn.Module):
         length, rows = mixed.shape[:2]
         mixed = mixed.view(length // self.block_size, self.block_size, rows, -1, 3, self.head_dim)
         q, k, v = mixed.permute(4, 0, 2, 3, 1, 5).unbind(0)  # each [n, R, heads/tp, K, d]
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.fc2(swiglu(self.fc1(x)[0]))[0]
 
 
-class DenoisingHead(nn.Module):
-    """Predicts, for every bit of every token of a block, the log-odds that the matched filter lacks."""
+class BlockHead(nn.Module):
+    """What the heads of a block have in common: the condition, the layers, and the prior.
 
-    def __init__(self, config: Config, mcore: Any, tp_group: Any) -> None:
+    A token is conditioned on its own row of the backbone's states and on the last row of its block. That one stands on
+    the newest token there is; without it the nearest context reaches the head only through the backbone's attention
+    (docs/quality.md has what it is worth).
+    """
+
+    causal = False
+
+    def __init__(self, config: Config, mcore: Any, tp_group: Any, outputs: int) -> None:
         super().__init__()
         m, w = config.model, config.model.head.hidden_size
         self.block_size = m.block_size
-        self.input = linear(mcore, m.bits, w)
         self.position = nn.Parameter(torch.empty(m.block_size, w, dtype=mcore.params_dtype, device=init_device(mcore)))
         self.condition = linear(mcore, m.hidden_size, w)
-        self.noise_level = NoiseLevelEmbedding(mcore, w)
+        self.condition_last = linear(mcore, m.hidden_size, w) if m.block_size > 1 else None
         self.modulation = linear(mcore, w, 6 * w, bias=True)  # shared by all layers, zero at the start
-        self.layers = nn.ModuleList(HeadLayer(config, mcore, tp_group) for _ in range(m.head.num_layers))
+        self.layers = nn.ModuleList(HeadLayer(config, mcore, tp_group, self.causal) for _ in range(m.head.num_layers))
         self.final_modulation = linear(mcore, w, 2 * w, bias=True)
-        self.output = linear(mcore, w, m.bits)  # zero at the start: the untrained model is the matched filter
+        self.output = linear(mcore, w, outputs)  # zero at the start, like the prior
+        self.prior = linear(mcore, m.hidden_size, outputs) if m.head.prior else None
+        self.prior_last = linear(mcore, m.hidden_size, outputs) if m.head.prior and m.block_size > 1 else None
         setattr(self.position, PARTIAL, mcore.sequence_parallel)
+
+    def features(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
+        """
+        Args:
+            x: [s, b, M, W], the tokens' input.
+            level: what tells the M evaluations apart, [n, 1, b, M, W] or what broadcasts to it.
+            hidden: [s, b, D], the backbone's states.
+
+        Returns:
+            [s, b, M, W], normalised.
+        """
+        s, b, m, w = x.shape
+        context = self._both(self.condition, self.condition_last, hidden)  # [n, K, b, 1, W]
+        condition = F.silu(level + context).view(s, b * m, w)
+        x = x.reshape(s, b * m, w) + self.position.repeat(s // self.block_size, 1)[:, None, :]
+        modulation = self.modulation(condition).chunk(6, dim=-1)
+        for layer in self.layers:
+            x = layer(x, modulation)
+        shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
+        return modulated_rms_norm(x, shift, gain, EPS).view(s, b, m, w)
+
+    def prior_logits(self, hidden: Tensor) -> Tensor | float:
+        """What the backbone alone says, [s, b, 1, outputs]: linear, and the same at every noise level."""
+        if self.prior is None:
+            return 0.0
+        return self._both(self.prior, self.prior_last, hidden).flatten(0, 1)
+
+    def _both(self, own: nn.Module, last: nn.Module | None, hidden: Tensor) -> Tensor:
+        """own(row) + last(last row of the block): [s, b, D] to [n, K, b, 1, outputs]."""
+        rows = own(hidden).unflatten(0, (-1, self.block_size)).unsqueeze(3)
+        return rows if last is None else rows + last(hidden[self.block_size - 1 :: self.block_size])[:, None, :, None]
+
+
+class DenoisingHead(BlockHead):
+    """Predicts of the noisy bits of a whole block what the matched filter and the prior lack."""
+
+    def __init__(self, config: Config, mcore: Any, tp_group: Any, posterior: BitPosterior | GroupPosterior) -> None:
+        super().__init__(config, mcore, tp_group, posterior.outputs)
+        w = config.model.head.hidden_size
+        self.input = linear(mcore, config.model.bits, w)
+        self.values = None
+        if isinstance(posterior, GroupPosterior):
+            self.values = value_table(mcore, posterior.groups, w)
+        self.posterior: BitPosterior | GroupPosterior = posterior
+        self.noise_level = NoiseLevelEmbedding(mcore, w)
 
     def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
         """
         Args:
             z: float32 [s, b, M, B], noised bits x + sigma eps.
             log_sigma: float32 [n, b, M], one level a block, n = s / K.
-            hidden: [s, b, D], the backbone's state that conditions each token.
+            hidden: [s, b, D], the backbone's states.
 
         Returns:
-            [s, b, M, B], residual log-odds.
+            [s, b, M, outputs], what `posterior.logits` takes.
         """
-        s, b, m, bits = z.shape
         dtype = self.input.weight.dtype
-        scale = torch.rsqrt(1.0 + torch.exp(2.0 * log_sigma)).repeat_interleave(self.block_size, dim=0)
-        level = self.noise_level(log_sigma)[:, None]  # [n, 1, b, M, W], the same for the K tokens of a block
-        context = self.condition(hidden).view(s // self.block_size, self.block_size, b, 1, -1)
-        condition = F.silu(level + context).view(s, b * m, -1)
-        position = self.position.repeat(s // self.block_size, 1)[:, None, :]
-        x = self.input((z * scale[..., None]).to(dtype)).view(s, b * m, -1) + position
-        modulation = self.modulation(condition).chunk(6, dim=-1)
-        for layer in self.layers:
-            x = layer(x, modulation)
-        shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
-        return self.output(modulated_rms_norm(x, shift, gain, EPS)).view(s, b, m, bits)
+        sigma = log_sigma.exp().repeat_interleave(self.block_size, dim=0)[..., None]
+        x = self.input((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
+        if self.values is not None:
+            assert isinstance(self.posterior, GroupPosterior)
+            likely = self.posterior.likely(z, sigma)  # the mean embedding of the values that the noisy bits allow
+            x = x + likely.flatten(-2).to(dtype) @ self.values
+        level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
+        return self.output(self.features(x, level, hidden)) + self.prior_logits(hidden)

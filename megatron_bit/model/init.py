@@ -15,7 +15,7 @@ from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import FREQUENCIES
 
 _ONES = re.compile(r"(norm|layernorm)\.weight$")
-_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.output\.weight)$")
+_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.(output|prior|prior_last)\.weight)$")
 _RESIDUAL = re.compile(r"(linear_proj|linear_fc2|layers\.\d+\.(proj|fc2))\.weight$")
 
 
@@ -49,10 +49,10 @@ def _std(name: str, config: Config) -> float:
     """Normal(0, init_std); outputs onto the residual stream divided by sqrt(2 layers) (GPT-2).
 
     What enters beside normalised activations starts at their size: bits and noise level by 1/sqrt(inputs), start
-    vectors at 1.
+    vectors and embeddings of groups at 1.
     """
     m = config.model
-    if name == "embedding.start":
+    if name in ("embedding.start", "embedding.values"):
         return 1.0
     if name.startswith("head.noise_level."):
         return 1.0 / math.sqrt(FREQUENCIES if name.endswith("fc1.weight") else m.head.hidden_size)

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from mbit_kernels.rms_norm import rms_norm
 from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
+
+from megatron_bit.diffusion.bit_groups import BitGroups
 
 PARTIAL = "tp_partial_grad"  # a replicated parameter whose gradient is a partial sum on every TP rank
 
@@ -84,3 +87,18 @@ def linear(config: Any, inputs: int, outputs: int, bias: bool = False) -> nn.Lin
     layer = nn.Linear(inputs, outputs, bias=bias, dtype=config.params_dtype, device=init_device(config))
     mark_partial(layer, config.sequence_parallel)
     return layer
+
+
+def value_table(mcore: Any, groups: BitGroups, width: int) -> nn.Parameter:
+    """Embeddings of the values of all groups, [G * U, width]; replicated over TP."""
+    table = nn.Parameter(
+        torch.empty(groups.count * groups.values, width, dtype=mcore.params_dtype, device=init_device(mcore))
+    )
+    setattr(table, PARTIAL, mcore.sequence_parallel)
+    return table
+
+
+def look_up(table: Tensor, index: Tensor, groups: BitGroups) -> Tensor:
+    """Values int64 [..., G] to their embeddings [..., G, width]."""
+    first = torch.arange(groups.count, device=index.device) * groups.values
+    return F.embedding(index + first, table)

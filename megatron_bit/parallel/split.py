@@ -14,25 +14,29 @@ def layer_flops(config: Config) -> float:
 
 
 def head_flops(config: Config) -> float:
-    """Forward FLOPs of the head for one token: all its noise samples and the projection of the hidden state.
+    """Forward FLOPs of the head for one token: all its noise samples or stages, and what they share.
 
     Of a softmax head: the projection onto the padded vocabulary, which the configuration has to know.
     """
-    m, h, n = config.model, config.model.head, config.diffusion.noise_samples
+    m, h, n = config.model, config.model.head, config.head_evaluations
     if h.kind == "softmax":
         return 2.0 * m.hidden_size * m.padded_vocab_size
-    w = h.hidden_size
-    layer = 2.0 * (4 * w * w + 3 * w * h.ffn_hidden_size) + 4.0 * m.block_size * w
-    noise_level = 2.0 * (FREQUENCIES * w + w * w) / m.block_size  # one level a block
-    modulation = 2.0 * 8 * w * w
-    ends = 2.0 * 2 * m.bits * w
-    return n * (h.num_layers * layer + noise_level + modulation + ends) + 2.0 * m.hidden_size * w
+    w, outputs, rows = h.hidden_size, m.head_outputs, 1.0 + (m.block_size > 1) / m.block_size
+    layer = 2.0 * (4 * w * w + 3 * w * h.ffn_hidden_size) + 4.0 * m.block_size * w * (0.5 if h.kind == "chain" else 1.0)
+    each = h.num_layers * layer + 2.0 * 8 * w * w
+    if h.kind == "chain":
+        each += 2.0 * w * outputs / len(m.group_sizes)  # a stage decides its own group
+    else:
+        each += 2.0 * (FREQUENCIES * w + w * w) / m.block_size + 2.0 * w * (m.bits + outputs)  # one level a block
+        if m.group_bits > 1:
+            each += 2.0 * outputs * w + 4.0 * outputs * m.group_sizes[0]  # embedding of likely values; evidence, mean
+    return n * each + 2.0 * m.hidden_size * rows * (w + outputs * h.prior)
 
 
 def embedding_flops(config: Config) -> float:
     """Forward FLOPs of bits -> MLP -> width for one token; to look a token up in a table costs none."""
     m = config.model
-    if m.head.kind == "softmax":
+    if m.head.kind == "softmax" or m.group_bits > 1:
         return 0.0
     return 2.0 * (m.bits * m.hidden_size + m.hidden_size * m.hidden_size)
 

@@ -87,6 +87,29 @@ def test_variants_under_tp_and_pp(
     assert reference.loss != single().loss  # the variant is another model
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"model.group_bits": 4, "diffusion.loss": "mse"},
+        {"model.group_bits": 5, "model.head.prior": False, "diffusion.parameterization": "direct"},
+        {"model.group_bits": 4, "model.head.kind": "chain"},
+        {"model.head.kind": "chain", "model.block_size": 1},
+    ],
+    ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()),
+)
+@pytest.mark.parametrize("layout", ["tp2_pp2", "tp2_dp2_zero3"])
+def test_groups_and_chain(
+    layout: str, variant: dict[str, object], single: Callable[..., Result], tiny_data: Path, tmp_path: Path
+) -> None:
+    world, settings = LAYOUTS[layout]
+    run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, {**settings, **variant}))
+    result, reference = tiny_runs.read(tmp_path / "run"), single(**variant)
+    assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
+    assert result.bound == pytest.approx(reference.bound, rel=TOLERANCE)
+    assert tiny_runs.worst(result.weights, reference.weights)[0] < TOLERANCE
+    assert reference.loss != single().loss
+
+
 def test_same_seed_same_layout_is_bit_identical(tiny_data: Path, tmp_path: Path) -> None:
     layout = {"parallel.tp": 2, "parallel.pp": 2}
     results = []

@@ -50,6 +50,10 @@ VARIANTS = {
         "model.block_size": 4, "model.attention": "block_causal", "model.num_kv_heads": 1, "model.code": "random",
         "model.num_layers": 2, "diffusion.log_mean": -0.7, "diffusion.sigma_min": 0.15,
     }),
+    "groups": Variant({**_ODD, "model.group_bits": 4, "model.head.prior": False}),
+    "direct": Variant({**_ODD, "model.group_bits": 6, "diffusion.parameterization": "direct"}),
+    "chain": Variant({"model.head.kind": "chain", "model.group_bits": 4, "parallel.tp": 2, "parallel.pp": 2}, ranks=4),
+    "chain_k1": Variant({**_ODD, "model.head.kind": "chain", "model.block_size": 1}),
     "odd": Variant(_ODD, arguments={"shard_size": "20KB"}),
     "bf16": Variant(_ODD, arguments={"dtype": "bfloat16"}),
 }  # fmt: skip

@@ -25,16 +25,17 @@ def main() -> None:
         given = load_file(f"{sys.argv[1]}.{name}")
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        chain = model.config.head_kind == "chain"
+        noisy = {} if chain else {"noisy_bits": given["noisy_bits"].float(), "log_sigma": given["log_sigma"]}
         with torch.no_grad():
-            parts = model(
-                given["tokens"], noisy_bits=given["noisy_bits"].to(model.dtype).float(), log_sigma=given["log_sigma"]
-            )
+            parts = model(given["tokens"], **noisy)
         score = model.score(given["tokens"], noise_samples=3, seed=11, sequence_ids=given["sample"])
         prompts = tokenizer(["def f(", "import os, sys\nclass "], padding=True, return_tensors="pt")
-        text = model.generate(**prompts, max_new_tokens=17, steps=6, seed=5, sequence_ids=[40, 2**40])
+        how = {} if chain else {"steps": 6}
+        text = model.generate(**prompts, max_new_tokens=17, seed=5, sequence_ids=[40, 2**40], **how)
         results = {
             "states": parts.last_hidden_state.float(),
-            "residual": parts.logits.float(),
+            "residual": torch.zeros(1) if chain else parts.logits.float(),
             "nats": score.nats,
             "nats_per_token": score.nats_per_token,
             "text": text[:, prompts.input_ids.shape[1] :],

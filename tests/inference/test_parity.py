@@ -10,7 +10,8 @@ from megatron_bit.diffusion import noise
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.chunk import TokenBatch
 
-FP32 = ["sharded_training", "k1", "k4", "odd"]
+DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct"]
+FP32 = [*DIFFUSION, "chain", "chain_k1"]
 
 
 def difference(a: Tensor, b: Tensor, what: str) -> float:
@@ -20,7 +21,14 @@ def difference(a: Tensor, b: Tensor, what: str) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", FP32)
+@pytest.mark.parametrize("name", ["chain", "chain_k1"])
+def test_states_of_a_chain(name, elsewhere, trainer, inputs):
+    ours, tokens = trainer(name), inputs[name]["tokens"]
+    states = ours.hidden(torch.cat((tokens, tokens[:, : ours.config.model.block_size]), dim=1))
+    assert difference(elsewhere[f"{name}/states"], states, f"{name} states") < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
 def test_states_and_log_odds(name, elsewhere, trainer, inputs):
     given, ours = inputs[name], trainer(name)
     k = ours.config.model.block_size
@@ -62,7 +70,8 @@ def test_text_is_the_same_as_from_the_run(name, elsewhere, converted):
     generator = Generator(converted[name].run)
     for row, (prompt, sequence) in enumerate((("def f(", 40), ("import os, sys\nclass ", 2**40))):
         ids = torch.tensor([generator.text.encode(prompt)])
-        alone = generator.model.generate(ids, max_new_tokens=17, steps=6, seed=5, sequence_ids=[sequence])
+        how = {"steps": 6} if name in DIFFUSION else {}
+        alone = generator.model.generate(ids, max_new_tokens=17, seed=5, sequence_ids=[sequence], **how)
         new = alone[0, ids.shape[1] :]
         assert torch.equal(elsewhere[f"{name}/text"][row, : len(new)], new)
 

@@ -109,7 +109,11 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(running: _Running) -> None
 
 
 REFUSED = {
-    "temperature": ({"temperature": 0.3}, 400, "temperature is 0.3, and a BitLM has no such dial"),
+    "temperature": (
+        {"temperature": 0.3},
+        400,
+        "temperature means nothing to a diffusion head",
+    ),
     "logprobs": ({"logprobs": 3}, 400, "logprobs"),
     "model": ({"model": "other"}, 404, "model 'other' is not served here"),
     "max_tokens": ({"max_tokens": 4001}, 400, "max_tokens 4001 is more than 4000"),

@@ -1,11 +1,13 @@
 """BitLM for transformers: the model, block-wise generation with a key/value cache, and likelihood scores.
 
-Needs torch and transformers only. A token id is B bits of -1 and +1. A causal backbone reads the bits one block of K
-tokens behind, so that row p of its states conditions token p; a small diffusion head takes the noise off the bits of
-the K tokens of a block together. To generate, the backbone runs once a block and the head `steps` times.
+Needs torch and transformers only. A token id is B bits of -1 and +1, in G groups that are decided together. A causal
+backbone reads the bits one block of K tokens behind, so that row p of its states conditions token p; a small head
+decides the K tokens of a block. A diffusion head takes the noise off all their bits together, in `steps` evaluations; a
+chain head draws one group after another, in K G evaluations. The backbone runs once a block.
 
-Shape letters: b rows, S tokens, n blocks, K block size, M noise levels of a block, B bits, D width, W head width.
-Noise is a function of (seed, sequence, block), not of a generator's state: text does not depend on the batch.
+Shape letters: b rows, S tokens, n blocks, K block size, M noise levels of a block, B bits, G groups, U values of a
+group, D width, W head width. Noise is a function of (seed, sequence, block), not of a generator's state: text does not
+depend on the batch.
 """
 
 from __future__ import annotations
@@ -54,6 +56,10 @@ class BitLMConfig(PretrainedConfig):
         head_intermediate_size: int = 64,
         head_num_layers: int = 1,
         head_num_attention_heads: int = 4,
+        head_kind: str = "diffusion",
+        head_prior: bool = True,
+        group_sizes: Sequence[int] | None = None,
+        matched_filter: bool = True,
         sigma_min: float = 0.1,
         sigma_max: float = 160.0,
         sigma_log_mean: float = -1.2,
@@ -78,12 +84,49 @@ class BitLMConfig(PretrainedConfig):
         self.head_intermediate_size = head_intermediate_size
         self.head_num_layers = head_num_layers
         self.head_num_attention_heads = head_num_attention_heads
+        self.head_kind = head_kind  # diffusion or chain
+        self.head_prior = head_prior
+        self.group_sizes = list(group_sizes or [1] * bits)  # bits that are decided together
+        self.matched_filter = matched_filter
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.sigma_log_mean = sigma_log_mean
         self.sigma_log_std = sigma_log_std
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
+
+
+# ------------------------------------------------------------------------------------------------- groups of bits
+def _slices(config: BitLMConfig) -> list[slice]:
+    ends = list(itertools.accumulate(config.group_sizes))
+    return [slice(end - size, end) for end, size in zip(ends, config.group_sizes, strict=True)]
+
+
+def _rows(config: BitLMConfig) -> int:
+    """Rows of a table with one for each value of each group; all groups have as many as the largest one needs."""
+    return len(config.group_sizes) * 2 ** max(config.group_sizes)
+
+
+def group_values(config: BitLMConfig, bits: Tensor) -> Tensor:
+    """Bits [..., B] to the values of the groups, int64 [..., G]; a group's first bit counts most."""
+    values = []
+    for part, size in zip(_slices(config), config.group_sizes, strict=True):
+        weight = 2 ** torch.arange(size - 1, -1, -1, device=bits.device)
+        values.append(((bits[..., part] > 0) * weight).sum(-1))
+    return torch.stack(values, dim=-1)
+
+
+def _codes(size: int, like: Tensor) -> Tensor:
+    """[2^size, size]: the bits of every value of a group."""
+    value = torch.arange(2**size, device=like.device)
+    digits = torch.arange(size - 1, -1, -1, device=like.device)
+    return ((value[:, None] >> digits) & 1).to(like.dtype) * 2 - 1
+
+
+def _look_up(table: Tensor, values: Tensor) -> Tensor:
+    """Values int64 [..., G] to embeddings [..., G, width]."""
+    groups = values.shape[-1]
+    return F.embedding(values + torch.arange(groups, device=values.device) * (len(table) // groups), table)
 
 
 # ------------------------------------------------------------------------------------------------- noise
@@ -98,10 +141,12 @@ def philox(key: tuple[int, int], counter: Sequence[Tensor]) -> tuple[Tensor, ...
     return c0, c1, c2, c3
 
 
-def _uniforms(seed: int, stream: int, sequence: Tensor, block: Tensor, levels: int, elements: Tensor) -> list[Tensor]:
+def _uniforms(
+    seed: int, stream: int, sequence: Tensor, block: Tensor, levels: int, elements: Tensor, first_level: int = 0
+) -> list[Tensor]:
     """sequence int64 [b], block int64 [b, n], elements int64 [E] to four float32 [b, n, levels, E] in (0, 1)."""
     mask = 0xFFFFFFFF
-    level = torch.arange(levels, device=block.device)[:, None] * 65536
+    level = torch.arange(first_level, first_level + levels, device=block.device)[:, None] * 65536
     row = sequence[:, None, None, None]
     counter = (level + elements, block.clamp(min=0)[..., None, None], row & mask, (row >> 32) & mask)
     words = philox((seed & mask, ((seed >> 32) ^ (stream * 0x9E3779B9)) & mask), counter)
@@ -115,12 +160,19 @@ def stratified_levels(seed: int, stream: int, sequence: Tensor, block: Tensor, l
 
 
 def gaussian(
-    seed: int, stream: int, sequence: Tensor, block: Tensor, levels: int, block_size: int, bits: int
+    seed: int,
+    stream: int,
+    sequence: Tensor,
+    block: Tensor,
+    levels: int,
+    block_size: int,
+    bits: int,
+    first_level: int = 0,
 ) -> Tensor:
     """Standard normals float32 [b, n, M, K, B] (Box-Muller) for sequences [b] and blocks [b, n]."""
     count = block_size * bits
     elements = torch.arange(-(-count // 4), device=block.device)
-    u0, u1, u2, u3 = _uniforms(seed, stream, sequence, block, levels, elements)
+    u0, u1, u2, u3 = _uniforms(seed, stream, sequence, block, levels, elements, first_level)
     r0, r1 = torch.sqrt(-2.0 * torch.log(u0)), torch.sqrt(-2.0 * torch.log(u2))
     a0, a1 = u1 * (2 * math.pi), u3 * (2 * math.pi)
     eps = torch.stack((r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1)
@@ -155,23 +207,135 @@ class NoiseDistribution:
         return self.log_sigma(torch.linspace(1.0, 0.0, steps, device=device).clamp(1e-6, 1 - 1e-6))
 
 
-def posterior_logits(residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-    """Log-odds of every bit: the exact 2 z / sigma^2 of an isolated bit (clipped) plus what the head adds."""
-    return residual.float() + (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)
+class Posterior:
+    """What the head's outputs say of the bits: logits are log-odds [..., B] of single bits, or with groups
+    log-probabilities of their values, [..., G, U] (minus infinity for those a smaller group lacks)."""
+
+    def __init__(self, config: BitLMConfig) -> None:
+        self.config, self.groups = config, max(config.group_sizes) > 1
+
+    def logits(self, outputs: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+        """outputs of the head [..., outputs], z = x + sigma eps float32 [..., B]."""
+        odds = (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)  # exact for a bit that has nothing to do with the others
+        if not self.groups:
+            return outputs.float() + odds if self.config.matched_filter else outputs.float()
+        outputs = outputs.float().unflatten(-1, (len(self.config.group_sizes), -1))
+        if self.config.matched_filter:
+            outputs = outputs + self.evidence(odds)
+        return self._log_softmax(outputs)
+
+    def likely(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """Probabilities of values given their own noisy bits alone, [..., G, U]."""
+        return self._log_softmax(self.evidence((2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP))).exp()
+
+    def evidence(self, odds: Tensor) -> Tensor:
+        """Log-odds of bits [..., B] to unnormalised log-probabilities of values [..., G, U]."""
+        parts = []
+        for part, size in zip(_slices(self.config), self.config.group_sizes, strict=True):
+            value = 0.5 * odds[..., part] @ _codes(size, odds).t()
+            parts.append(F.pad(value, (0, 2 ** max(self.config.group_sizes) - 2**size)))
+        return torch.stack(parts, dim=-2)
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        sizes = torch.tensor(self.config.group_sizes, device=logits.device)[:, None]
+        missing = torch.arange(logits.shape[-1], device=logits.device) >= 2**sizes
+        return logits.masked_fill(missing, float("-inf")).log_softmax(-1)
+
+    def _probability(self, logits: Tensor, bit: int) -> Tensor:
+        parts = []
+        for i, size in enumerate(self.config.group_sizes):
+            parts.append(logits[..., i, : 2**size].exp() @ (_codes(size, logits) == bit).to(logits.dtype))
+        return torch.cat(parts, dim=-1)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """E[x | z], [..., B]."""
+        if not self.groups:
+            return torch.tanh(0.5 * logits)
+        return self._probability(logits, 1) - self._probability(logits, -1)
+
+    def squared_error(self, logits: Tensor, x: Tensor) -> Tensor:
+        """(x - E[x | z])^2 of every bit, [..., B]."""
+        if not self.groups:
+            return 4.0 * torch.sigmoid(-x * logits).square()
+        return 4.0 * torch.where(x > 0, self._probability(logits, -1), self._probability(logits, 1)).square()
+
+    def cross_entropy(self, logits: Tensor, x: Tensor) -> Tensor:
+        """-ln p of the bits [..., B], or of the groups [..., G]."""
+        if not self.groups:
+            return F.softplus(-x * logits)
+        values = group_values(self.config, x)[..., None]
+        return -logits.gather(-1, values.expand(*logits.shape[:-1], 1)).squeeze(-1)
+
+    def token_scores(self, logits: Tensor, table: Tensor) -> Tensor:
+        """Log-probability of every token but for a constant, [..., V], from the code table [V, B]."""
+        if not self.groups:
+            return logits @ table.t().float()
+        values = group_values(self.config, table)
+        return torch.stack([logits[..., i, v] for i, v in enumerate(values.t())]).sum(0)
 
 
 # ------------------------------------------------------------------------------------------------- samplers
-def _ode(logits: Callable[[Tensor, Tensor], Tensor], eps: Tensor, grid: Tensor) -> Tensor:
-    """Euler steps of the probability-flow ODE, dz / dsigma = (z - x_hat) / sigma (DDIM)."""
-    z = grid[0].exp() * eps
+Mean = Callable[[Tensor, Tensor], Tensor]  # (z, ln sigma) to E[x | z]
+Noise = Callable[[int], Tensor]  # the i-th standard normal of a block
+
+
+def _euler(z: Tensor, x_hat: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """A step of the probability-flow ODE, dz / dsigma = (z - x_hat) / sigma."""
+    return x_hat + (after - now).exp() * (z - x_hat)
+
+
+def _ode(mean: Mean, noise: Noise, grid: Tensor) -> Tensor:
+    """Euler steps (DDIM)."""
+    z = grid[0].exp() * noise(0)
     for now, after in itertools.pairwise(grid):
-        x_hat = torch.tanh(0.5 * logits(z, now))
-        z = x_hat + (after - now).exp() * (z - x_hat)
-    return logits(z, grid[-1])
+        z = _euler(z, mean(z, now), now, after)
+    return z
 
 
-# A sampler takes (logits(z, ln sigma), starting noise, falling grid of ln sigma) and returns the final log-odds.
-SAMPLERS: dict[str, Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]] = {"ode": _ode}
+def _heun(mean: Mean, noise: Noise, grid: Tensor) -> Tensor:
+    """Second order: the slope at both ends of a step; two evaluations each (EDM, arXiv 2206.00364)."""
+    z = grid[0].exp() * noise(0)
+    for now, after in itertools.pairwise(grid):
+        slope = (z - mean(z, now)) / now.exp()
+        end = z + (after.exp() - now.exp()) * slope
+        z = z + (after.exp() - now.exp()) * 0.5 * (slope + (end - mean(end, after)) / after.exp())
+    return z
+
+
+def _dpm(mean: Mean, noise: Noise, grid: Tensor) -> Tensor:
+    """DPM-Solver++(2M): second order from the step before, one evaluation each (arXiv 2211.01095)."""
+    z = grid[0].exp() * noise(0)
+    before, width = torch.zeros_like(z), torch.full_like(grid[0], math.inf)
+    for now, after in itertools.pairwise(grid):
+        x_hat = mean(z, now)
+        target = x_hat + (now - after) / (2.0 * width) * (x_hat - before)
+        z, before, width = _euler(z, target, now, after), x_hat, now - after
+    return z
+
+
+def _em(mean: Mean, noise: Noise, grid: Tensor) -> Tensor:
+    """The reverse SDE: each step draws from q(z_after | z_now, x_hat)."""
+    z = grid[0].exp() * noise(0)
+    for i, (now, after) in enumerate(itertools.pairwise(grid)):
+        kept = (2.0 * (after - now)).exp()
+        z = mean(z, now) * (1.0 - kept) + kept * z + after.exp() * (1.0 - kept).sqrt() * noise(i + 1)
+    return z
+
+
+def _churn(mean: Mean, noise: Noise, grid: Tensor) -> Tensor:
+    """Euler steps, each from a level raised by a fifth with fresh noise (EDM's churn; S_noise 1.003)."""
+    z = grid[0].exp() * noise(0)
+    for i, (now, after) in enumerate(itertools.pairwise(grid)):
+        raised = now + math.log(1.2)
+        z = z + 1.003 * (raised.exp().square() - now.exp().square()).sqrt() * noise(i + 1)
+        z = _euler(z, mean(z, raised), raised, after)
+    return z
+
+
+# A sampler takes the denoiser, normals and a falling grid of ln sigma, and returns z at the lowest level.
+SAMPLERS: dict[str, Callable[[Mean, Noise, Tensor], Tensor]] = {
+    "ode": _ode, "heun": _heun, "dpm": _dpm, "em": _em, "churn": _churn
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- layers
@@ -258,13 +422,22 @@ class BitLMEmbedding(nn.Module):
 
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
+        self.config = config
         self.start = nn.Parameter(torch.zeros(config.block_size, config.hidden_size))
-        self.fc1 = nn.Linear(config.bits, config.hidden_size, bias=False)
-        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.grouped = max(config.group_sizes) > 1
+        if self.grouped:
+            self.values = nn.Parameter(torch.zeros(_rows(config), config.hidden_size))
+        else:
+            self.fc1 = nn.Linear(config.bits, config.hidden_size, bias=False)
+            self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.norm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, bits: Tensor, position_ids: Tensor) -> Tensor:
-        x = self.norm(self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype)))))
+        if self.grouped:
+            x = _look_up(self.values, group_values(self.config, bits)).sum(-2)
+        else:
+            x = self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))
+        x = self.norm(x)
         k = self.start.shape[0]
         return torch.where((position_ids < k)[..., None], self.start[position_ids.clamp(0, k - 1)], x)
 
@@ -295,7 +468,7 @@ class BitLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        for name in ("start", "position"):
+        for name in ("start", "position", "values", "previous", "stages"):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 nn.init.normal_(getattr(module, name), std=self.config.initializer_range)
 
@@ -357,24 +530,26 @@ class BitLMModel(BitLMPreTrainedModel):
 
 
 class BitLMHeadAttention(nn.Module):
-    """Attention among the K tokens of one block."""
+    """Attention among the K tokens of one block; causal in a chain."""
 
-    def __init__(self, size: int, heads: int) -> None:
+    def __init__(self, size: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class BitLMHeadLayer(nn.Module):
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
-        self.self_attn = BitLMHeadAttention(config.head_hidden_size, config.head_num_attention_heads)
+        self.self_attn = BitLMHeadAttention(
+            config.head_hidden_size, config.head_num_attention_heads, config.head_kind == "chain"
+        )
         self.mlp = BitLMMLP(config.head_hidden_size, config.head_intermediate_size)
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
@@ -404,43 +579,82 @@ class BitLMNoiseEmbedding(nn.Module):
 
 
 class BitLMHead(nn.Module):
-    """The denoising head."""
+    """The head: `forward` for diffusion, `stage` for a chain."""
 
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
-        size = config.head_hidden_size
-        self.in_proj = nn.Linear(config.bits, size, bias=False)
+        self.config, self.posterior = config, Posterior(config)
+        size, chain = config.head_hidden_size, config.head_kind == "chain"
+        grouped = chain or max(config.group_sizes) > 1
+        outputs = _rows(config) if grouped else config.bits
+        both = ("", "_last") if config.block_size > 1 else ("",)  # of a token's own state, of the last in its block
+        if chain:
+            self.previous = nn.Parameter(torch.zeros(_rows(config), size))  # of the token before
+            self.stages = nn.Parameter(torch.zeros(len(config.group_sizes), size))
+        else:
+            self.in_proj = nn.Linear(config.bits, size, bias=False)
+            self.noise_embed = BitLMNoiseEmbedding(size)
+        if grouped:
+            self.values = nn.Parameter(torch.zeros(_rows(config), size))
         self.position = nn.Parameter(torch.zeros(config.block_size, size))
-        self.condition_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.noise_embed = BitLMNoiseEmbedding(size)
+        for end in both:
+            setattr(self, f"condition{end}_proj", nn.Linear(config.hidden_size, size, bias=False))
+            if config.head_prior:
+                setattr(self, f"prior{end}_proj", nn.Linear(config.hidden_size, outputs, bias=False))
         self.modulation = nn.Linear(size, 6 * size)
         self.layers = nn.ModuleList(BitLMHeadLayer(config) for _ in range(config.head_num_layers))
         self.final_modulation = nn.Linear(size, 2 * size)
-        self.out_proj = nn.Linear(size, config.bits, bias=False)
+        self.out_proj = nn.Linear(size, outputs, bias=False)
 
     def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
         """z float32 [b, n, M, K, B], noisy bits; log_sigma float32 [b, n, M]; hidden [b, n, K, D].
 
         Returns:
-            Residual log-odds [b, n, M, K, B]: what context and the other bits add to 2 z / sigma^2.
+            [b, n, M, K, outputs]: what context and the other bits add to what a group's own noisy bits say.
         """
-        shape = z.shape
-        scale = torch.rsqrt(1.0 + torch.exp(2.0 * log_sigma))[..., None, None]
-        level = self.noise_embed(log_sigma)[:, :, :, None]  # [b, n, M, 1, W]
-        condition = F.silu(level + self.condition_proj(hidden)[:, :, None]).flatten(0, 2)  # [b n M, K, W]
-        x = self.in_proj((z * scale).to(self.in_proj.weight.dtype)).flatten(0, 2) + self.position
+        sigma = log_sigma.exp()[..., None, None]
+        dtype = self.in_proj.weight.dtype
+        x = self.in_proj((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
+        if self.posterior.groups:
+            x = x + self.posterior.likely(z, sigma).flatten(-2).to(dtype) @ self.values
+        out = self.out_proj(self._features(x, self.noise_embed(log_sigma)[:, :, :, None], hidden))
+        return out + self._both("prior", hidden)[:, :, None] if self.config.head_prior else out
+
+    def stage(self, stage: int, known: Tensor, hidden: Tensor) -> Tensor:
+        """Log-probabilities of one group's values, float32 [b, n, K, 2^size].
+
+        Args:
+            known: [b, n, K, W], embeddings of the token before and of the groups before this one.
+        """
+        groups = len(self.config.group_sizes)
+        features = self._features(known[:, :, None], self.stages[stage], hidden)[:, :, 0]
+        logits = features @ self.out_proj.weight.unflatten(0, (groups, -1))[stage].t()
+        if self.config.head_prior:
+            logits = logits + self._both("prior", hidden).unflatten(-1, (groups, -1))[..., stage, :]
+        return logits[..., : 2 ** self.config.group_sizes[stage]].float().log_softmax(-1)
+
+    def _features(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
+        """x [b, n, M, K, W], level broadcasts to it; the same shape out."""
+        condition = F.silu(level + self._both("condition", hidden)[:, :, None]).flatten(0, 2)  # [b n M, K, W]
+        rows = x.flatten(0, 2) + self.position
         modulation = self.modulation(condition).chunk(6, dim=-1)
         for layer in self.layers:
-            x = layer(x, modulation)
+            rows = layer(rows, modulation)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
-        return self.out_proj(_modulate(x, shift, gain)).view(shape)
+        return _modulate(rows, shift, gain).view(x.shape)
+
+    def _both(self, name: str, hidden: Tensor) -> Tensor:
+        """hidden [b, n, K, D]: linear in a token's own state and in the state of its block's last row."""
+        out = getattr(self, f"{name}_proj")(hidden)
+        last = getattr(self, f"{name}_last_proj", None)
+        return out if last is None else out + last(hidden[:, :, -1:])
 
 
 # ------------------------------------------------------------------------------------------------- outputs
 @dataclass
 class BitLMOutput(ModelOutput):
     """last_hidden_state [b, S + K, D]: row p conditions token p, the last K rows the block that is not there yet.
-    logits [b, n, M, K, B]: residual log-odds, if noisy bits were given."""
+    logits [b, n, M, K, outputs]: the head's answer, if noisy bits were given."""
 
     last_hidden_state: Tensor | None = None
     logits: Tensor | None = None
@@ -448,7 +662,7 @@ class BitLMOutput(ModelOutput):
 
 @dataclass
 class BitLMScore(ModelOutput):
-    """nats [b]: a bound on -ln p(row), with the end-of-document tokens that fill the first block up.
+    """nats [b]: a bound on -ln p(row) (of a chain: its value), with the end-of-document tokens in the first block.
     nats_per_token [b, S]: each token's share of its block's bound (only whole blocks are bounds), 0 for padding."""
 
     nats: Tensor | None = None
@@ -462,7 +676,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BitLMModel(config)
         self.head = BitLMHead(config)
-        self.noise = NoiseDistribution(config)
+        self.noise, self.posterior = NoiseDistribution(config), Posterior(config)
         self.post_init()
 
     def forward(  # type: ignore[override]
@@ -479,6 +693,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             attention_mask: [b, S], 0 where a row has no token.
             noisy_bits: float32 [b, n, M, K, B], x + sigma eps for the n blocks of the text.
             log_sigma: float32 [b, n, M], ln sigma of each.
+
+        A chain head has no noise: `score` gives its likelihoods.
         """
         k = self.config.block_size
         ids, lead = self._blocks(input_ids, attention_mask)
@@ -500,6 +716,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
     ) -> BitLMScore:
         """The likelihood bound in nats, as validation reports it: unbiased, with the noise of (seed, sequence).
 
+        The value of a chain is exact, and `noise_samples` and `seed` have no part in it.
+
         Args:
             input_ids, attention_mask: int64 [b, S]; padding on either side.
             noise_samples: noise levels of a block; more make it less noisy.
@@ -508,7 +726,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: longer than the model was trained for.
         """
-        k, bits, noise = self.config.block_size, self.config.bits, self.noise
+        k = self.config.block_size
         ids, lead = self._blocks(input_ids, attention_mask)
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -520,21 +738,52 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         block = torch.arange(ids.shape[1] // k, device=ids.device) - lead[:, None]
         x = self.model.code_table[ids].float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
 
-        log_sigma = noise.log_sigma(stratified_levels(seed, VALIDATION, sequence, block, noise_samples))
-        sigma = log_sigma.exp()[..., None, None]
-        z = x + sigma * gaussian(seed, VALIDATION, sequence, block, noise_samples, k, bits)
-        odds = x * posterior_logits(self.head(z, log_sigma, states), z, sigma)
-        error = 4.0 * torch.sigmoid(-odds).square().sum(-1)  # (x - x_hat)^2, [b, n, M, K]
-        integral = (error / (sigma.square() * noise.density(log_sigma)[..., None, None]).squeeze(-1)).mean(2)
-
-        lowest = torch.full_like(log_sigma[..., :1], math.log(noise.sigma_min))
-        sigma = lowest.exp()[..., None, None]
-        z = x + sigma * gaussian(seed, RECONSTRUCTION, sequence, block, 1, k, bits)
-        odds = x * posterior_logits(self.head(z, lowest, states), z, sigma)
-        reconstruction = F.softplus(-odds).sum(-1).squeeze(2)  # [b, n, K]
-        nats = integral + reconstruction + bits / (2.0 * noise.sigma_max**2)
+        if self.config.head_kind == "chain":
+            nats = self._chain_nats(ids, states, block)
+        else:
+            nats = self._bound(x, states, block, sequence, noise_samples, seed)
         nats = nats.masked_fill(block[..., None] < 0, 0.0).flatten(1)
         return BitLMScore(nats=nats.sum(1), nats_per_token=_where_given(nats, input_ids, attention_mask))
+
+    def _bound(
+        self, x: Tensor, states: Tensor, block: Tensor, sequence: Tensor, noise_samples: int, seed: int
+    ) -> Tensor:
+        """x [b, n, 1, K, B] to each token's share, [b, n, K]."""
+        k, bits = self.config.block_size, self.config.bits
+        log_sigma = self.noise.log_sigma(stratified_levels(seed, VALIDATION, sequence, block, noise_samples))
+        sigma = log_sigma.exp()[..., None, None]
+        z = x + sigma * gaussian(seed, VALIDATION, sequence, block, noise_samples, k, bits)
+        logits = self.posterior.logits(self.head(z, log_sigma, states), z, sigma)
+        error = self.posterior.squared_error(logits, x).sum(-1)  # [b, n, M, K]
+        integral = (error / (sigma.square() * self.noise.density(log_sigma)[..., None, None]).squeeze(-1)).mean(2)
+
+        lowest = torch.full_like(log_sigma[..., :1], math.log(self.noise.sigma_min))
+        sigma = lowest.exp()[..., None, None]
+        z = x + sigma * gaussian(seed, RECONSTRUCTION, sequence, block, 1, k, bits)
+        logits = self.posterior.logits(self.head(z, lowest, states), z, sigma)
+        reconstruction = self.posterior.cross_entropy(logits, x).sum(-1).squeeze(2)  # [b, n, K]
+        return integral + reconstruction + bits / (2.0 * self.noise.sigma_max**2)
+
+    def _chain_nats(self, ids: Tensor, states: Tensor, block: Tensor) -> Tensor:
+        """ids [b, n K] to nats [b, n, K]."""
+        k = self.config.block_size
+        values = group_values(self.config, self.model.code_table[ids]).unflatten(1, (-1, k))  # [b, n, K, G]
+        known = self._before(ids.roll(1, 1).unflatten(1, (-1, k)), (block[..., None] > 0) | self._inside(ids.device))
+        own, nats = _look_up(self.head.values, values), torch.zeros(known.shape[:3], device=ids.device)
+        for stage in range(values.shape[-1]):
+            log_p = self.head.stage(stage, known, states)
+            nats = nats - log_p.gather(-1, values[..., stage, None]).squeeze(-1)
+            known = known + own[..., stage, :]
+        return nats
+
+    def _inside(self, device: torch.device) -> Tensor:
+        """bool [K], whether the token before is in the same block."""
+        return torch.arange(self.config.block_size, device=device) > 0
+
+    def _before(self, ids: Tensor, known: Tensor) -> Tensor:
+        """The embeddings of the tokens before, [..., W]; zero where `known` is false."""
+        values = group_values(self.config, self.model.code_table[ids])
+        return _look_up(self.head.previous, values).sum(-2) * known[..., None]
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -563,7 +812,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             tokenizer: needed for `stop_strings`.
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
             kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text),
-                seed, steps (of the head, at least 2), sampler (a key of SAMPLERS).
+                seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a chain temperature.
 
         Returns:
             int64 [b, S + new]: the given ids and the new ones; what follows a row's end is pad_token_id.
@@ -575,7 +824,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             raise ValueError("generate: give the prompt once, as `inputs` or as `input_ids`")
         given = inputs if input_ids is None else input_ids
         assert given is not None
-        settings = _Settings.read(generation_config or self.generation_config, kwargs, given.shape[1], tokenizer)
+        base, kind = generation_config or self.generation_config, self.config.head_kind
+        settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind)
         k, device = self.config.block_size, self.device
         tokens, lead = self._blocks(given.to(device), attention_mask)
         sequence = self._sequences(sequence_ids, len(given))
@@ -583,11 +833,14 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             streamer.put(given.cpu())
         rows = [_Row(settings) for _ in range(len(given))]
         context = _Context(self, lead.tolist(), tokens.shape[1] // k + -(-settings.max_new_tokens // k))
-        grid = self.noise.grid(settings.steps, device)
         made: list[list[int]] = []  # columns of new tokens
         while len(made) < settings.max_new_tokens and any(row.open for row in rows):
             hidden = context.advance(tokens)
-            block = self._denoise(hidden, grid, settings, sequence, tokens.shape[1] // k - lead)
+            index = tokens.shape[1] // k - lead
+            if self.config.head_kind == "chain":
+                block = self._decide(hidden, tokens[:, -1:] if tokens.shape[1] else None, settings, sequence, index)
+            else:
+                block = self._denoise(hidden, settings, sequence, index)
             tokens = torch.cat((tokens, block), dim=1)
             for column in block.t().tolist():
                 if len(made) < settings.max_new_tokens and any(row.open for row in rows):
@@ -599,18 +852,51 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         new = torch.tensor(made, dtype=torch.int64, device=given.device).view(-1, len(given)).t()
         return torch.cat((given, new), dim=1)
 
-    def _denoise(self, hidden: Tensor, grid: Tensor, settings: _Settings, sequence: Tensor, block: Tensor) -> Tensor:
+    def _denoise(self, hidden: Tensor, settings: _Settings, sequence: Tensor, block: Tensor) -> Tensor:
         """hidden [b, K, D], sequence and index of the block in its text [b] to ids int64 [b, K]."""
         k, bits = self.config.block_size, self.config.bits
-        eps = gaussian(settings.seed, SAMPLING, sequence, block[:, None], 1, k, bits)
-        states = hidden[:, None]
+        states, grid = hidden[:, None], self.noise.grid(settings.steps, hidden.device)
+
+        def noise(i: int) -> Tensor:
+            return gaussian(settings.seed, SAMPLING, sequence, block[:, None], 1, k, bits, i)
 
         def logits(z: Tensor, log_sigma: Tensor) -> Tensor:
-            residual = self.head(z, log_sigma.expand(len(z), 1, 1), states)
-            return posterior_logits(residual, z, log_sigma.exp())
+            outputs = self.head(z, log_sigma.expand(len(z), 1, 1), states)
+            return self.posterior.logits(outputs, z, log_sigma.exp())
 
-        odds = SAMPLERS[settings.sampler](logits, eps, grid)[:, 0, 0]
-        return (odds @ self.model.code_table.t().float()).argmax(-1)  # the nearest code of a token
+        z = SAMPLERS[settings.sampler](lambda z, log_sigma: self.posterior.mean(logits(z, log_sigma)), noise, grid)
+        final = logits(z, grid[-1])[:, 0, 0]
+        return self.posterior.token_scores(final, self.model.code_table).argmax(-1)
+
+    def _decide(
+        self, hidden: Tensor, before: Tensor | None, settings: _Settings, sequence: Tensor, block: Tensor
+    ) -> Tensor:
+        """The same for a chain: draw group after group, of those values that some token still has."""
+        k, device, states = self.config.block_size, hidden.device, hidden[:, None]
+        table = group_values(self.config, self.model.code_table).t()  # [G, V]
+        groups = len(table)
+        elements = torch.arange(-(-k * groups // 4), device=device)
+        uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
+        rows = torch.zeros(len(hidden), 1, k, self.head.position.shape[1], dtype=hidden.dtype, device=device)
+        if before is not None:
+            rows[:, :, 0] = self._before(before, (block > 0)[:, None])
+        known, ids = [rows] + [torch.zeros_like(rows) for _ in range(groups)], []  # by stage
+        for place in range(k):
+            open_tokens = torch.ones(len(hidden), table.shape[1], dtype=torch.bool, device=device)
+            for stage in range(groups):
+                log_p = self.head.stage(stage, sum(known[1 : stage + 1], known[0]), states)[:, 0, place]
+                count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
+                count.scatter_add_(1, table[stage].expand(len(hidden), -1), open_tokens.int())
+                log_p = log_p.masked_fill(count == 0, float("-inf"))
+                value = _draw(log_p, uniforms[:, place * groups + stage], settings.temperature)
+                open_tokens &= table[stage] == value[:, None]
+                row = self.head.values.unflatten(0, (groups, -1))[stage, value]
+                known[stage + 1][:, 0, place] = row
+            ids.append(open_tokens.int().argmax(-1))  # one is left
+            if place + 1 < k:
+                ahead = torch.ones(len(hidden), 1, dtype=torch.bool, device=device)
+                known[0][:, :, place + 1] = self._before(ids[-1][:, None], ahead)
+        return torch.stack(ids, dim=1)
 
     def _blocks(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows moved to the right and filled up in front to whole blocks: ids [b, n K], empty blocks in front [b]."""
@@ -646,6 +932,16 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
 
 
 # ------------------------------------------------------------------------------------------------- generation
+def _draw(log_p: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Values [b] from log-probabilities [b, U] by uniforms [b]: the inverse of the distribution function."""
+    if temperature == 0.0:
+        return log_p.argmax(-1)
+    total = (log_p / temperature).softmax(-1).cumsum(-1)
+    drawn = (total <= u[:, None] * total[:, -1:]).sum(-1)
+    last = log_p.shape[-1] - 1 - (log_p > float("-inf")).flip(-1).int().argmax(-1)  # rounding must not pass it
+    return torch.minimum(drawn, last)
+
+
 @dataclass
 class _Settings:
     max_new_tokens: int
@@ -655,19 +951,26 @@ class _Settings:
     seed: int
     steps: int
     sampler: str
+    temperature: float
     tokenizer: Any
 
     @classmethod
-    def read(cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any) -> _Settings:
-        values = {"max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode"}
-        known = {*values, "max_length", "eos_token_id", "pad_token_id", "stop_strings"}
+    def read(
+        cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str
+    ) -> _Settings:
+        values = {"max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0}
+        other = {"temperature"} if kind == "diffusion" else {"steps", "sampler"}
+        known = {*values, "max_length", "eos_token_id", "pad_token_id", "stop_strings"} - other
         aside = {"transformers_version", "bos_token_id", "_from_model_config"}
         own = {k: v for k, v in (base.to_diff_dict() if base is not None else {}).items() if k not in aside}
         if "max_length" in kwargs:
             own.pop("max_new_tokens", None)
         unknown = sorted({*own, *kwargs} - known)
         if unknown:
-            raise ValueError(f"generate: {unknown[0]} means nothing to a BitLM; it knows {', '.join(sorted(known))}")
+            raise ValueError(
+                f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head; it knows "
+                f"{', '.join(sorted(known))}"
+            )
         for source in (own, {k: v for k, v in kwargs.items() if v is not None}):
             values.update(copy.copy(source))
         length = values.get("max_length")
@@ -685,6 +988,8 @@ class _Settings:
                 f"generate: steps={values['steps']} has to be at least 2 and max_new_tokens={values['max_new_tokens']} "
                 "at least 1"
             )
+        if not 0.0 <= float(values["temperature"]) < math.inf:
+            raise ValueError(f"generate: temperature={values['temperature']} has to be 0 (the likeliest) or above")
         if values["sampler"] not in SAMPLERS:
             raise ValueError(
                 f"generate: sampler={values['sampler']!r} does not exist; choose one of {', '.join(SAMPLERS)}"
@@ -692,7 +997,7 @@ class _Settings:
         pad = pad if pad is not None else eos[0] if eos else 0
         return cls(
             int(values["max_new_tokens"]), frozenset(eos), pad, stops, int(values["seed"]), int(values["steps"]),
-            str(values["sampler"]), tokenizer,
+            str(values["sampler"]), float(values["temperature"]), tokenizer,
         )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ import torch
 from mbit_kernels.matched_filter import CLIP
 
 from megatron_bit.config import DiffusionConfig
+from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.noise import NoiseDistribution
+from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.inference.hf import modeling_bitlm as hf
 
 DISTRIBUTION = NoiseDistribution.from_config(DiffusionConfig())
@@ -29,10 +31,13 @@ def exact_head(z, log_sigma):
     return residual.unflatten(-1, (2, 2)).permute(0, 3, 1, 2, 4).flatten(0, 1).float()
 
 
-def bound(head, x, sigma_min=0.1, block_size=2):
+def bound(head, x, sigma_min=0.1, block_size=2, posterior=None):
     distribution = NoiseDistribution(sigma_min, 160.0, DISTRIBUTION.mean, DISTRIBUTION.std)
     sample = torch.arange(x.shape[1])
-    values = token_bound(head, x, sample, distribution, seed=3, first_block=0, block_size=block_size, noise_samples=16)
+    posterior = posterior or BitPosterior(x.shape[-1], True)
+    values = token_bound(
+        head, posterior, x, sample, distribution, seed=3, first_block=0, block_size=block_size, noise_samples=16
+    )
     assert values.shape == x.shape[:2]
     rows = values.unflatten(0, (-1, block_size)).sum(1).flatten().double()  # nats a block
     return float(rows.mean()), float(rows.std()) / math.sqrt(len(rows))
@@ -47,6 +52,27 @@ def test_bound_is_the_entropy(sigma_min):
     mean, error = bound(exact_head, x, sigma_min)
     assert error < 0.02 * entropy
     assert -4 * error < mean - entropy < 4 * error + (0.1 if sigma_min > 0.5 else 0.0)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2)])
+def test_bound_of_the_exact_group_posterior_is_the_entropy(sizes):
+    """One token of 4 bits. A group of all bits needs nothing but the prior: that is the dial's end."""
+    drawn = torch.multinomial(P, 8000, replacement=True, generator=torch.Generator().manual_seed(1))
+    x = CODES[drawn].view(100, 80, 1, 4)
+    posterior = GroupPosterior(BitGroups(sizes), matched=True)
+
+    def head(z, log_sigma):
+        if len(sizes) == 1:
+            return P.log().expand(*z.shape[:-1], 16)
+        joint = (P.log() + z @ CODES.T / log_sigma.exp()[..., None] ** 2).unflatten(-1, (4, 4))  # [.., first, second]
+        own = posterior.evidence(z, log_sigma.exp()[..., None])
+        return torch.cat((joint.logsumexp(-1) - own[..., 0, :], joint.logsumexp(-2) - own[..., 1, :]), -1)
+
+    entropy = float(-(P * P.log()).sum())
+    mean, error = bound(head, x, block_size=1, posterior=posterior)
+    assert error < 0.02 * entropy and abs(mean - entropy) < 4 * error
+    apart, _ = bound(lambda z, _: torch.zeros(*z.shape[:-1], posterior.outputs), x, block_size=1, posterior=posterior)
+    assert apart == pytest.approx(4 * math.log(2), abs=0.1) and apart > entropy + 0.1
 
 
 @pytest.mark.parametrize("sigma_min", [0.1, 0.7, 2.0])
@@ -65,24 +91,46 @@ def grid(steps):
 def sample(head, sequence, sampler="ode", steps=48, block=5):
     """Final log-odds [2, b, 2] of one block."""
     blocks = torch.full((len(sequence), 1), block)
-    eps = hf.gaussian(9, hf.SAMPLING, sequence, blocks, 1, 2, 2)[:, 0].permute(2, 0, 1, 3)  # [2, b, 1, 2]
+
+    def noise(i):
+        return hf.gaussian(9, hf.SAMPLING, sequence, blocks, 1, 2, 2, i)[:, 0].permute(2, 0, 1, 3)  # [2, b, 1, 2]
 
     def logits(z, log_sigma):
-        return hf.posterior_logits(head(z, log_sigma.expand(1, len(sequence), 1)), z, log_sigma.exp())
+        residual = head(z, log_sigma.expand(1, len(sequence), 1))
+        return residual + (2 * z / log_sigma.exp() ** 2).clamp(-CLIP, CLIP)
 
-    return hf.SAMPLERS[sampler](logits, eps, grid(steps)).squeeze(2)
+    levels = grid(steps)
+    z = hf.SAMPLERS[sampler](lambda z, log_sigma: torch.tanh(0.5 * logits(z, log_sigma)), noise, levels)
+    return logits(z, levels[-1]).squeeze(2)
 
 
-@pytest.mark.parametrize("sampler", hf.SAMPLERS)
-def test_samples_follow_the_distribution(sampler):
-    n = 6000
-    bits = sample(exact_head, torch.arange(n), sampler) > 0  # [2, n, 2]
-    values = (bits.permute(1, 0, 2).reshape(n, 4) * torch.tensor([8, 4, 2, 1])).sum(-1)
-    frequency = torch.bincount(values, minlength=16) / n
-    assert (frequency - P).abs().sum() / 2 < 0.04
+def frequencies(bits):
+    """bool [2, n, 2] to counts of the 16 blocks."""
+    values = (bits.permute(1, 0, 2).reshape(-1, 4) * torch.tensor([8, 4, 2, 1])).sum(-1)
+    return torch.bincount(values, minlength=16)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ode", 160), ("heun", 100), ("dpm", 60), ("em", 160), ("churn", 160)])
+def test_samples_pass_a_chi_square_test(sampler, steps):
+    """At the 0.1 % level (13 degrees of freedom: 34.5; rare values together), with steps enough for the sampler's order.
+
+    Bits drawn apart are far from passing.
+    """
+    n, limit = 3000, 34.5
+
+    def chi_square(counts):
+        seen, expected = (torch.cat((v[n * P >= 8], v[n * P < 8].sum(0, keepdim=True))) for v in (counts, n * P))
+        assert len(expected) == 14
+        return float(((seen - expected) ** 2 / expected).sum())
+
+    assert chi_square(frequencies(sample(exact_head, torch.arange(n), sampler, steps) > 0)) < limit
     independent = torch.stack([(P * (CODES[:, j] > 0)).sum() for j in range(4)])
     product = torch.where(CODES > 0, independent, 1 - independent).prod(-1)
-    assert (product - P).abs().sum() / 2 > 0.1, "the toy distribution has to need the joint posterior"
+    assert chi_square(n * product) > 10 * limit, "the toy has to need the joint posterior"
+
+
+def test_every_sampler_is_tested():
+    assert set(hf.SAMPLERS) == {"ode", "heun", "dpm", "em", "churn"}
 
 
 def test_a_sample_depends_on_its_sequence_and_block_alone():

@@ -10,6 +10,7 @@ from mbit_kernels.matched_filter import CLIP, cross_entropy, edm_weight, posteri
 from megatron_bit.config import DiffusionConfig
 from megatron_bit.diffusion.loss import denoising_loss
 from megatron_bit.diffusion.noise import TRAIN, NoiseDistribution, gaussian, stratified_levels
+from megatron_bit.diffusion.posterior import BitPosterior
 
 DISTRIBUTION = NoiseDistribution.from_config(DiffusionConfig())
 
@@ -20,6 +21,10 @@ def draw(x, noise_samples=16):
     log_sigma = DISTRIBUTION.log_sigma(stratified_levels(3, TRAIN, sample, 0, blocks, noise_samples))
     eps = gaussian(3, TRAIN, sample, 0, blocks, noise_samples, 1, x.shape[-1])
     return x + log_sigma.exp()[..., None] * eps, log_sigma
+
+
+def loss_terms(residual, z, x, log_sigma, distribution, kind):
+    return denoising_loss(BitPosterior(x.shape[-1], True), residual, z, x, log_sigma, distribution, kind)
 
 
 def estimate(bound):
@@ -33,7 +38,7 @@ def test_independent_uniform_bits_cost_ln2_each(kind):
     bits = 3
     x = torch.randint(0, 2, (6000, 1, 1, bits), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     z, log_sigma = draw(x)
-    mean, error = estimate(denoising_loss(torch.zeros_like(z), z, x, log_sigma, DISTRIBUTION, kind).bound)
+    mean, error = estimate(loss_terms(torch.zeros_like(z), z, x, log_sigma, DISTRIBUTION, kind).bound)
     assert error < 0.01 * bits * math.log(2)
     assert abs(mean - bits * math.log(2)) < 4 * error
 
@@ -51,10 +56,10 @@ def test_correlated_bits_cost_their_entropy():
     plus = torch.stack([joint[..., codes[:, j] > 0].logsumexp(-1) for j in range(4)], -1)
     minus = torch.stack([joint[..., codes[:, j] < 0].logsumexp(-1) for j in range(4)], -1)
     residual = (plus - minus - (2 * z / sigma**2).clamp(-CLIP, CLIP)).float()
-    mean, error = estimate(denoising_loss(residual, z, x, log_sigma, DISTRIBUTION, "mse").bound)
+    mean, error = estimate(loss_terms(residual, z, x, log_sigma, DISTRIBUTION, "mse").bound)
     assert error < 0.02 * entropy < 0.02 * 4 * math.log(2)
     assert abs(mean - entropy) < 4 * error
-    unaware, _ = estimate(denoising_loss(torch.zeros_like(z), z, x, log_sigma, DISTRIBUTION, "mse").bound)
+    unaware, _ = estimate(loss_terms(torch.zeros_like(z), z, x, log_sigma, DISTRIBUTION, "mse").bound)
     assert unaware > entropy + 0.1
 
 
@@ -102,7 +107,7 @@ def test_denoising_loss_and_its_gradient_in_float64(kind):
     log_sigma = torch.randn(5, 2, 3, generator=generator) * 0.5
     z = x + log_sigma.exp()[..., None] * torch.randn(5, 2, 3, 7, generator=generator)
     residual = torch.randn(5, 2, 3, 7, generator=generator).requires_grad_()
-    terms = denoising_loss(residual, z, x, log_sigma, DISTRIBUTION, kind)
+    terms = loss_terms(residual, z, x, log_sigma, DISTRIBUTION, kind)
     assert terms.loss.shape == terms.bound.shape == (5, 2, 3) and not terms.bound.requires_grad
     terms.loss.sum().backward()
 

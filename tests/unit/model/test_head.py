@@ -78,4 +78,4 @@ def test_starts_with_a_gradient_at_the_output_only(make_config, make_model):
     tokens = torch.randint(0, 1999, (2, 15), generator=torch.Generator().manual_seed(3))
     model(TokenBatch(tokens, torch.arange(2))).loss.backward()
     moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moving == {"head.output.weight"}
+    assert moving == {"head.output.weight", "head.prior.weight", "head.prior_last.weight"}

@@ -1,0 +1,101 @@
+"""The chain head: a block's tokens one after another, and a token's groups of bits one after another.
+
+Give every group of bits its own noise level, and let the levels fall one after another instead of all together. When
+they no longer overlap, each group is drawn in one step from its posterior given what is clean already, which is exact
+for a group (diffusion/bit_groups.py); no noise is left, and the likelihood is exact by the chain rule. What stays of
+the method: the backbone runs once for K tokens, and nothing has the size of the vocabulary.
+
+All stages are trained at once. Stage i of a token decides its group i and sees the groups before it; the head's
+attention is causal over the tokens of the block, and each token brings the embedding of the one before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_bit.config import Config
+from megatron_bit.diffusion.bit_groups import BitGroups
+from megatron_bit.model.bitlm import BitInput
+from megatron_bit.model.chunk import BoundOutput, LossOutput, TokenBatch
+from megatron_bit.model.codec import Codec
+from megatron_bit.model.head import BlockHead
+from megatron_bit.model.layers import PARTIAL, init_device, look_up, value_table
+from megatron_bit.parallel.groups import Groups
+
+
+class ChainHead(BlockHead):
+    """Cross-entropy of every token given the ones before it, group by group."""
+
+    causal = True
+
+    def __init__(self, config: Config, mcore: Any, tp_group: Any, groups: BitGroups) -> None:
+        super().__init__(config, mcore, tp_group, groups.count * groups.values)
+        w = config.model.head.hidden_size
+        self.groups = groups
+        self.previous = value_table(mcore, groups, w)  # of the token before
+        self.values = value_table(mcore, groups, w)  # of the token's own groups that are decided
+        self.stage = nn.Parameter(torch.empty(groups.count, w, dtype=mcore.params_dtype, device=init_device(mcore)))
+        setattr(self.stage, PARTIAL, mcore.sequence_parallel)
+
+    def forward(self, index: Tensor, previous: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+        """
+        Args:
+            index: int64 [s, b, G], values of the tokens' groups.
+            previous: int64 [s, b, G], those of the tokens before.
+            known: bool [s], whether there is a token before.
+            hidden: [s, b, D], the backbone's states.
+
+        Returns:
+            float32 [s, b, G], nats of every group.
+        """
+        g = self.groups
+        own = look_up(self.values, index, g)
+        before = look_up(self.previous, previous, g).sum(-2) * known[:, None, None]
+        x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
+        features = self.features(x, self.stage, hidden)  # [s, b, G, W]
+        prior = self.prior_logits(hidden)
+        logits = torch.einsum("sbgw,guw->sbgu", features, self.output.weight.unflatten(0, (g.count, g.values)))
+        if isinstance(prior, Tensor):
+            logits = logits + prior.squeeze(2).unflatten(-1, (g.count, g.values))
+        return -g.log_softmax(logits).gather(-1, index[..., None]).squeeze(-1)
+
+
+class ChainLM(BitInput):
+    """A BitLM with a chain head."""
+
+    def __init__(
+        self,
+        config: Config,
+        mcore: Any,
+        codec: Codec,
+        groups: Groups,
+        vp_stage: int | None,
+        first: bool,
+        last: bool,
+    ) -> None:
+        super().__init__(config, mcore, codec, groups, vp_stage, first, last)
+        self.head = ChainHead(config, mcore, groups.tp, self.bit_groups) if last else None
+
+    def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
+        """The exact negative log-likelihood in nats per token; loss and bound are the same."""
+        loss = self._nats(hidden, batch.tokens).mean() / self.shards
+        return LossOutput(loss, torch.stack((loss.detach(), loss.detach())))
+
+    def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
+        """The exact negative log-likelihood of every sample."""
+        per_sample = self._nats(hidden, batch.tokens).sum(0) / batch.tokens.shape[1]
+        if self.shards > 1:
+            dist.all_reduce(per_sample, group=self.tp_group)
+        return BoundOutput.of(per_sample)
+
+    def _nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """float32 [s, b]."""
+        assert self.head is not None
+        first, last = self._bounds(tokens.shape[1])
+        index = self.bit_groups.index(self.codec.encode(tokens.t()))
+        known = torch.arange(first, last, device=tokens.device) > 0
+        return self.head(index[first:last], index.roll(1, 0)[first:last], known, hidden).sum(-1)
