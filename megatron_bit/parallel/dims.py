@@ -70,7 +70,7 @@ class ParallelDims:
             "model.num_kv_heads": m.num_kv_heads,
             "model.ffn_hidden_size": m.ffn_hidden_size,
         }
-        if m.head.kind == "diffusion":
+        if m.head.kind != "softmax":
             divided |= {"model.head.num_heads": m.head.num_heads, "model.head.ffn_hidden_size": m.head.ffn_hidden_size}
         for key, value in divided.items():
             if value % p.tp:
