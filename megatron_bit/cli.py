@@ -13,7 +13,7 @@ from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, ch
 from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import bench_prepare, inspect, prepare, verify
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
-from megatron_bit.commands.training import bench_step, config, demo, doctor, train
+from megatron_bit.commands.training import bench_quality, bench_step, config, demo, doctor, train
 from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, Stopped, UserError
 
 
@@ -54,7 +54,7 @@ GROUPS = {
         "diff": checkpoint_diff,
         "rm": checkpoint_rm,
     },
-    "bench": {"step": bench_step, "generate": bench_generate, "prepare": bench_prepare},
+    "bench": {"step": bench_step, "quality": bench_quality, "generate": bench_generate, "prepare": bench_prepare},
 }
 
 

@@ -244,6 +244,8 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     every: int = Field(default=0, ge=0)
     """Steps between validations of the likelihood bound; 0 is never."""
+    initial: bool = True
+    """Also validate before the first step."""
     samples: int = Field(default=32, ge=1)
     """Validation samples; at most what the validation split holds."""
     noise_samples: int = Field(default=16, ge=2, le=4096)

@@ -19,7 +19,7 @@ from megatron_bit.trainer import Callback, Trainer
 
 
 class EvaluateCallback(Callback):
-    """Before the first step, every `evaluate.every` steps, and at the last step of the run."""
+    """Before the first step (`evaluate.initial`), every `evaluate.every` steps, and at the last step of the run."""
 
     def start(self, trainer: Trainer) -> None:
         self._stream: BatchStream | None = None
@@ -49,7 +49,7 @@ class EvaluateCallback(Callback):
                 f"train.micro_batch_size x data-parallel size = {unit}; prepare more data, or set evaluate.every=0"
             )
         self._stream = stream
-        if trainer.state.step == 0:
+        if trainer.state.step == 0 and config.evaluate.initial:
             self._report(trainer)
 
     def after_step(self, trainer: Trainer) -> None:

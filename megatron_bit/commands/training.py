@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -108,6 +108,43 @@ def bench_step(
     from megatron_bit.bench import step
 
     return step.main(bitlm_configuration(args, preset), steps, repeats, json)
+
+
+def bench_quality(
+    args: Annotated[Args, tyro.conf.arg(metavar="[key=value ...]")] = (),
+    *,
+    budget: Literal["small", "gpu"] = "small",
+    data: Path | None = None,
+    out: Path = Path("quality"),
+    steps: int | None = None,
+    seeds: int = 1,
+    jobs: int | None = None,
+    only: tuple[str, ...] = (),
+    json: bool = False,
+) -> int:
+    """Train a ladder of small models that differ in one switch each, and compare them with the softmax peer.
+
+    All see the same data in the same order, and have the same number of parameters outside of tables. Writes
+    OUT/quality.md and OUT/quality.json; interrupted, the same command goes on with the runs that have not finished.
+
+    Args:
+        args: key=value pairs that hold for every rung.
+        budget: small is for two CPU cores, gpu for one GPU.
+        data: a data folder; without it Python's standard library is prepared (gpu: give your own).
+        out: folder for runs and tables.
+        steps: training steps of a rung; default 500 (small) or 3000 (gpu).
+        seeds: seeds of the headline rungs; the others run once.
+        jobs: runs at a time; default the number of cores (small), or 1.
+        only: rungs whose name contains one of these.
+        json: print JSON.
+    """
+    from megatron_bit.bench import quality
+
+    for option, value in (("--steps", steps), ("--seeds", seeds), ("--jobs", jobs)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value} has to be at least 1")
+    jobs = jobs or (os.cpu_count() or 1 if budget == "small" else 1)
+    return quality.main(budget, out, data, steps, seeds, jobs, only, args, json)
 
 
 def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:

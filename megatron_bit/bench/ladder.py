@@ -1,0 +1,107 @@
+"""The rungs of `bench quality`: which settings are compared, and how their sizes are made equal."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_bit.config import Config
+from megatron_bit.errors import UserError
+from megatron_bit.plan import parameter_counts, table_parameters
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One configuration; `headline` rungs run with every seed, and of `text` ones a sample is shown."""
+
+    name: str
+    overrides: tuple[str, ...]
+    headline: bool = False
+    text: bool = False
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+def ladder(bits: int) -> list[Rung]:
+    """All rungs, for tokens of so many bits."""
+    binary, semantic = ("model.code=binary",), ("model.code=semantic",)
+    most = min(bits, 10)
+
+    def joint(k: int, g: int, *more: str) -> tuple[str, ...]:
+        return ("model.head.kind=diffusion", f"model.block_size={k}", f"model.group_bits={g}", *more)
+
+    def chain(k: int, g: int, *more: str) -> tuple[str, ...]:
+        return ("model.head.kind=chain", f"model.block_size={k}", f"model.group_bits={g}", *more)
+
+    layers = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", "model.num_layers=6")
+    rungs = [Rung("AR softmax", layers, headline=True)]
+    for k in (1, 2, 4, 8):
+        rungs += [
+            Rung(f"diffusion K={k} g=1 binary", joint(k, 1, *binary), text=k == 4),
+            Rung(f"diffusion K={k} g=1 semantic", joint(k, 1, *semantic), headline=k == 4),
+        ]
+    rungs += [
+        Rung("diffusion K=4 g=1 semantic, direct", joint(4, 1, *semantic, "diffusion.parameterization=direct")),
+        Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce")),
+        Rung("diffusion K=4 g=1 semantic, no prior", joint(4, 1, *semantic, "model.head.prior=false")),
+    ]
+    for g in (4, 8):
+        rungs += [
+            Rung(f"diffusion K=4 g={g} semantic, no prior", joint(4, g, *semantic, "model.head.prior=false")),
+            Rung(f"diffusion K=4 g={g} semantic", joint(4, g, *semantic), headline=g == 8, text=g == 8),
+        ]
+    eight = joint(4, 8, *semantic)
+    rungs += [
+        Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic)),
+        Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
+        Rung("diffusion K=4 g=8 semantic, 1 noise sample", (*eight, "diffusion.noise_samples=1")),
+        Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),
+    ]
+    rungs += [Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), k in (1, 4), k == 4) for k in (1, 2, 4, 8)]
+    four = chain(4, 8, *semantic)
+    rungs += [
+        Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
+        Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random")),
+        Rung("chain K=4 g=1 semantic", chain(4, 1, *semantic)),
+        Rung("chain K=4 g=4 semantic", chain(4, 4, *semantic)),
+        Rung("chain K=4 g=8 semantic, block-causal", (*four, "model.attention=block_causal")),
+        Rung("chain K=4 g=8 semantic, no prior", (*four, "model.head.prior=false")),
+        Rung("chain K=4 g=8 semantic, head of 1 layer", (*four, "model.head.num_layers=1")),
+        Rung("chain K=4 g=8 semantic, head of 2 layers", (*four, "model.head.num_layers=2")),
+        Rung("chain K=4 g=8 semantic, head of 4 layers", (*four, "model.head.num_layers=4")),
+    ]
+    if most > 8:
+        rungs += [
+            Rung(f"chain K=1 g={most}", chain(1, most, *binary)),
+            Rung(f"chain K=4 g={most}", chain(4, most, *binary), text=True),
+        ]
+    return rungs
+
+
+def fit_width(config: Config, target: Config) -> Config:
+    """The configuration with that width of the backbone's SwiGLU which comes closest to the target's parameters.
+
+    Tables are left out on both sides: rows for tokens or values of groups, and the projections onto them. The width
+    is a multiple of 8.
+
+    Raises:
+        UserError: no width comes within 2 %.
+    """
+    wanted, best = _rest(target), None
+    for width in range(8, 64 * config.model.hidden_size, 8):
+        model = config.model.model_copy(update={"ffn_hidden_size": width})
+        candidate = config.model_copy(update={"model": model})
+        if best is None or abs(_rest(candidate) - wanted) < abs(_rest(best) - wanted):
+            best = candidate
+    assert best is not None
+    if abs(_rest(best) - wanted) > 0.02 * wanted:
+        raise UserError(
+            f"no width of the backbone gives {wanted:,} parameters outside of tables; nearest {_rest(best):,}"
+        )
+    return best
+
+
+def _rest(config: Config) -> int:
+    return sum(parameter_counts(config).values()) - table_parameters(config)

@@ -1,0 +1,222 @@
+"""`megatron-bit bench quality`: one switch at a time, what each is worth in nats per token against the softmax peer.
+
+All rungs see the same data in the same order from the same seeds, have the same number of parameters outside of
+tables (the width of the backbone's SwiGLU is fitted), and train on the same number of tokens by `megatron-bit train`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.bench.ladder import Rung, fit_width, ladder
+from megatron_bit.config import Config, load_config
+from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.errors import UserError
+from megatron_bit.files import write_atomic
+from megatron_bit.parallel.split import train_flops
+from megatron_bit.plan import parameter_counts, table_parameters
+
+SIZES: dict[str, tuple[str, ...]] = {
+    "small": (
+        "model.hidden_size=96", "model.num_heads=4", "model.num_kv_heads=4", "model.num_layers=3",
+        "model.ffn_hidden_size=256", "model.init_std=0.04", "model.head.num_layers=3", "model.head.hidden_size=96",
+        "model.head.num_heads=4", "model.head.ffn_hidden_size=256", "data.seq_length=256",
+        "train.global_batch_size=4", "train.micro_batch_size=4", "train.precision=fp32", "optim.lr=3.0e-3",
+        "optim.warmup_steps=50", "evaluate.samples=128", "evaluate.noise_samples=16",
+    ),
+    "gpu": (
+        "model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=8", "model.num_layers=8",
+        "model.ffn_hidden_size=1408", "model.init_std=0.02", "model.head.num_layers=3", "model.head.hidden_size=512",
+        "model.head.num_heads=8", "model.head.ffn_hidden_size=1408", "data.seq_length=1024",
+        "train.global_batch_size=64", "train.micro_batch_size=32", "train.precision=bf16", "optim.lr=6.0e-4",
+        "optim.warmup_steps=200", "evaluate.samples=512", "evaluate.noise_samples=32",
+    ),
+}  # fmt: skip
+STEPS = {"small": 500, "gpu": 3000}
+VOCABULARY = {"small": 1024, "gpu": 32768}  # of the data that is prepared if none is given
+PROMPTS = ("The ",)
+
+
+@dataclass
+class Result:
+    """What one run of a rung gave; `nats` and `standard_error` per token on held-out text."""
+
+    rung: Rung
+    seed: int
+    nats: float
+    standard_error: float
+    seconds: float
+    flops: float  # of training, a token
+    parameters: dict[str, int]
+    text: str = ""
+    settings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("seed", "nats", "standard_error", "seconds", "flops", "parameters", "text", "settings")
+        return {"rung": self.rung.name, **{key: getattr(self, key) for key in keys}}
+
+
+def main(
+    budget: str,
+    out: Path,
+    data: Path | None,
+    steps: int | None,
+    seeds: int,
+    jobs: int,
+    only: Sequence[str],
+    extra: Sequence[str],
+    as_json: bool,
+) -> int:
+    """Train what is not there yet, and write OUT/quality.md and OUT/quality.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = data if data is not None else _own_data(out, VOCABULARY[budget])
+    manifest = load_manifest(folder, check_files=False)
+    bits = max(1, (manifest.vocab_size - 1).bit_length())
+    _learn_code(folder, bits)
+    common = (*SIZES[budget], f"data.path={folder}", f"model.bits={bits}", f"train.steps={steps or STEPS[budget]}")
+    common = (*common, *extra)
+    rungs = [rung for rung in ladder(bits) if not only or any(part in rung.name for part in only)]
+    if not rungs:
+        raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in ladder(bits))}")
+    work = [(rung, seed) for seed in range(seeds) for rung in rungs if seed == 0 or rung.headline]
+    begin = time.monotonic()
+    results: list[Result] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_run, rung, seed, common, manifest, out, jobs) for rung, seed in work]
+        try:
+            for future in futures:
+                result = future.result()
+                results.append(result)
+                left = (time.monotonic() - begin) / len(results) * (len(work) - len(results))
+                print(
+                    f"{len(results)}/{len(work)}  {result.rung.name}, seed {result.seed}: {result.nats:.3f} +- "
+                    f"{result.standard_error:.3f} nats/token, {result.seconds:.0f} s; ETA {left / 60:.0f} min",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    report = {
+        "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time",
+        "minutes": round((time.monotonic() - begin) / 60, 1),
+        "tokens": load_config(overrides=common).train.steps * _batch_tokens(common),
+        "vocabulary": manifest.vocab_size,
+        "results": [result.to_json() for result in results],
+    }
+    write_atomic(out / "quality.json", json.dumps(report, indent=1).encode())
+    table = render(report, results)
+    write_atomic(out / "quality.md", table.encode())
+    print(json.dumps(report, indent=1) if as_json else table)
+    return 0
+
+
+def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The table as Markdown; several seeds of a rung are a mean and the range."""
+    by_rung: dict[str, list[Result]] = {}
+    for result in results:
+        by_rung.setdefault(result.rung.name, []).append(result)
+    peer = by_rung.get("AR softmax")
+    base = statistics.mean(r.nats for r in peer) if peer else None
+    lines = [
+        f"`{report['command']}`: {report['tokens']:,} tokens a run, vocabulary {report['vocabulary']:,}; "
+        f"{report['machine']}, {report['minutes']} minutes.",
+        "",
+        "| rung | nats/token | +- s.e. | seeds | minus AR | parameters without tables | tables | MFLOP/token | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in by_rung.items():
+        nats = [r.nats for r in runs]
+        mean = statistics.mean(nats)
+        spread = f"{len(runs)} ({min(nats):.3f}-{max(nats):.3f})" if len(runs) > 1 else "1"
+        gap = f"{mean - base:+.3f}" if base is not None and name != "AR softmax" else ""
+        first = runs[0]
+        lines.append(
+            f"| {name} | {mean:.3f} | {first.standard_error:.3f} | {spread} | {gap} | {first.parameters['rest']:,} | "
+            f"{first.parameters['tables']:,} | {first.flops / 1e6:.1f} | "
+            f"{statistics.mean(r.seconds for r in runs):.0f} |"
+        )
+    lines += ["", "Texts, after `The `:", ""]
+    lines += [f"- {runs[0].rung.name}: {' '.join(runs[0].text.split())}" for runs in by_rung.values() if runs[0].text]
+    return "\n".join(lines) + "\n"
+
+
+def _run(rung: Rung, seed: int, common: Sequence[str], manifest: Manifest, out: Path, jobs: int) -> Result:
+    """Train a rung unless it has finished already, and read what it left."""
+    settings = [*common, *rung.overrides, f"train.seed={1234 + seed}"]
+    target = load_config(overrides=[*common, *ladder_base(common)]).with_vocab_size(manifest.vocab_size)
+    config = fit_width(load_config(overrides=settings).with_vocab_size(manifest.vocab_size), target)
+    settings += [f"model.ffn_hidden_size={config.model.ffn_hidden_size}"]
+    run = out / "runs" / f"{rung.slug}-{seed}"
+    arguments = [
+        *settings, f"run={run}", "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false",
+        f"evaluate.every={config.train.steps}", "evaluate.initial=false", f"checkpoint.every={config.train.steps}", "checkpoint.keep=1",
+    ]  # fmt: skip
+    if not (run / "FINISHED").exists():
+        _megatron_bit(["train", "--preset", "laptop", *arguments], run, jobs)
+    last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return Result(
+        rung, seed, last["nats_per_token_bound"], last["standard_error"], sum(r["seconds"] for r in log),
+        train_flops(config), _parameters(config), _text(run, jobs) if rung.text and seed == 0 else "", settings,
+    )  # fmt: skip
+
+
+def ladder_base(common: Sequence[str]) -> tuple[str, ...]:
+    """The rung whose parameters all others match."""
+    return ("model.head.kind=chain", "model.group_bits=8", "model.block_size=4")
+
+
+def _parameters(config: Config) -> dict[str, int]:
+    total = sum(parameter_counts(config).values())
+    return {"rest": total - table_parameters(config), "tables": table_parameters(config)}
+
+
+def _text(run: Path, jobs: int) -> str:
+    arguments = ["generate", str(run), "--prompt", *PROMPTS, "--max-tokens", "40", "--json"]
+    return str(json.loads(_megatron_bit(arguments, run, jobs).splitlines()[-1])["text"])
+
+
+def _megatron_bit(arguments: Sequence[str], run: Path, jobs: int) -> str:
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_bit", *arguments],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        tail = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise UserError(f"bench quality: {run.name} ended with {done.returncode}: {' '.join(tail)}")
+    return done.stdout
+
+
+def _own_data(out: Path, vocab_size: int) -> Path:
+    """Python's standard library as data, if none is given."""
+    from mbit_data.prepare import PrepareOptions, prepare
+
+    folder = out / "data"
+    prepare(PrepareOptions(inputs=("stdlib",), out=folder, vocab_size=vocab_size), progress=False)
+    return folder
+
+
+def _learn_code(folder: Path, bits: int) -> None:
+    from mbit_data.codes import CodeOptions, learn
+
+    if not (folder / "codes" / f"semantic-{bits}.safetensors").exists():
+        learn(folder, CodeOptions(bits=bits), None, False, progress=True)
+
+
+def _batch_tokens(common: Sequence[str]) -> int:
+    config = load_config(overrides=common)
+    return config.train.global_batch_size * config.data.seq_length
