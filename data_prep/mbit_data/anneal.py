@@ -72,7 +72,7 @@ class _Search:
         self.count = torch.from_numpy(pairs.count[order]).float()[:, None]
         self.seen, starts = np.unique(pairs.following[order], return_index=True)
         self.starts = np.append(starts, len(order))
-        self.masks = int(np.clip((1 << 22) // size, 16, 64))
+        self.masks = int(np.clip((1 << 22) // size, 16, 128))
 
     def by_frequency(self) -> np.ndarray:
         """Where the search begins: the rank of the token's frequency."""

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bit.config import ModelConfig
 from megatron_bit.data.manifest import Manifest, Shard
 from megatron_bit.data.stream import read_shard
 from megatron_bit.errors import UserError
 
-MAX_PAIRS = 30_000_000  # distinct pairs kept: 16 bytes each, and twice that while a shard is added
+MAX_PAIRS = 30_000_000  # distinct pairs kept: 3 GB with all that counting and search add to them
 DISCOUNT = 0.75  # taken from every count and given to the unigram distribution (Ney et al. 1994)
 
 
@@ -126,8 +127,6 @@ class BitCost:
         return {group: self.apart(table, group) for group in groups}
 
 
-def group_sizes(bits: int, group: int) -> list[int]:
-    """As few groups of at most `group` bits as do, as even as they can be, larger ones first (as model.group_bits)."""
-    count = -(-bits // group)
-    size, larger = divmod(bits, count)
-    return [size + 1] * larger + [size] * (count - larger)
+def group_sizes(bits: int, group: int) -> tuple[int, ...]:
+    """Bits of each group, as `model.group_bits` cuts a token."""
+    return ModelConfig(bits=bits, group_bits=min(group, bits)).group_sizes

@@ -27,7 +27,7 @@ def codes(
 ) -> int:
     """Learn a code from a data folder's text, for training with `model.code=semantic`: tokens that follow the same
     tokens get bits in common, so that deciding the bits apart loses less. No network is trained; it takes about a
-    minute for 4,096 tokens on one core.
+    minute on one core for a vocabulary of 4,096, two for 32,000.
 
     It is written to DATA/codes/semantic-BITS.safetensors, where `train` looks for it. The same data and options give
     the same file; run again, there is nothing to do. Another code at the same place is kept unless --force is given,
@@ -41,7 +41,7 @@ def codes(
         files: with --compare, more learned codes to measure.
         bits: of a token, as model.bits; default the fewest that hold the vocabulary.
         tokens: of training text to count, from shards spread evenly.
-        sweeps: of the search; more is slower and better. Default 1000 for small vocabularies, down to 150.
+        sweeps: of the search; more is slower and better. Default 1000 for small vocabularies, down to 300.
         seed: another one finds another code, about as good.
         out: another file to write.
         compare: measure codes instead.

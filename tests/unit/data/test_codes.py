@@ -128,7 +128,7 @@ def test_cost_against_brute_force() -> None:
         assert cost.token == pytest.approx(token / held.total)
         assert cost.apart(table, group) == pytest.approx((apart - token) / held.total, abs=1e-9)
     assert cost.apart(table, bits) == pytest.approx(0, abs=1e-9)
-    assert [group_sizes(12, 8), group_sizes(15, 8), group_sizes(10, 4)] == [[6, 6], [8, 7], [4, 3, 3]]
+    assert [group_sizes(12, 8), group_sizes(15, 8), group_sizes(10, 4)] == [(6, 6), (8, 7), (4, 3, 3)]
 
 
 def test_counting_many_shards_and_too_many_pairs(
