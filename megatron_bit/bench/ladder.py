@@ -9,6 +9,9 @@ from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.plan import parameter_counts, table_parameters
 
+# the rung whose parameters all others match
+REFERENCE = ("model.head.kind=chain", "model.group_bits=8", "model.block_size=4")
+
 
 @dataclass(frozen=True)
 class Rung:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.bench.ladder import Rung, fit_width, ladder
+from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder
 from megatron_bit.config import Config, load_config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import UserError
@@ -84,12 +84,13 @@ def main(
     folder = data if data is not None else _own_data(out, VOCABULARY[budget])
     manifest = load_manifest(folder, check_files=False)
     bits = max(1, (manifest.vocab_size - 1).bit_length())
-    _learn_code(folder, bits)
     common = (*SIZES[budget], f"data.path={folder}", f"model.bits={bits}", f"train.steps={steps or STEPS[budget]}")
     common = (*common, *extra)
     rungs = [rung for rung in ladder(bits) if not only or any(part in rung.name for part in only)]
     if not rungs:
         raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in ladder(bits))}")
+    if any("model.code=semantic" in rung.overrides for rung in rungs):
+        _learn_code(folder, bits)
     work = [(rung, seed) for seed in range(seeds) for rung in rungs if seed == 0 or rung.headline]
     begin = time.monotonic()
     results: list[Result] = []
@@ -156,13 +157,13 @@ def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
 def _run(rung: Rung, seed: int, common: Sequence[str], manifest: Manifest, out: Path, jobs: int) -> Result:
     """Train a rung unless it has finished already, and read what it left."""
     settings = [*common, *rung.overrides, f"train.seed={1234 + seed}"]
-    target = load_config(overrides=[*common, *ladder_base(common)]).with_vocab_size(manifest.vocab_size)
+    target = load_config(overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
     config = fit_width(load_config(overrides=settings).with_vocab_size(manifest.vocab_size), target)
     settings += [f"model.ffn_hidden_size={config.model.ffn_hidden_size}"]
     run = out / "runs" / f"{rung.slug}-{seed}"
     arguments = [
-        *settings, f"run={run}", "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false",
-        f"evaluate.every={config.train.steps}", "evaluate.initial=false", f"checkpoint.every={config.train.steps}", "checkpoint.keep=1",
+        *settings, f"run={run}", "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false", "evaluate.initial=false",
+        f"evaluate.every={config.train.steps}", f"checkpoint.every={config.train.steps}", "checkpoint.keep=1",
     ]  # fmt: skip
     if not (run / "FINISHED").exists():
         _megatron_bit(["train", "--preset", "laptop", *arguments], run, jobs)
@@ -172,11 +173,6 @@ def _run(rung: Rung, seed: int, common: Sequence[str], manifest: Manifest, out: 
         rung, seed, last["nats_per_token_bound"], last["standard_error"], sum(r["seconds"] for r in log),
         train_flops(config), _parameters(config), _text(run, jobs) if rung.text and seed == 0 else "", settings,
     )  # fmt: skip
-
-
-def ladder_base(common: Sequence[str]) -> tuple[str, ...]:
-    """The rung whose parameters all others match."""
-    return ("model.head.kind=chain", "model.group_bits=8", "model.block_size=4")
 
 
 def _parameters(config: Config) -> dict[str, int]:

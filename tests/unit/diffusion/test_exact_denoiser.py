@@ -112,7 +112,7 @@ def frequencies(bits):
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ode", 160), ("heun", 100), ("dpm", 60), ("em", 160), ("churn", 160)])
 def test_samples_pass_a_chi_square_test(sampler, steps):
-    """At the 0.1 % level (13 degrees of freedom: 34.5; rare values together), with steps enough for the sampler's order.
+    """At the 0.1 % level (13 degrees of freedom: 34.5; rare values together), with steps enough for each.
 
     Bits drawn apart are far from passing.
     """

@@ -1,0 +1,86 @@
+"""The ladder of `bench quality`: equal sizes, distinct rungs, and a table from runs that are there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder
+from megatron_bit.bench.quality import SIZES, Result, main, render
+from megatron_bit.config import load_config
+from megatron_bit.errors import UserError
+from megatron_bit.plan import parameter_counts, table_parameters
+
+
+@pytest.mark.parametrize("budget", SIZES)
+@pytest.mark.parametrize("bits", [10, 15])
+def test_every_rung_has_the_same_parameters_without_tables(budget, bits):
+    common = [*SIZES[budget], f"model.bits={bits}", f"model.vocab_size={2**bits}"]
+    target = load_config(preset="laptop", overrides=[*common, *REFERENCE])
+
+    def rest(config):
+        return sum(parameter_counts(config).values()) - table_parameters(config)
+
+    seen = set()
+    for rung in ladder(bits):
+        config = fit_width(load_config(preset="laptop", overrides=[*common, *rung.overrides]), target)
+        assert rest(config) == pytest.approx(rest(target), rel=0.02), rung.name
+        assert rung.slug not in seen
+        seen.add(rung.slug)
+    assert {"ar-softmax", "chain-k-4-g-8-semantic", "diffusion-k-4-g-1-binary"} <= seen
+
+
+def test_rungs_differ_in_what_their_names_say():
+    by_name = {rung.name: dict(item.split("=") for item in rung.overrides) for rung in ladder(10)}
+    for name, settings in by_name.items():
+        words = name.replace(",", "").split()
+        kind = {"AR": "softmax"}.get(words[0], words[0])
+        assert settings["model.head.kind"] == kind
+        for word in words:
+            if word.startswith("K="):
+                assert settings["model.block_size"] == word[2:]
+            if word.startswith("g="):
+                assert settings["model.group_bits"] == word[2:]
+            if word in ("binary", "semantic", "random"):
+                assert settings["model.code"] == word
+    assert len({tuple(sorted(settings.items())) for settings in by_name.values()}) == len(by_name)
+
+
+def test_a_size_that_cannot_be_reached_is_said():
+    small = load_config(preset="laptop", overrides=["model.vocab_size=512"])
+    with pytest.raises(UserError, match="no width of the backbone gives"):
+        fit_width(small, load_config(preset="125m", overrides=["model.vocab_size=512"]))
+
+
+def test_table_holds_mean_range_and_distance():
+    rungs = {rung.name: rung for rung in ladder(10)}
+
+    def result(name, seed, nats):
+        return Result(
+            rungs[name], seed, nats, 0.01, 60.0, 5e6, {"rest": 7, "tables": 3}, "one\n two" if seed == 0 else ""
+        )
+
+    chain = "chain K=4 g=8 semantic"
+    results = [result("AR softmax", 0, 4.0), result("AR softmax", 1, 4.2), result(chain, 0, 4.5)]
+    about = {"command": "x", "machine": "y", "minutes": 1, "tokens": 10, "vocabulary": 4}
+    table = render(about, results)
+    assert "| AR softmax | 4.100 | 0.010 | 2 (4.000-4.200) |  | 7 | 3 | 5.0 | 60 |" in table
+    assert f"| {chain} | 4.500 | 0.010 | 1 | +0.400 |" in table
+    assert f"- {chain}: one two" in table
+
+
+def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Two rungs through the real command; the second start finds them finished."""
+    extra = ["evaluate.samples=8", "data.seq_length=32", "model.bits=9"]
+    arguments = ("small", tmp_path / "q", tiny_data, 2, 1, 2, ["AR", "g=8 binary"], extra, True)
+    main(*arguments)
+    first = json.loads(capsys.readouterr().out)
+    assert [r["rung"] for r in first["results"]] == ["AR softmax", "chain K=4 g=8 binary"]
+    assert all(4.0 < r["nats"] < 7.0 and r["standard_error"] > 0 for r in first["results"])
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "q" / "runs").rglob("*.jsonl")}
+    main(*arguments)
+    again = json.loads(capsys.readouterr().out)
+    assert [r["nats"] for r in again["results"]] == [r["nats"] for r in first["results"]]
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "q" / "runs").rglob("*.jsonl")}
+    with pytest.raises(UserError, match="is no rung of the ladder"):
+        main("small", tmp_path / "q", tiny_data, 2, 1, 2, ["nothing"], extra, True)
