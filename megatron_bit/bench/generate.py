@@ -41,11 +41,12 @@ def main(
     rows = []
     for batch in batches:
         ids = torch.randint(0, vocab_size, (batch, prompt), device=device)
+        ways: dict[str, dict[str, Any]] = {f"BitLM, {count} steps": {"steps": count} for count in steps}
+        if config.model.head.kind == "chain":
+            ways = {"BitLM, chain": {}}
         runs: dict[str, Callable[[], Any]] = {
-            f"BitLM, {count} steps": lambda count=count, ids=ids: bitlm.generate(
-                ids, max_new_tokens=tokens, steps=count, eos_token_id=[]
-            )
-            for count in steps
+            name: lambda how=how, ids=ids: bitlm.generate(ids, max_new_tokens=tokens, eos_token_id=[], **how)
+            for name, how in ways.items()
         }
         runs["Llama"] = lambda ids=ids: llama.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
@@ -55,7 +56,8 @@ def main(
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}",
         "model": f"{config.model.num_layers} layers of {config.model.hidden_size}, K={config.model.block_size}, "
-        f"head {config.model.head.num_layers} of {config.model.head.hidden_size}, vocabulary {vocab_size}; "
+        f"{config.model.head.kind} head {config.model.head.num_layers} of {config.model.head.hidden_size}, "
+        f"{len(config.model.group_sizes)} groups of bits, vocabulary {vocab_size}; "
         f"prompt {prompt}, {tokens} new tokens",
         "parameters": {"BitLM": _count(bitlm), "Llama": _count(llama)},
         "rows": rows,

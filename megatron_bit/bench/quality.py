@@ -113,7 +113,7 @@ def main(
         "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time",
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "tokens": load_config(overrides=common).train.steps * _batch_tokens(common),
+        "tokens": load_config(preset="laptop", overrides=common).train.steps * _batch_tokens(common),
         "vocabulary": manifest.vocab_size,
         "results": [result.to_json() for result in results],
     }
@@ -157,8 +157,8 @@ def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
 def _run(rung: Rung, seed: int, common: Sequence[str], manifest: Manifest, out: Path, jobs: int) -> Result:
     """Train a rung unless it has finished already, and read what it left."""
     settings = [*common, *rung.overrides, f"train.seed={1234 + seed}"]
-    target = load_config(overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
-    config = fit_width(load_config(overrides=settings).with_vocab_size(manifest.vocab_size), target)
+    target = load_config(preset="laptop", overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
+    config = fit_width(load_config(preset="laptop", overrides=settings).with_vocab_size(manifest.vocab_size), target)
     settings += [f"model.ffn_hidden_size={config.model.ffn_hidden_size}"]
     run = out / "runs" / f"{rung.slug}-{seed}"
     arguments = [
@@ -214,5 +214,5 @@ def _learn_code(folder: Path, bits: int) -> None:
 
 
 def _batch_tokens(common: Sequence[str]) -> int:
-    config = load_config(overrides=common)
+    config = load_config(preset="laptop", overrides=common)
     return config.train.global_batch_size * config.data.seq_length

@@ -167,7 +167,7 @@ def bench_generate(
     preset: str = "laptop",
     vocab_size: int = 4096,
     batch: tuple[int, ...] = (1, 8, 64),
-    steps: tuple[int, ...] = (8, 16, 32),
+    steps: tuple[int, ...] = (),
     tokens: int = 64,
     prompt: int = 32,
     repeats: int = 5,
@@ -180,7 +180,7 @@ def bench_generate(
         preset: the model to time.
         vocab_size: of both models.
         batch: batch sizes.
-        steps: denoising steps a block to try.
+        steps: denoising steps a block to try, of a diffusion head; default 8 16 32.
         tokens: new tokens of each text.
         prompt: tokens of each prompt.
         repeats: timed runs of each, in turn.
@@ -188,9 +188,12 @@ def bench_generate(
     """
     from megatron_bit.bench import generate as job
 
-    if min(*batch, *steps, tokens, prompt, repeats) < 1 or min(steps) < 2:
+    if min(*batch, *steps, tokens, prompt, repeats) < 1 or 1 in steps:
         raise UserError("bench generate: --steps are at least 2, all other numbers at least 1")
+    config = bitlm_configuration(args, preset)
+    if steps and config.model.head.kind == "chain":
+        raise UserError("--steps mean nothing to a chain head; leave them out, or add model.head.kind=diffusion")
     return job.main(
-        bitlm_configuration(args, preset), vocab_size=vocab_size, batches=batch, steps=steps, tokens=tokens,
-        prompt=prompt, repeats=repeats, as_json=json,
+        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), tokens=tokens, prompt=prompt,
+        repeats=repeats, as_json=json,
     )  # fmt: skip

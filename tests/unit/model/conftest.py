@@ -18,7 +18,8 @@ from megatron_bit.parallel.groups import Groups
 ODD = [
     "model.bits=11", "model.num_layers=2", "model.hidden_size=36", "model.num_heads=6", "model.num_kv_heads=2",
     "model.ffn_hidden_size=39", "model.head.num_layers=2", "model.head.hidden_size=20", "model.head.num_heads=5",
-    "model.head.ffn_hidden_size=27", "diffusion.noise_samples=3", "model.norm_eps=2e-5", "train.seed=77",
+    "model.head.kind=diffusion", "model.group_bits=1", "model.head.ffn_hidden_size=27", "diffusion.noise_samples=3",
+    "model.norm_eps=2e-5", "train.seed=77",
 ]  # fmt: skip
 VOCAB_SIZE = 1999
 MakeConfig = Callable[..., Config]
