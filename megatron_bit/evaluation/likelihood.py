@@ -1,0 +1,93 @@
+"""Likelihood of the validation split, with a standard error that tells noise from text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bit.evaluation.models import Model
+from megatron_bit.evaluation.progress import Progress
+from megatron_bit.evaluation.scoring import score
+from megatron_bit.evaluation.validation import Validation
+
+SAMPLES, TOLERANCE, MAX_PASSES = 256, 0.01, 16  # where nothing is said; the tolerance in nats per token
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a diffusion head an upper bound of -ln p, of the others its value."""
+
+    nats_per_token: float  # mean over samples
+    standard_error: float  # of that mean: of text and noise together
+    text_standard_error: float  # if the bound of each sample were known exactly: another text, another mean
+    noise_standard_error: float  # of the estimate of the bound of these samples; 0 where there is no noise
+    exact: bool
+    passes: int  # estimates of every sample's bound, each with noise of its own
+    noise_samples: int  # noise levels of a block in a pass; 0 where there is no noise
+    samples: int
+    tokens: int  # of all samples
+    bits_per_byte: float
+    perplexity: float  # of a token
+
+
+def measure(
+    model: Model,
+    validation: Validation,
+    *,
+    samples: int,
+    tolerance: float,
+    max_passes: int,
+    seed: int,
+    batch_size: int,
+) -> Likelihood:
+    """Mean nats per token of the first samples of the split, each of the model's context.
+
+    The first pass has the noise of the trainer's validation if the model is a run of ours, and so its number. Then
+    come passes with noise of their own until the standard error of the noise is at most the tolerance. Every pass is
+    unbiased and all weigh the same. Samples share no noise, so the variance of a sample's values over the passes,
+    averaged over the samples, gives the noise of their mean; what is left of the variance between samples is text.
+
+    Args:
+        samples: at most; the split may have fewer.
+        tolerance: nats per token.
+        max_passes: at least 2: noise that was drawn once has no known error.
+    """
+    rows = validation.samples(samples, model.context)
+    values: list[list[float]] = []
+    while True:
+        at = len(values)
+        own = model.training.train.seed if model.training is not None and at == 0 else seed + at
+        progress = Progress("likelihood" if model.exact else f"likelihood, pass {at + 1}")
+        nats = score(model, rows, seed=own, batch_size=batch_size, progress=progress)
+        values.append([row.double().mean().item() for row in nats])
+        if model.exact:
+            break
+        if at and (at + 1 >= max_passes or standard_errors(values)[2] <= tolerance):
+            break
+    mean = float(np.mean(values))
+    total, text, noise = standard_errors(values)
+    return Likelihood(
+        nats_per_token=mean,
+        standard_error=total,
+        text_standard_error=text,
+        noise_standard_error=noise,
+        exact=model.exact,
+        passes=len(values),
+        noise_samples=0 if model.exact else model.noise_samples,
+        samples=len(rows),
+        tokens=len(rows) * model.context,
+        bits_per_byte=mean / math.log(2) / validation.bytes_per_token,
+        perplexity=math.exp(mean),
+    )
+
+
+def standard_errors(values: list[list[float]]) -> tuple[float, float, float]:
+    """(of both, of text, of noise) of the mean of values [passes][samples]; one pass is taken to have no noise."""
+    x = np.asarray(values)
+    passes, samples = x.shape
+    total = x.mean(0).var(ddof=1) / samples
+    noise = x.var(0, ddof=1).mean() / (passes * samples) if passes > 1 else 0.0
+    total = max(total, noise)  # where there is almost nothing but noise, the variance of few means may be below it
+    return math.sqrt(total), math.sqrt(total - noise), math.sqrt(noise)

@@ -1,0 +1,61 @@
+"""Open whatever holds a language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.checkpoint.folder import read_meta
+from megatron_bit.config import Config, config_from_dict
+from megatron_bit.data.manifest import load_manifest
+from megatron_bit.errors import UserError
+from megatron_bit.evaluation import causal
+from megatron_bit.evaluation.models import BitModel, Model
+from megatron_bit.inference.generate import Generator
+from megatron_bit.run_folder import newest_checkpoint
+
+
+def open_model(path: Path, data: str | None = None) -> Model:
+    """A run (its newest checkpoint), a checkpoint, a converted folder, or a causal model of transformers.
+
+    Args:
+        data: data folder with the run's tokenizer, in case that it is not where the run had it.
+
+    Raises:
+        UserError: there is no such folder, it is none of these, or it cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a run, a checkpoint, or a Hugging Face folder")
+    if (path / "config.json").exists():
+        if _model_type(path) != "bitlm":
+            return causal.from_folder(path)
+        return BitModel(path, Generator(path))
+    checkpoint = newest_checkpoint(path)
+    meta = read_meta(checkpoint)
+    config = config_from_dict(meta["config"])
+    home = data if _moved(config, meta) else None
+    if config.model.head.kind == "softmax":
+        model: Model = causal.from_checkpoint(path, checkpoint, home)
+    else:
+        model = BitModel(path, Generator(checkpoint, home))
+    model.training, model.tokenizer_sha256 = config, meta["identity"]["tokenizer"]
+    model.noise_samples = config.evaluate.noise_samples
+    return model
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
+
+
+def _moved(config: Config, meta: Mapping[str, Any]) -> bool:
+    """Whether the run's own data folder is no longer there, or is another one."""
+    try:
+        manifest = load_manifest(config.data.path, check_files=False)
+    except UserError:
+        return True
+    return manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]

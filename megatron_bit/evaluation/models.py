@@ -1,0 +1,123 @@
+"""A trained model of any head behind one interface: nats of given tokens, and new tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bit.config import Config
+from megatron_bit.inference.generate import Generator
+
+NOISE_SAMPLES = 16  # of a diffusion head that does not say how it was validated
+
+
+class Model(ABC):
+    """A language model with its tokenizer, in evaluation mode."""
+
+    path: Path
+    head: str  # diffusion, chain or softmax
+    block_size: int  # tokens that are decided together
+    context: int  # tokens of the longest row that `nats` takes, a multiple of block_size
+    eos_id: int  # end of a document
+    step: int | None  # of training; None if the folder does not say
+    training: Config | None = None  # of a run of ours
+    tokenizer_sha256: str = ""  # of the data folder's tokenizer; "" for a folder with one of its own
+    noise_samples = NOISE_SAMPLES  # noise levels of a block, in one evaluation of a diffusion head
+
+    @property
+    def exact(self) -> bool:
+        """Whether nats are the likelihood; those of a diffusion head are a bound of it, estimated with noise."""
+        return self.head != "diffusion"
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without any that begin or end a text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; control tokens give nothing."""
+
+    @abstractmethod
+    def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
+        """-ln p of every token given those before it, from the beginning of a text.
+
+        A block model fills a row up in front to whole blocks with end-of-document tokens, whose nats are not among
+        these. Those of a diffusion head are shares: only the sum of a whole block is a bound, because its tokens are
+        denoised together.
+
+        Args:
+            rows: token ids, 1 to `context` of them each.
+            keys: of the noise of a diffusion head, one for each row.
+
+        Returns:
+            float32 [len(row)] on the CPU, for each row; it does not depend on the other rows.
+        """
+
+    @abstractmethod
+    def generate(
+        self, rows: Sequence[Sequence[int]], tokens: int, keys: Sequence[int], seed: int, how: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """Continue rows of one length (it may be 0) by exactly `tokens` tokens; an end of a document does not stop it.
+
+        Args:
+            keys: a (seed, key) with its row has one continuation, whatever the batch.
+            how: what `check` allows.
+        """
+
+    @abstractmethod
+    def greedy(self, contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[bool] | None:
+        """Whether the continuation by the likeliest token each time begins with the target; None if undefined."""
+
+    @abstractmethod
+    def check(self, how: Mapping[str, Any]) -> None:
+        """UserError for a way to generate that this head does not know."""
+
+
+class BitModel(Model):
+    """A BitLM, run by the code that `generate` runs."""
+
+    def __init__(self, path: Path, generator: Generator) -> None:
+        config = generator.model.config
+        self.path, self._generator = path, generator
+        self.head, self.block_size = config.head_kind, config.block_size
+        self.context, self.eos_id = config.max_position_embeddings, generator.eos_id
+        self.step = generator.step
+
+    def encode(self, text: str) -> list[int]:
+        return self._generator.text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._generator.text.decode(ids)
+
+    def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        device = self._generator.device
+        score = self._generator.model.score(
+            ids.to(device), mask.to(device), noise_samples=self.noise_samples, seed=seed,
+            sequence_ids=torch.tensor(list(keys)),
+        )  # fmt: skip
+        assert score.nats_per_token is not None
+        nats = score.nats_per_token.float().cpu()
+        return [nats[i, width - len(row) :] for i, row in enumerate(rows)]
+
+    def generate(
+        self, rows: Sequence[Sequence[int]], tokens: int, keys: Sequence[int], seed: int, how: Mapping[str, Any]
+    ) -> list[list[int]]:
+        endless: Any = []  # no token ends a text
+        return self._generator.run(rows, tokens, streamer=None, seed=seed, sequences=keys, eos_token_id=endless, **how)
+
+    def greedy(self, contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[bool] | None:
+        if self.head != "chain":
+            return None
+        made = self.generate(contexts, max(map(len, targets)), range(len(contexts)), 0, {"temperature": 0.0})
+        return [new[: len(target)] == list(target) for new, target in zip(made, targets, strict=True)]
+
+    def check(self, how: Mapping[str, Any]) -> None:
+        self._generator.check(how)

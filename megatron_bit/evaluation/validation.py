@@ -1,0 +1,106 @@
+"""The validation split of a data folder, in a model's own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_bit.data.manifest import load_manifest
+from megatron_bit.data.stream import read_shard
+from megatron_bit.errors import UserError
+from megatron_bit.evaluation.models import Model
+
+
+class Validation:
+    """Tokens of the split, as they are where the model has the folder's tokenizer, else of the text once more.
+
+    Tokenized again, a model whose tokenizer is the same in another form (a converted folder) gets the same tokens.
+    """
+
+    def __init__(self, model: Model, folder: Path | str) -> None:
+        """UserError: the folder is none of `megatron-bit prepare`, is damaged, or has no validation split."""
+        self._model, self.manifest = model, load_manifest(folder)
+        self._split = self.manifest.split("validation")
+        self._same = model.tokenizer_sha256 == self.manifest.tokenizer_sha256
+        self._bytes = self._tokens = 0  # of what was tokenized again
+        if not self._same:
+            from mbit_data.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer(self.manifest.tokenizer_path)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the text over its tokens, ends of documents among them; after `samples`."""
+        if self._same:
+            return self._split.text_bytes / self._split.tokens
+        return self._bytes / self._tokens
+
+    def samples(self, count: int, length: int) -> list[list[int]]:
+        """The first pieces of `length` tokens, as training's validation takes them: shard by shard, in order.
+
+        Raises:
+            UserError: the split has not two of them.
+        """
+        out: list[list[int]] = []
+        for tokens in self._shards():
+            out += _cut(tokens, length)[: count - len(out)].tolist()
+            if len(out) == count:
+                break
+        if len(out) < 2:
+            raise UserError(
+                f"the validation split of {self.manifest.folder} has {len(out)} pieces of {length} tokens, and two are "
+                "the least; prepare more text"
+            )
+        return out
+
+    def spread(self, count: int, length: int) -> list[list[int]]:
+        """`count` pieces of `length` tokens from all over the first shards that have as many.
+
+        Raises:
+            UserError: the split has fewer.
+        """
+        return _spread((row for tokens in self._shards() for row in _cut(tokens, length)), count, length, self)
+
+    def spread_in_documents(self, count: int, length: int) -> list[list[int]]:
+        """The same, of pieces that lie in one document each, the first of which begins with it."""
+
+        def pieces() -> Iterator[np.ndarray]:
+            for tokens in self._shards():
+                for document in np.split(tokens, np.flatnonzero(tokens == self._model.eos_id) + 1):
+                    yield from _cut(document[document != self._model.eos_id], length)
+
+        return _spread(pieces(), count, length, self)
+
+    def _shards(self) -> Iterator[np.ndarray]:
+        """int64 [tokens] of each shard; documents end with the model's end-of-document token."""
+        m = self.manifest
+        for shard in self._split.shards:
+            tokens = read_shard(m.shard_path(shard), shard.tokens, m.dtype, m.vocab_size)
+            yield tokens.astype(np.int64) if self._same else self._again(tokens)
+
+    def _again(self, tokens: np.ndarray) -> np.ndarray:
+        ids: list[int] = []
+        for document in np.split(tokens, np.flatnonzero(tokens == self.manifest.eos_id) + 1):
+            if len(document):
+                text = self._tokenizer.decode(document)
+                ids += [*self._model.encode(text), self._model.eos_id]
+                self._bytes += len(text.encode())
+        self._tokens += len(ids)
+        return np.array(ids, dtype=np.int64)
+
+
+def _cut(tokens: np.ndarray, length: int) -> np.ndarray:
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def _spread(pieces: Iterator[np.ndarray], count: int, length: int, of: Validation) -> list[list[int]]:
+    """Evenly spaced ones of the first 64 times as many: neighbours are of one document, and say the same words."""
+    found = [piece for piece, _ in zip(pieces, range(64 * count), strict=False)]
+    if len(found) < count:
+        raise UserError(
+            f"the validation split of {of.manifest.folder} has {len(found)} pieces of {length} tokens, and --texts is "
+            f"{count}; ask for fewer or shorter ones, or prepare more text"
+        )
+    return [found[i * len(found) // count].tolist() for i in range(count)]

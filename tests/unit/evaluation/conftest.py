@@ -1,0 +1,6 @@
+"""known.py is a helper of this folder's tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
