@@ -1,0 +1,103 @@
+"""The zero-shot tasks as their authors' files have them."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """A context (it may be empty) and texts that may follow it."""
+
+    context: str
+    choices: tuple[str, ...]
+    label: int  # which one is right
+
+
+def read(task: str, folder: Path) -> list[Item]:
+    """All items of a task, a key of TASKS, from its folder of `--tasks-data`.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+    path, reader = folder / TASKS[task][0], TASKS[task][1]
+    try:
+        items = list(reader(path))
+    except FileNotFoundError as error:
+        raise UserError(f"task {task}: {error.filename} does not exist; --tasks-data is {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, tarfile.TarError) as error:
+        raise UserError(f"task {task}: {path} cannot be read: {type(error).__name__} {error}") from None
+    if not items:
+        raise UserError(f"task {task}: {path} has no items")
+    for i, item in enumerate(items):
+        if not 0 <= item.label < len(item.choices) or not all(item.choices):
+            raise UserError(f"task {task}: item {i} of {path} has an empty choice, or no choice {item.label}")
+    return items
+
+
+def thin(items: list[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items, evenly spaced, so that all of BLiMP's paradigms are among them."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def _lambada(path: Path) -> Iterator[Item]:
+    """OpenAI's files: a passage, whose last word is to be told."""
+    for line in _json_lines(path.read_text(encoding="utf-8")):
+        context, _, word = line["text"].strip().rpartition(" ")
+        yield Item(context, (f" {word}",), 0)
+
+
+def _hellaswag(path: Path) -> Iterator[Item]:
+    """Six lines an item: activity and context, the right ending's number, four endings."""
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # a text may have other line separators
+    if len(lines) % 6:
+        raise ValueError(f"{len(lines)} lines are no multiple of 6")
+    for i in range(0, len(lines), 6):
+        context, label, *endings = lines[i : i + 6]
+        yield Item(context.rstrip(), tuple(f" {ending.strip()}" for ending in endings), int(label))
+
+
+def _piqa(path: Path) -> Iterator[Item]:
+    """Two solutions of a goal, and a file of labels beside it; asked as GPT-3 was (arXiv 2005.14165)."""
+    labels = (path.parent / "valid-labels.lst").read_text(encoding="utf-8").split()
+    lines = list(_json_lines(path.read_text(encoding="utf-8")))
+    for line, label in zip(lines, labels, strict=True):
+        choices = tuple(f" {line[key].strip()}" for key in ("sol1", "sol2"))
+        yield Item(f"Question: {line['goal'].strip()}\nAnswer:", choices, int(label))
+
+
+def _blimp(path: Path) -> Iterator[Item]:
+    """Minimal pairs, a file a paradigm: in blimp.tar.xz, or in a folder blimp."""
+    folder = path.parent / "blimp"
+    if folder.is_dir():
+        files = [(file.name, file.read_bytes()) for file in folder.rglob("*.jsonl")]
+    else:
+        with tarfile.open(path) as tar:
+            members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jsonl")]
+            files = [(m.name, tar.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
+    for _, data in sorted(files):
+        for line in _json_lines(data.decode("utf-8")):
+            yield Item("", (line["sentence_good"], line["sentence_bad"]), 0)
+
+
+def _json_lines(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.split("\n"):
+        if line.strip():
+            yield json.loads(line)
+
+
+TASKS: dict[str, tuple[str, Callable[[Path], Iterator[Item]]]] = {
+    "lambada": ("lambada/lambada_test.jsonl", _lambada),
+    "hellaswag": ("hellaswag/hellaswag_val_full.txt", _hellaswag),
+    "piqa": ("piqa/valid.jsonl", _piqa),
+    "blimp": ("blimp.tar.xz", _blimp),
+}
