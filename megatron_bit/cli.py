@@ -12,6 +12,7 @@ from megatron_bit import environment
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
 from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import bench_prepare, inspect, prepare, verify
+from megatron_bit.commands.evaluation import evaluate
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
 from megatron_bit.commands.training import bench_quality, bench_step, config, demo, doctor, train
 from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, Stopped, UserError
@@ -39,6 +40,7 @@ COMMANDS = {
     "generate": generate,
     "serve": serve,
     "convert": convert,
+    "evaluate": evaluate,
     "data": data,
     "checkpoint": checkpoint,
     "bench": bench,

@@ -1,0 +1,210 @@
+"""`megatron-bit evaluate`: run what was asked for, and show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.errors import UserError
+from megatron_bit.evaluation import likelihood, samples, task_files, tasks
+from megatron_bit.evaluation.likelihood import Likelihood
+from megatron_bit.evaluation.loading import open_model
+from megatron_bit.evaluation.models import Model
+from megatron_bit.evaluation.samples import Samples, Statistics
+from megatron_bit.evaluation.tasks import LastWord, Ranking
+from megatron_bit.evaluation.validation import Validation
+from megatron_bit.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate; the command's options (`commands/evaluation.py`) say what each of them means."""
+
+    likelihood: bool
+    samples: int | None
+    tolerance: float | None
+    max_passes: int | None
+    noise_samples: int | None
+    texts: int
+    tokens: int
+    prefix: int
+    how: Mapping[str, Any]
+    scorer: Path | None
+    mauve_model: Path | None
+    tasks: Sequence[str]
+    tasks_data: Path | None
+    limit: int | None
+    data: str | None
+    seed: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured; what was not asked for is None or empty."""
+
+    model: str
+    head: str
+    block_size: int
+    step: int | None
+    seed: int
+    likelihood: Likelihood | None
+    samples: Samples | None
+    tasks: tuple[Ranking | LastWord, ...]
+
+
+def main(path: Path, request: Request, *, as_json: bool, out: Path | None) -> int:
+    """Evaluate, print the table or JSON, and write the JSON to `out`."""
+    report = evaluate(path, request)
+    text = json.dumps(asdict(report), indent=1)
+    if out is not None:
+        try:
+            write_atomic(out, f"{text}\n".encode())
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    print(text if as_json else render(report), flush=True)
+    return 0
+
+
+def evaluate(path: Path, request: Request) -> Report:
+    """Everything that can be refused without a measurement is refused before the first one.
+
+    Raises:
+        UserError: something cannot be opened, or an option means nothing to this model.
+    """
+    items = {}
+    for task in request.tasks:
+        assert request.tasks_data is not None
+        items[task] = task_files.thin(task_files.read(task, request.tasks_data), request.limit)
+    model = open_model(path, request.data)
+    _set_noise(model, request)
+    model.check(request.how)
+    scorer = open_model(request.scorer, request.data) if request.scorer is not None else None
+    validation = Validation(model, _data(model, request)) if request.likelihood or request.texts else None
+    if request.data is not None and validation is None and model.training is None:
+        raise UserError(f"--data {request.data} has no use here: {model.path} has its own tokenizer")
+    common: dict[str, Any] = {"seed": request.seed, "batch_size": request.batch_size}
+    found, made = None, None
+    if request.likelihood:
+        assert validation is not None
+        found = likelihood.measure(
+            model, validation, samples=request.samples or likelihood.SAMPLES,
+            tolerance=request.tolerance or likelihood.TOLERANCE,
+            max_passes=request.max_passes or likelihood.MAX_PASSES, **common,
+        )  # fmt: skip
+    if request.texts:
+        assert validation is not None and scorer is not None
+        made = samples.measure(
+            model, scorer, validation, texts=request.texts, tokens=request.tokens, prefix=request.prefix,
+            how=request.how, featurizer=request.mauve_model, **common,
+        )  # fmt: skip
+    results = [
+        (tasks.last_word if task == "lambada" else tasks.rank)(task, model, some, **common)
+        for task, some in items.items()
+    ]
+    return Report(str(path), model.head, model.block_size, model.step, request.seed, found, made, tuple(results))
+
+
+def _set_noise(model: Model, request: Request) -> None:
+    for name in ("tolerance", "max_passes", "noise_samples"):
+        if getattr(request, name) is not None and model.exact:
+            raise UserError(
+                f"--{name.replace('_', '-')} is about noise, and the likelihood of a {model.head} head has none; leave "
+                "it out"
+            )
+    if request.noise_samples is not None:
+        model.noise_samples = request.noise_samples
+
+
+def _data(model: Model, request: Request) -> str:
+    if request.data is not None:
+        return request.data
+    if model.training is None:
+        raise UserError(f"{model.path} does not say where validation text is: give --data DIR, or --no-likelihood")
+    return model.training.data.path
+
+
+def render(report: Report) -> str:
+    """The report as lines for people."""
+    step = "" if report.step is None else f", step {report.step}"
+    blocks = "" if report.head == "softmax" else f", blocks of {report.block_size}"
+    lines = [f"{report.model}: {report.head} head{blocks}{step}"]
+    if report.likelihood is not None:
+        lines += ["", *_likelihood(report.likelihood)]
+    if report.samples is not None:
+        lines += ["", *_samples(report.samples)]
+    if report.tasks:
+        lines += ["", *_tasks(report.tasks)]
+    return "\n".join(lines)
+
+
+def _likelihood(it: Likelihood) -> list[str]:
+    noise = (
+        "exact"
+        if it.exact
+        else f"an upper bound; text +- {it.text_standard_error:.4f}, noise +- {it.noise_standard_error:.4f} after "
+        f"{it.passes} passes of {it.noise_samples} noise levels"
+    )
+    return [
+        f"validation ({it.samples} samples, {it.tokens:,} tokens)",
+        f"  nats/token   {it.nats_per_token:.4f} +- {it.standard_error:.4f}  ({noise})",
+        f"  bits/byte    {it.bits_per_byte:.4f}",
+        f"  perplexity   {it.perplexity:.2f}",
+    ]
+
+
+def _samples(it: Samples) -> list[str]:
+    how = "".join(f", {name} {value}" for name, value in it.how.items())
+    behind = f" behind {it.prefix} of validation text" if it.prefix else ""
+    bound = "; its nats are an upper bound" if it.scorer_head == "diffusion" else ""
+    rows: list[tuple[str, str, Any]] = [
+        ("nats/token", "{:.4f}", lambda s: s.nats_per_token),
+        ("  +-", "{:.4f}", lambda s: s.standard_error),
+        ("perplexity", "{:.2f}", lambda s: s.perplexity),
+        ("nats/byte", "{:.4f}", lambda s: s.nats_per_byte),
+        ("unigram entropy", "{:.4f}", lambda s: s.unigram_entropy),
+        *((f"distinct-{n}", "{:.4f}", lambda s, n=n: s.distinct[n - 1]) for n in (1, 2, 3)),
+        ("scored tokens", "{:,}", lambda s: s.tokens),
+        ("bytes", "{:,}", lambda s: s.bytes),
+    ]
+
+    def value(pattern: str, get: Any, of: Statistics) -> str:
+        return pattern.format(get(of))
+
+    mauve = f"{it.mauve:.4f}" if it.mauve is not None else f"not computed: {it.mauve_not_computed}"
+    return [
+        f"{it.texts} texts of {it.tokens} tokens{behind}{how}; scored by {it.scorer} ({it.scorer_head} head{bound})",
+        f"  {'':16}{'generated':>12}{'real':>12}",
+        *(f"  {name:16}{value(p, get, it.generated):>12}{value(p, get, it.real):>12}" for name, p, get in rows),
+        f"  MAUVE           {mauve}",
+        f"  the first begins: {' '.join(it.first.split())[:200]}",
+    ]
+
+
+def _tasks(results: Sequence[Ranking | LastWord]) -> list[str]:
+    lines = [f"{'task':10}{'items':>7}  {'accuracy':>17}{'per byte':>18}{'chance':>9}"]
+    words = []
+    for it in results:
+        if isinstance(it, Ranking):
+            lines.append(
+                f"{it.task:10}{it.items:>7}  {_share(it.accuracy, it.standard_error):>17}"
+                f"{_share(it.accuracy_per_byte, it.standard_error_per_byte):>18}{it.chance:>9.3f}"
+            )
+        else:
+            hits = (
+                f"greedy {_share(it.accuracy, it.accuracy_standard_error)}"
+                if it.accuracy is not None and it.accuracy_standard_error is not None
+                else f"accuracy not computed: {it.accuracy_not_computed}"
+            )
+            words.append(
+                f"{it.task}: {it.items} last words, {it.nats_per_word:.3f} +- {it.standard_error:.3f} nats each "
+                f"(perplexity {it.perplexity:.4g}); {hits}"
+            )
+    return (lines if len(lines) > 1 else []) + words
+
+
+def _share(mean: float, error: float) -> str:
+    return f"{mean:.3f} +- {error:.3f}"
