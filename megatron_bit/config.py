@@ -135,17 +135,26 @@ class DiffusionConfig(Section):
     """Smallest noise level (on bits of -1, +1)."""
     sigma_max: float = Field(default=160.0, gt=0)
     """Largest noise level."""
+    noise: Literal["lognormal", "logistic", "entropy_rate"] = "lognormal"
+    """Which noise levels are trained at: ln(sigma / 2) normal or logistic, truncated to the range above, or as many as
+    the bits that are decided there: the measured error / sigma^2 in 128 bins of ln sigma makes the density, which is
+    also the sampler's grid. The table of it is part of a checkpoint."""
+    noise_warmup: int = Field(default=200, ge=0)
+    """`entropy_rate`: steps of log-normal levels before the measured density is blended in, over as many again."""
     log_mean: float = -1.2
-    """Mean of ln(sigma / 2) in training (log-normal, truncated to the range above)."""
+    """Mean of ln(sigma / 2) in training."""
     log_std: float = Field(default=1.2, gt=0)
-    """Standard deviation of ln(sigma / 2) in training."""
+    """Standard deviation of ln(sigma / 2) in training; of `logistic`, the scale."""
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} has to be smaller than sigma_max {self.sigma_max}")
         low, high = ((math.log(s / 2) - self.log_mean) / self.log_std for s in (self.sigma_min, self.sigma_max))
-        mass = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
+        if self.noise == "logistic":
+            mass = 0.5 * (math.tanh(0.5 * high) - math.tanh(0.5 * low))
+        else:
+            mass = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
         if mass < 0.05:
             raise ValueError(
                 f"log_mean {self.log_mean} and log_std {self.log_std} put {100 * mass:.2g} % of the noise between "

@@ -14,7 +14,7 @@ from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
 from megatron_bit.checkpoint.init_from import init_from
-from megatron_bit.checkpoint.load import load_optimizer, newest_undamaged
+from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, newest_undamaged
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
@@ -70,6 +70,7 @@ def build(config: Config, groups: Groups) -> Trainer:
         on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
         optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
         state = TrainState(**meta["state"])
+        load_noise_table(meta, chunks)
     taken = ""
     if checkpoint is None and config.train.init_from is not None:
         taken = on_every_rank(functools.partial(init_from, config.train.init_from, config, mine, optimizer, groups))

@@ -17,7 +17,7 @@ from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
-from megatron_bit.model.chunk import TokenBatch
+from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.optim.guard import accept
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.optim.schedule import learning_rate
@@ -37,7 +37,7 @@ class StepRecord:
     lr: float
     grad_norm: Tensor | float
     skipped: Tensor | bool
-    totals: Tensor  # float32 [6]: loss, bound, ranks that were asked to stop, Votes; summed over all ranks
+    totals: Tensor  # float32 [5]: loss, bound, ranks that were asked to stop, Votes; summed over all ranks
 
 
 class Callback:
@@ -142,8 +142,12 @@ class Trainer:
         """One global batch: forward and backward of this rank's micro-batches, then one update."""
         config, state = self.config, self.state
         metrics = forward_backward([self.to_device(batch) for batch in batches], self.optimizer, self.groups)
-        totals = torch.cat((metrics, metrics.new_tensor((float(self.asked_to_stop), *self.votes))))
+        flags = metrics.new_tensor((float(self.asked_to_stop), *self.votes))
+        totals = torch.cat((metrics[:2], flags, metrics[2:]))
         dist.all_reduce(totals)
+        totals, histogram = totals[: 2 + len(flags)], totals[2 + len(flags) :]
+        for table in noise_tables(self.optimizer.chunks):
+            table.update(histogram)
         lr = learning_rate(config, state.step)
         if config.optim.spike_guard and not accept(totals[0].item(), state, config.optim.spike_guard):
             self.optimizer.poison()

@@ -57,15 +57,22 @@ def _words(config: Config, stream: int, sample: Tensor, blocks: int, elements: n
     return [torch.from_numpy(u).view(shape) for u in uniforms]
 
 
-def draw_noise(config: Config, sample: Tensor, blocks: int, stream: int = 0) -> tuple[Tensor, Tensor]:
+def draw_noise(
+    config: Config, sample: Tensor, blocks: int, stream: int = 0, table: NoiseTable | None = None
+) -> tuple[Tensor, Tensor]:
     """Stratified ln sigma [b, n, M] and standard normals [b, n, M, K, B]."""
     d, k, bits = config.diffusion, config.model.block_size, config.model.bits
     m, count = d.noise_samples, k * bits
     first = _words(config, stream, sample, blocks, np.array([LEVEL_ELEMENT]))[0][..., 0]
     u = (torch.arange(m) + first) / m
-    low, high = _normal_cdf(config, d.sigma_min), _normal_cdf(config, d.sigma_max)
-    standard = torch.special.ndtri(low + u * (high - low))
+    low, high = _level_cdf(config, d.sigma_min), _level_cdf(config, d.sigma_max)
+    inside = low + u * (high - low)
+    standard = (inside / (1 - inside)).log() if d.noise == "logistic" else torch.special.ndtri(inside)
     log_sigma = (d.log_mean + d.log_std * standard + math.log(2.0)).clamp(math.log(d.sigma_min), math.log(d.sigma_max))
+    if d.noise == "entropy_rate":
+        table = table or NoiseTable(config)
+        cumulative = np.concatenate(([0.0], np.cumsum(table.masses())))
+        log_sigma = torch.from_numpy(np.interp(u.double().numpy(), cumulative, table.edges)).float()
     u0, u1, u2, u3 = _words(config, stream, sample, blocks, np.arange((count + 3) // 4))
     r0, r1 = (-2.0 * u0.log()).sqrt(), (-2.0 * u2.log()).sqrt()
     a0, a1 = u1 * (2 * math.pi), u3 * (2 * math.pi)
@@ -73,9 +80,49 @@ def draw_noise(config: Config, sample: Tensor, blocks: int, stream: int = 0) -> 
     return log_sigma, eps.flatten(3)[..., :count].unflatten(3, (k, bits))
 
 
-def _normal_cdf(config: Config, sigma: float) -> float:
+def _level_cdf(config: Config, sigma: float) -> float:
     d = config.diffusion
-    return 0.5 * (1.0 + math.erf((math.log(sigma / 2) - d.log_mean) / (d.log_std * math.sqrt(2.0))))
+    standard = (math.log(sigma / 2) - d.log_mean) / d.log_std
+    return 1 / (1 + math.exp(-standard)) if d.noise == "logistic" else 0.5 * (1.0 + math.erf(standard / math.sqrt(2.0)))
+
+
+class NoiseTable:
+    """diffusion.noise=entropy_rate: the rate of 128 bins of ln sigma, a decaying mean of what was drawn there."""
+
+    def __init__(self, config: Config) -> None:
+        d, self.config = config.diffusion, config
+        self.edges = np.linspace(math.log(d.sigma_min), math.log(d.sigma_max), 129)
+        self.sums, self.counts, self.steps = np.zeros(128), np.zeros(128), 0
+        sigma = np.exp((self.edges[1:] + self.edges[:-1]) / 2)
+        points, weights = np.polynomial.hermite_e.hermegauss(180)
+        error = (1 - np.tanh((1 + sigma[:, None] * points) / sigma[:, None] ** 2)) ** 2
+        self.independent = config.model.bits * error @ weights / weights.sum() / sigma**2
+        self.damping = (sigma / 2) ** 3 / ((sigma / 2) ** 3 + 0.1**3)
+
+    def masses(self) -> np.ndarray:
+        """Probability of each bin: log-normal, then more and more of what was measured; 2 % are uniform then."""
+        warmup = self.config.diffusion.noise_warmup
+        rate = (self.sums + 1e-3 * self.independent) / (self.counts + 1e-3)
+        wanted = self.damping * np.sqrt(rate)
+        wanted = 0.98 * wanted / wanted.sum() + 0.02 / 128
+        cumulative = np.array([_level_cdf(self.config, math.exp(e)) for e in self.edges])
+        begin = np.diff(cumulative) / (cumulative[-1] - cumulative[0])
+        blend = 1.0 if self.steps >= 2 * warmup else max(0.0, self.steps / warmup - 1)
+        return (1 - blend) * begin + blend * wanted
+
+    def density(self, log_sigma: Tensor) -> Tensor:
+        """Over ln sigma, float32."""
+        index = np.clip(np.searchsorted(self.edges, log_sigma.double().numpy(), side="right") - 1, 0, 127)
+        return torch.from_numpy(self.masses()[index] / (self.edges[1] - self.edges[0])).float()
+
+    def update(self, drawn: list[tuple[Tensor, Tensor]]) -> None:
+        """Take in a step: of each micro-batch ln sigma [b, n, M] and error / sigma^2 [b, n, M, K]."""
+        self.sums, self.counts, self.steps = 0.99 * self.sums, 0.99 * self.counts, self.steps + 1
+        for log_sigma, rate in drawn:
+            levels, weight = log_sigma.double().numpy().ravel(), 1 / (log_sigma.numel() * len(drawn))
+            rates = rate.double().mean(-1).numpy().ravel()
+            self.sums += np.histogram(levels, self.edges, weights=rates * weight)[0]
+            self.counts += np.histogram(levels, self.edges)[0] * weight
 
 
 # ---------------------------------------------------------------- initial values
@@ -186,7 +233,8 @@ class ReferenceModel:
             raise ValueError(f"the reference knows binary and gray codes, not {config.model.code!r}")
         expected = logical_shapes(config)
         assert {n: tuple(w.shape) for n, w in weights.items()} == expected, set(weights) ^ set(expected)
-        self.config = config
+        self.config, self.table = config, NoiseTable(config)
+        self.drawn: list[tuple[Tensor, Tensor]] = []  # of the table's next update
         self.weights = {n: w.detach().clone().float().requires_grad_() for n, w in weights.items()}
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -324,7 +372,7 @@ class ReferenceModel:
             nats = self.chain(tokens).mean()
             return nats, nats.detach()
         d, m, k = self.config.diffusion, self.config.model, self.config.model.block_size
-        log_sigma, eps = draw_noise(self.config, sample, tokens.shape[1] // k)
+        log_sigma, eps = draw_noise(self.config, sample, tokens.shape[1] // k, table=self.table)
         sigma = log_sigma.exp()[..., None, None]
         x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
         z = x + sigma * eps
@@ -347,9 +395,17 @@ class ReferenceModel:
         error = (2 * wrong) ** 2  # (x - E x)^2 without cancellation
         mse = d.loss == "mse" or (d.loss == "auto" and m.group_bits == 1)
         loss = ((sigma**2 + 1) / sigma**2 * error).mean() if mse else entropy
-        mass = _normal_cdf(self.config, d.sigma_max) - _normal_cdf(self.config, d.sigma_min)
-        density = torch.distributions.Normal(d.log_mean + math.log(2.0), d.log_std).log_prob(log_sigma).exp() / mass
-        integrand = error.detach().sum(-1) / sigma.squeeze(-1) ** 2 / density[..., None]  # [b, n, M, K]
+        mass = _level_cdf(self.config, d.sigma_max) - _level_cdf(self.config, d.sigma_min)
+        if d.noise == "lognormal":
+            density = torch.distributions.Normal(d.log_mean + math.log(2.0), d.log_std).log_prob(log_sigma).exp() / mass
+        elif d.noise == "logistic":
+            tail = (-(log_sigma - math.log(2.0) - d.log_mean) / d.log_std).exp()
+            density = tail / (1 + tail) ** 2 / d.log_std / mass
+        else:
+            density = self.table.density(log_sigma)
+        rate = error.detach().sum(-1) / sigma.squeeze(-1) ** 2  # [b, n, M, K]
+        self.drawn.append((log_sigma, rate))
+        integrand = rate / density[..., None]
         return loss, integrand.mean()
 
     def chain(self, tokens: Tensor) -> Tensor:
@@ -434,6 +490,9 @@ class ReferenceTrainer:
             group["lr"] = o.lr * schedule(self.config, self.updates) * (o.head_lr_scale if group["head"] else 1.0)
         self.optimizer.step()
         self.updates += 1
+        if self.model.drawn:
+            self.model.table.update(self.model.drawn)
+            self.model.drawn.clear()
         return total, norm
 
 

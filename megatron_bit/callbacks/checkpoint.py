@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_bit.checkpoint.writer import CheckpointWriter
+from megatron_bit.model.chunk import noise_tables
 from megatron_bit.trainer import Callback, Trainer
 
 
@@ -38,6 +39,8 @@ class CheckpointCallback(Callback):
             "layout": str(trainer.groups.dims),
             "config": trainer.config.model_dump(mode="json"),
         }
+        for table in noise_tables(trainer.optimizer.chunks):  # all chunks have the same
+            meta["noise_table"] = table.to_json()
         self._writer.start(trainer.state.step, meta, trainer.optimizer)
         if not trainer.config.checkpoint.background:
             self._writer.wait()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_bit.checkpoint.folder import complete, names, problems
+from megatron_bit.checkpoint.folder import complete, names, problems, read_meta
 from megatron_bit.checkpoint.index import Reader, Rectangle, owned_rectangles
 from megatron_bit.errors import UserError
+from megatron_bit.model.chunk import noise_tables
 from megatron_bit.model.logical import Piece, pieces
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.agree import on_rank0
@@ -63,14 +65,23 @@ def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
 
 @torch.no_grad()
 def load_weights(folder: Path, chunks: Sequence[nn.Module], groups: Groups) -> None:
-    """Fill the model's weights alone, from the fp32 masters: for evaluation and generation."""
+    """Fill the model's weights alone, from the fp32 masters, and its noise table: for evaluation and generation."""
     reader = open_reader(folder)
+    load_noise_table(read_meta(folder), chunks)
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())
         for name, parts in pieces(chunk, groups).items():
             for part in parts:
                 _check_shape(reader, part)
                 part.of(parameters[name]).copy_(reader.read(part.name, "param", Rectangle(part.offset, part.shape)))
+
+
+def load_noise_table(meta: Mapping[str, Any], chunks: Sequence[nn.Module]) -> None:
+    """Restore the measured noise levels, if the model has a table and the checkpoint too; a run that turns it on later
+    begins with an empty one. UserError if the table was measured over another range."""
+    if "noise_table" in meta:
+        for table in noise_tables(chunks):
+            table.load(meta["noise_table"])
 
 
 def open_reader(folder: Path) -> Reader:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_bit.diffusion.noise import (
     RECONSTRUCTION,
     VALIDATION,
-    NoiseDistribution,
+    Distribution,
     gaussian,
     stratified_levels,
 )
@@ -24,7 +24,7 @@ def token_bound(
     posterior: Posterior,
     x: Tensor,
     sample: Tensor,
-    distribution: NoiseDistribution,
+    distribution: Distribution,
     *,
     seed: int,
     first_block: int,

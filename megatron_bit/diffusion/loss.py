@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from mbit_kernels.matched_filter import edm_weight
 from torch import Tensor
 
-from megatron_bit.diffusion.noise import NoiseDistribution
+from megatron_bit.diffusion.noise import Distribution
 from megatron_bit.diffusion.posterior import Posterior
 
 
@@ -15,6 +15,7 @@ class LossTerms(NamedTuple):
     """Per token and noise sample, float32 [s, b, M]."""
 
     loss: Tensor  # mean over bits of the weighted error
+    rate: Tensor  # squared error / sigma^2, summed over bits, detached: the integrand of the bound
     bound: Tensor  # importance-weighted integrand of the likelihood bound, nats per token (its mean is the bound)
 
 
@@ -24,7 +25,7 @@ def denoising_loss(
     z: Tensor,
     x: Tensor,
     log_sigma: Tensor,
-    distribution: NoiseDistribution,
+    distribution: Distribution,
     kind: Literal["mse", "bce"],
 ) -> LossTerms:
     """Matched-filter loss of one noise draw.
@@ -47,5 +48,6 @@ def denoising_loss(
     else:
         assert kind == "bce", kind
         loss = posterior.cross_entropy(logits, x).mean(-1)
-    importance = 1.0 / (sigma.squeeze(-1).square() * distribution.density(log_sigma))
-    return LossTerms(loss, error.detach().sum(-1) * importance)
+    variance, error = sigma.squeeze(-1).square(), error.detach().sum(-1)
+    importance = 1.0 / (variance * distribution.density(log_sigma))
+    return LossTerms(loss, error / variance, error * importance)

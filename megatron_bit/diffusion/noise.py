@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_bit.config import DiffusionConfig
+from megatron_bit.config import Config, DiffusionConfig
+from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
 
 TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION = 0, 1, 2, 3  # streams: the same indices never share noise
@@ -17,24 +20,33 @@ _LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count
 
 @dataclass(frozen=True)
 class NoiseDistribution:
-    """ln(sigma / 2) ~ Normal(mean, std), truncated to [sigma_min, sigma_max] (CoBit's log-normal on {0, 1} bits)."""
+    """ln(sigma / 2) ~ Normal(mean, std), truncated to [sigma_min, sigma_max] (CoBit's log-normal on {0, 1} bits).
+
+    Or Logistic(mean, std as scale), whose tails are heavier.
+    """
 
     sigma_min: float
     sigma_max: float
     mean: float
     std: float
+    kind: Literal["lognormal", "logistic"] = "lognormal"
 
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> NoiseDistribution:
-        return cls(config.sigma_min, config.sigma_max, config.log_mean, config.log_std)
+        """Of `entropy_rate` what it begins with."""
+        kind = "logistic" if config.noise == "logistic" else "lognormal"
+        return cls(config.sigma_min, config.sigma_max, config.log_mean, config.log_std, kind)
 
     def _cdf(self, sigma: float) -> float:
+        if self.kind == "logistic":
+            return 0.5 * (1.0 + math.tanh(0.5 * (math.log(sigma / 2) - self.mean) / self.std))
         return 0.5 * (1.0 + math.erf((math.log(sigma / 2) - self.mean) / (self.std * math.sqrt(2.0))))
 
     def log_sigma(self, u: Tensor) -> Tensor:
         """Inverse distribution function: u in (0, 1) to ln sigma, float32, same shape."""
         low, high = self._cdf(self.sigma_min), self._cdf(self.sigma_max)
-        standard = torch.special.ndtri(low + u * (high - low))
+        quantile = torch.logit if self.kind == "logistic" else torch.special.ndtri
+        standard = quantile(low + u * (high - low))
         return (self.mean + self.std * standard + math.log(2.0)).clamp(
             math.log(self.sigma_min), math.log(self.sigma_max)
         )
@@ -43,7 +55,27 @@ class NoiseDistribution:
         """Density over ln sigma, float32, same shape."""
         mass = self._cdf(self.sigma_max) - self._cdf(self.sigma_min)
         standard = (log_sigma - math.log(2.0) - self.mean) / self.std
+        if self.kind == "logistic":
+            return torch.sigmoid(standard) * torch.sigmoid(-standard) / (self.std * mass)
         return torch.exp(-0.5 * standard * standard) / (math.sqrt(2 * math.pi) * self.std * mass)
+
+    def masses(self, bins: int) -> list[float]:
+        """Probabilities of equal bins of ln sigma, from sigma_min on."""
+        low, width = math.log(self.sigma_min), math.log(self.sigma_max / self.sigma_min) / bins
+        edges = [self._cdf(math.exp(low + i * width)) for i in range(bins + 1)]
+        return [(after - before) / (edges[-1] - edges[0]) for before, after in itertools.pairwise(edges)]
+
+
+Distribution = NoiseDistribution | EntropyRate
+
+
+def build_noise(config: Config, device: torch.device) -> Distribution:
+    """The distribution of noise levels that a configuration asks for; of `entropy_rate` before anything is measured."""
+    d = config.diffusion
+    base = NoiseDistribution.from_config(d)
+    if d.noise != "entropy_rate":
+        return base
+    return EntropyRate(d.sigma_min, d.sigma_max, config.model.bits, base.masses(BINS), d.noise_warmup, device)
 
 
 def _counters(sample: Tensor, first_block: int, num_blocks: int, noise_samples: int) -> tuple[Tensor, ...]:

@@ -96,7 +96,7 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
 
     from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig
 
-    arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size)
+    arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size, source.noise_table)
     BitLMConfig(
         **arguments,
         **common,

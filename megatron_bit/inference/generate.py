@@ -80,8 +80,8 @@ class Generator:
         self.model.to(self.device).eval()  # type: ignore[arg-type]
 
     def _open_checkpoint(self, source: Source) -> None:
+        arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size, source.noise_table)
         with torch.device("meta"):
-            arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size)
             self.model = BitLMForCausalLM(BitLMConfig(**arguments))
         dtype = training_dtype(source.config)
         weights: dict[str, Tensor] = {}

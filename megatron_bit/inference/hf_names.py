@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from megatron_bit.checkpoint.index import Reader, Rectangle
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config, ModelConfig, config_from_dict
 from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.diffusion.entropy_rate import EntropyRate
+from megatron_bit.diffusion.noise import build_noise
 from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.parallel.split import FREQUENCIES
@@ -49,6 +52,7 @@ class Source:
         meta = read_meta(self.folder)
         config = config_from_dict(meta["config"])
         self.step = int(meta["step"])
+        self.noise_table: dict[str, Any] | None = meta.get("noise_table")
         self.manifest: Manifest = load_manifest(data or config.data.path, check_files=False)
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
@@ -203,9 +207,16 @@ def _rows(groups: tuple[int, int, int], taken: slice) -> Callable[[Tensor], Tens
     return cut
 
 
-def model_arguments(config: Config, vocab_size: int) -> dict[str, object]:
-    """Keyword arguments of BitLMConfig."""
+def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any] | None = None) -> dict[str, object]:
+    """Keyword arguments of BitLMConfig.
+
+    Args:
+        noise_table: of the checkpoint; without it a measured distribution is that of an untrained model.
+    """
     m, d = config.model, config.diffusion
+    noise = build_noise(config, torch.device("cpu"))
+    if isinstance(noise, EntropyRate) and noise_table is not None:
+        noise.load(noise_table)
     return {
         "vocab_size": vocab_size,
         "bits": m.bits,
@@ -232,6 +243,8 @@ def model_arguments(config: Config, vocab_size: int) -> dict[str, object]:
         "sigma_max": d.sigma_max,
         "sigma_log_mean": d.log_mean,
         "sigma_log_std": d.log_std,
+        "sigma_kind": d.noise,
+        "sigma_masses": noise.masses.tolist() if isinstance(noise, EntropyRate) else None,
         "initializer_range": m.init_std,
     }
 

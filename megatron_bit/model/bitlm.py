@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
+from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
-from megatron_bit.diffusion.noise import TRAIN, NoiseDistribution, gaussian, stratified_levels
+from megatron_bit.diffusion.noise import TRAIN, build_noise, gaussian, stratified_levels
 from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
@@ -73,7 +74,8 @@ class BitLM(BitInput):
         last: bool,
     ) -> None:
         super().__init__(config, mcore, codec, groups, vp_stage, first, last)
-        self.noise = NoiseDistribution.from_config(config.diffusion)
+        self.noise = build_noise(config, groups.device)
+        self.noise_table = self.noise if isinstance(self.noise, EntropyRate) else None
         self.posterior = build_posterior(config)
         self.head = DenoisingHead(config, mcore, groups.tp, self.posterior) if last else None
 
@@ -92,7 +94,11 @@ class BitLM(BitInput):
         residual = self.head(z, log_sigma, hidden)
         terms = denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
         loss = terms.loss.mean() / self.shards
-        return LossOutput(loss, torch.stack((loss.detach(), terms.bound.mean() / self.shards)))
+        metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))
+        if self.noise_table is not None:
+            rate = terms.rate.unflatten(0, (blocks, k)).mean(1)  # the tokens of a block have one level
+            metrics = torch.cat((metrics, self.noise_table.histogram(log_sigma, rate) / self.shards))
+        return LossOutput(loss, metrics)
 
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The likelihood bound of every sample."""

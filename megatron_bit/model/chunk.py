@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
+from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.parallel.groups import Groups
 
@@ -25,6 +27,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # float32 scalar, differentiable; its gradients, summed where they are partial, are the micro-batch's
     metrics: Tensor  # float32 [2], detached: loss, likelihood bound (nats per token); under SP a share, the sum over TP
+    # [2 + 2 BINS] if the model has a noise table: its histogram of these draws
 
 
 class BoundOutput(NamedTuple):
@@ -46,6 +49,7 @@ class ModelChunk(nn.Module, ABC):
     embedding: nn.Module | None  # on the first chunk
     backbone: Backbone
     head: nn.Module | None  # on the last chunk
+    noise_table: EntropyRate | None = None  # the density of noise levels, if it is measured; on every chunk
 
     def __init__(self, config: Config, mcore: Any, groups: Groups) -> None:
         super().__init__()
@@ -86,3 +90,13 @@ class ModelChunk(nn.Module, ABC):
     @abstractmethod
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The likelihood bound of every sample, from the last layer's [s, b, D]."""
+
+
+def noise_tables(chunks: Iterable[nn.Module]) -> list[EntropyRate]:
+    """The noise table of each chunk, all the same; none if the distribution is not measured."""
+    return [c.noise_table for c in chunks if isinstance(c, ModelChunk) and c.noise_table is not None]
+
+
+def num_metrics(chunks: Iterable[nn.Module]) -> int:
+    """Length of `LossOutput.metrics`, also where the loss is not computed."""
+    return 2 + 2 * BINS if noise_tables(chunks) else 2

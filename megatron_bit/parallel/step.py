@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bit.model.chunk import ModelChunk, TokenBatch
+from megatron_bit.model.chunk import ModelChunk, TokenBatch, num_metrics
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
 
@@ -18,8 +18,8 @@ def forward_backward(batches: Sequence[TokenBatch], optimizer: Optimizer, groups
     """Accumulate the gradients of this rank's micro-batches.
 
     Returns:
-        float32 [2] (loss, bound): this rank's contribution to the mean over the global batch, so that a sum over
-        all ranks gives it. Zero where the loss is not computed.
+        float32 [2] (loss, bound; more with a noise table, `LossOutput.metrics`): this rank's contribution to the mean
+        over the global batch, so that a sum over all ranks gives it. Zero where the loss is not computed.
     """
     dims = groups.dims
     if optimizer.managed:
@@ -27,7 +27,7 @@ def forward_backward(batches: Sequence[TokenBatch], optimizer: Optimizer, groups
     else:
         metrics = pipeline(batches, optimizer.chunks, groups)
     if not metrics:
-        return torch.zeros(2, device=groups.device)
+        return torch.zeros(num_metrics(optimizer.chunks), device=groups.device)
     replicas = 1 if dims.sequence_parallel else dims.tp
     return torch.stack(list(metrics)).sum(0) / (len(batches) * dims.dp * replicas)
 

@@ -110,6 +110,20 @@ def test_groups_and_chain(
     assert reference.loss != single().loss
 
 
+@pytest.mark.parametrize("layout", ["tp2_pp2", "dp2_zero2", "pp2_interleaved", "dp4_zero1"])
+def test_measured_noise_levels(layout: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path) -> None:
+    """The histogram is that of the global batch, whoever drew it, and every stage and checkpoint has the same table."""
+    world, settings = LAYOUTS[layout]
+    measured = {"diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 1}
+    run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, {**settings, **measured}))
+    result, reference = tiny_runs.read(tmp_path / "run"), single(**measured)
+    assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
+    assert result.bound == pytest.approx(reference.bound, rel=TOLERANCE)
+    assert tiny_runs.worst(result.weights, reference.weights)[0] < TOLERANCE
+    warm = single(**{**measured, "diffusion.noise_warmup": 100})
+    assert reference.loss[:2] == warm.loss[:2] and reference.loss[3] != warm.loss[3]
+
+
 def test_same_seed_same_layout_is_bit_identical(tiny_data: Path, tmp_path: Path) -> None:
     layout = {"parallel.tp": 2, "parallel.pp": 2}
     results = []

@@ -10,7 +10,7 @@ from megatron_bit.diffusion import noise
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.chunk import TokenBatch
 
-DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct"]
+DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct", "logistic", "entropy_rate"]
 FP32 = [*DIFFUSION, "chain", "chain_k1"]
 
 

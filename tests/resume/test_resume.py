@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,27 @@ def test_same_layout_continues_bit_identically(name: str, tiny_data: Path, tmp_p
     whole, halves = tiny_runs.read(tmp_path / "whole"), tiny_runs.read(tmp_path / "halves")
     assert halves.loss == whole.loss
     assert tiny_runs.worst(halves.weights, whole.weights)[0] == 0.0
+
+
+@pytest.mark.parametrize("name", ["tp2_pp2", "dp2_zero2"])
+def test_measured_noise_levels_continue(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    measured = {"diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 1}
+    _train(name, tmp_path / "whole", tiny_data, **measured)
+    _train(name, tmp_path / "halves", tiny_data, **measured, **{"train.stop_at": 3})
+    shutil.copytree(tmp_path / "halves", tmp_path / "elsewhere")
+    _train(name, tmp_path / "halves", tiny_data, **measured)
+    whole, halves = tiny_runs.read(tmp_path / "whole"), tiny_runs.read(tmp_path / "halves")
+    assert halves.loss == whole.loss and halves.bound == whole.bound
+    assert tiny_runs.worst(halves.weights, whole.weights)[0] == 0.0
+    tables = [_noise_table(tmp_path / run) for run in ("whole", "halves")]
+    assert tables[0] == tables[1] and tables[0]["steps"] == 5 and sum(tables[0]["counts"]) > 4
+    _train("pp2_interleaved", tmp_path / "elsewhere", tiny_data, **measured)
+    assert tiny_runs.read(tmp_path / "elsewhere").loss == pytest.approx(whole.loss, abs=1e-5)
+    assert _noise_table(tmp_path / "elsewhere")["sums"] == pytest.approx(tables[0]["sums"], rel=1e-4, abs=1e-6)
+
+
+def _noise_table(run: Path) -> dict[str, Any]:
+    return json.loads((run / "checkpoints" / "step-00000005" / "meta.json").read_text())["noise_table"]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ class BitLMConfig(PretrainedConfig):
         sigma_max: float = 160.0,
         sigma_log_mean: float = -1.2,
         sigma_log_std: float = 1.2,
+        sigma_kind: str = "lognormal",
+        sigma_masses: Sequence[float] | None = None,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -92,6 +94,8 @@ class BitLMConfig(PretrainedConfig):
         self.sigma_max = sigma_max
         self.sigma_log_mean = sigma_log_mean
         self.sigma_log_std = sigma_log_std
+        self.sigma_kind = sigma_kind  # lognormal, logistic or entropy_rate
+        self.sigma_masses = None if sigma_masses is None else list(sigma_masses)  # of equal bins of ln sigma, measured
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
@@ -180,26 +184,46 @@ def gaussian(
 
 
 class NoiseDistribution:
-    """ln(sigma / 2) ~ Normal(mean, std), truncated to [sigma_min, sigma_max]."""
+    """ln(sigma / 2) ~ Normal(mean, std) or Logistic(mean, std), truncated to [sigma_min, sigma_max]; or bins of ln
+    sigma with measured probabilities (entropy_rate)."""
 
     def __init__(self, config: BitLMConfig) -> None:
+        self.kind, self.masses = (
+            config.sigma_kind,
+            config.sigma_masses or [1.0],
+        )  # no tensor: made on the meta device too
         self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
         self.mean, self.std = config.sigma_log_mean, config.sigma_log_std
 
     def _cdf(self, sigma: float) -> float:
+        if self.kind == "logistic":
+            return 0.5 * (1.0 + math.tanh(0.5 * (math.log(sigma / 2) - self.mean) / self.std))
         return 0.5 * (1.0 + math.erf((math.log(sigma / 2) - self.mean) / (self.std * math.sqrt(2.0))))
 
     def log_sigma(self, u: Tensor) -> Tensor:
         """u in (0, 1) to ln sigma."""
+        ends = math.log(self.sigma_min), math.log(self.sigma_max)
+        if self.kind == "entropy_rate":
+            masses, u = torch.tensor(self.masses, dtype=torch.float64, device=u.device), u.double()
+            cdf = F.pad(masses.cumsum(0), (1, 0))
+            index = torch.searchsorted(cdf[1:-1], u, right=True)
+            place = (index + (u - cdf[index]) / masses[index]) / len(masses)
+            return (ends[0] + (ends[1] - ends[0]) * place).float().clamp(*ends)
         low, high = self._cdf(self.sigma_min), self._cdf(self.sigma_max)
-        standard = torch.special.ndtri(low + u * (high - low))
-        value = self.mean + self.std * standard + math.log(2.0)
-        return value.clamp(math.log(self.sigma_min), math.log(self.sigma_max))
+        standard = (torch.logit if self.kind == "logistic" else torch.special.ndtri)(low + u * (high - low))
+        return (self.mean + self.std * standard + math.log(2.0)).clamp(*ends)
 
     def density(self, log_sigma: Tensor) -> Tensor:
         """Density over ln sigma."""
+        if self.kind == "entropy_rate":
+            width = math.log(self.sigma_max / self.sigma_min) / len(self.masses)
+            index = ((log_sigma.double() - math.log(self.sigma_min)) / width).long().clamp(0, len(self.masses) - 1)
+            masses = torch.tensor(self.masses, dtype=torch.float64, device=log_sigma.device)
+            return (masses[index] / width).float()
         mass = self._cdf(self.sigma_max) - self._cdf(self.sigma_min)
         standard = (log_sigma - math.log(2.0) - self.mean) / self.std
+        if self.kind == "logistic":
+            return torch.sigmoid(standard) * torch.sigmoid(-standard) / (self.std * mass)
         return torch.exp(-0.5 * standard * standard) / (math.sqrt(2 * math.pi) * self.std * mass)
 
     def grid(self, steps: int, device: torch.device) -> Tensor:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from mbit_kernels.matched_filter import CLIP
 
-from megatron_bit.config import DiffusionConfig
+from megatron_bit.config import DiffusionConfig, config_from_dict
 from megatron_bit.diffusion.bit_groups import BitGroups
+from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
-from megatron_bit.diffusion.noise import NoiseDistribution
+from megatron_bit.diffusion.noise import NoiseDistribution, build_noise
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.inference.hf import modeling_bitlm as hf
 
@@ -31,8 +32,8 @@ def exact_head(z, log_sigma):
     return residual.unflatten(-1, (2, 2)).permute(0, 3, 1, 2, 4).flatten(0, 1).float()
 
 
-def bound(head, x, sigma_min=0.1, block_size=2, posterior=None):
-    distribution = NoiseDistribution(sigma_min, 160.0, DISTRIBUTION.mean, DISTRIBUTION.std)
+def bound(head, x, sigma_min=0.1, block_size=2, posterior=None, distribution=None):
+    distribution = distribution or NoiseDistribution(sigma_min, 160.0, DISTRIBUTION.mean, DISTRIBUTION.std)
     sample = torch.arange(x.shape[1])
     posterior = posterior or BitPosterior(x.shape[-1], True)
     values = token_bound(
@@ -52,6 +53,22 @@ def test_bound_is_the_entropy(sigma_min):
     mean, error = bound(exact_head, x, sigma_min)
     assert error < 0.02 * entropy
     assert -4 * error < mean - entropy < 4 * error + (0.1 if sigma_min > 0.5 else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "entropy_rate", "skewed"])
+def test_bound_is_the_entropy_whatever_the_levels_are_drawn_from(kind):
+    """Also where a table has measured something that is far from the truth."""
+    entropy = float(-(P * P.log()).sum())
+    drawn = torch.multinomial(P, 8000, replacement=True, generator=torch.Generator().manual_seed(1))
+    x = CODES[drawn].view(100, 80, 2, 2).permute(0, 2, 1, 3).reshape(200, 80, 1, 2)
+    noise = "logistic" if kind == "logistic" else "entropy_rate"
+    settings = {"model": {"bits": 2}, "diffusion": {"noise": noise, "noise_warmup": 0, "log_std": 0.8}}
+    distribution = build_noise(config_from_dict(settings), torch.device("cpu"))
+    if kind == "skewed":
+        assert isinstance(distribution, EntropyRate)
+        distribution.update(torch.rand(2 * BINS, generator=torch.Generator().manual_seed(3)) ** 4)
+    mean, error = bound(exact_head, x, distribution=distribution)
+    assert error < (0.04 if kind == "skewed" else 0.02) * entropy and abs(mean - entropy) < 4 * error
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2)])

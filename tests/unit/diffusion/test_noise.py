@@ -120,6 +120,21 @@ def test_inverse_and_density_belong_to_the_same_distribution():
     torch.testing.assert_close(DISTRIBUTION.density((grid[1:] + grid[:-1]) / 2), slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 0.7), (0.3, 1.5)])
+def test_logistic_levels(mean, std):
+    logistic = NoiseDistribution(0.1, 160.0, mean, std, "logistic")
+    cdf = lambda s: torch.sigmoid((torch.as_tensor(s, dtype=torch.float64) - math.log(2) - mean) / std)  # noqa: E731
+    low, high = cdf(math.log(0.1)), cdf(math.log(160.0))
+    u = torch.linspace(0.001, 0.999, 999)
+    found = (cdf(logistic.log_sigma(u).double()) - low) / (high - low)
+    torch.testing.assert_close(found.float(), u, rtol=0, atol=1e-5)
+    grid = torch.linspace(math.log(0.1), math.log(160.0), 20_001, dtype=torch.float64)
+    assert abs(float(torch.trapezoid(logistic.density(grid), grid)) - 1) < 1e-6
+    slope = (cdf(grid[1:]) - cdf(grid[:-1])) / (high - low) / grid.diff()
+    torch.testing.assert_close(logistic.density((grid[1:] + grid[:-1]) / 2), slope, rtol=1e-5, atol=1e-8)
+    assert sum(logistic.masses(128)) == pytest.approx(1)
+
+
 def test_ends_of_the_range_are_finite():
     ends = DISTRIBUTION.log_sigma(torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(ends, torch.tensor([math.log(0.1), math.log(160.0)]), rtol=0, atol=0.02)

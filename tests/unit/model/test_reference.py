@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_bit.model.chunk import TokenBatch
+from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.optim.schedule import learning_rate
@@ -74,7 +74,14 @@ def compare(groups, reference, make_model, config):
 
 
 @pytest.mark.parametrize(
-    "override", ["model.qk_norm=false", "model.code=gray", "model.num_kv_heads=6", "model.rope_base=77"]
+    "override",
+    [
+        "model.qk_norm=false",
+        "model.code=gray",
+        "model.num_kv_heads=6",
+        "model.rope_base=77",
+        "diffusion.noise=logistic",
+    ],
 )
 def test_model_switches(groups, reference, make_config, make_model, override):
     config = make_config(3, 5, override)
@@ -132,8 +139,11 @@ def test_reference_training_learns_and_ignores_the_cut_into_micro_batches(refere
     assert not torch.equal(final["head.output.weight"], weights["head.output.weight"])
 
 
-@pytest.mark.parametrize(("schedule", "stage"), [("cosine", 0), ("cosine", 1), ("wsd", 0)])
-def test_training_step_by_step(groups, reference, make_config, make_model, schedule, stage):
+@pytest.mark.parametrize(
+    ("schedule", "stage", "noise"),
+    [("cosine", 0, "lognormal"), ("cosine", 1, "lognormal"), ("wsd", 0, "lognormal"), ("cosine", 1, "entropy_rate")],
+)
+def test_training_step_by_step(groups, reference, make_config, make_model, schedule, stage, noise):
     """Through torch and through DeepSpeed: losses, bounds, norms (AdamW hides a wrong scale, they do not), weights."""
     config = make_config(
         3,
@@ -148,6 +158,8 @@ def test_training_step_by_step(groups, reference, make_config, make_model, sched
         "optim.grad_clip=0.33",
         f"optim.schedule={schedule}",
         "optim.decay_fraction=0.5",
+        f"diffusion.noise={noise}",
+        "diffusion.noise_warmup=2",
     )
     model = make_model(config)
     weights = logical(model, groups, dict(model.named_parameters()))
@@ -156,11 +168,15 @@ def test_training_step_by_step(groups, reference, make_config, make_model, sched
     steps = [[tuple(batch(config, 2, 4 * s + 2 * i, seed=2 * s + i)) for i in (0, 1)] for s in range(8)]
     measured = []
     for step, micro_batches in enumerate(steps):
-        loss, bound = forward_backward([TokenBatch(*m) for m in micro_batches], optimizer, groups).tolist()
+        metrics = forward_backward([TokenBatch(*m) for m in micro_batches], optimizer, groups)
+        loss, bound = metrics[:2].tolist()
+        for table in noise_tables([model]):
+            table.update(metrics[2:])
         optimizer.step([learning_rate(config, step) * group["lr_scale"] for group in optimizer.base.param_groups])
         measured.append((loss, bound, float(optimizer.grad_norm)))
     *expected, final = reference.train_reference(config, weights, steps)
     assert min(expected[2]) < 0.33 < max(expected[2]), "clipping has to act in some steps and not in others"
     torch.testing.assert_close(torch.tensor(measured).T, torch.tensor(expected), rtol=1e-5, atol=0)
+    tolerance = 1e-5 if noise == "lognormal" else 1e-4  # the levels depend on the weights, and AdamW magnifies rounding
     for name, value in logical(model, groups, dict(model.named_parameters())).items():
-        torch.testing.assert_close(value, final[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(value, final[name], rtol=1e-4, atol=tolerance, msg=name)
