@@ -125,7 +125,7 @@ def from_folder(folder: Path) -> CausalModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **known)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **known)
     except Exception as error:  # whatever a foreign folder makes transformers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{folder} cannot be read as a causal language model of transformers: {reason}") from None
     begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     begin, eos = eos if begin is None else begin, begin if eos is None else eos
