@@ -45,16 +45,18 @@ class CausalModel(Model):
 
     def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
         ids, logits = self._logits(rows)
-        nats = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").cpu()
-        return [nats[i, : len(row)] for i, row in enumerate(rows)]
+        out = []  # row by row: float32 logits of all rows may be large
+        for i, row in enumerate(rows):
+            out.append(F.cross_entropy(logits[i, : len(row)].float(), ids[i, : len(row)], reduction="none").cpu())
+        return out
 
     @torch.no_grad()
     def _logits(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids int64 [b, S] and what predicts them, float32 [b, S, V]; filled up behind, which no token can see."""
+        """Ids int64 [b, S] and what predicts them, [b, S, V]; filled up behind, which no token can see."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[self._begin] * (width - len(row))] for row in rows], device=self._device)
         inputs = F.pad(ids[:, :-1], (1, 0), value=self._begin)
-        return ids, self._model(inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits.float()
+        return ids, self._model(inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
 
     @torch.no_grad()
     def generate(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,15 +58,13 @@ def measure(
     """
     rows = validation.samples(samples, model.context)
     values: list[list[float]] = []
-    while True:
-        at = len(values)
-        own = model.training.train.seed if model.training is not None and at == 0 else seed + at
-        progress = Progress("likelihood" if model.exact else f"likelihood, pass {at + 1}")
+    for own in _seeds(model, seed):
+        progress = Progress("likelihood" if model.exact else f"likelihood, pass {len(values) + 1}")
         nats = score(model, rows, seed=own, batch_size=batch_size, progress=progress)
         values.append([row.double().mean().item() for row in nats])
         if model.exact:
             break
-        if at and (at + 1 >= max_passes or standard_errors(values)[2] <= tolerance):
+        if len(values) >= 2 and (len(values) >= max_passes or standard_errors(values)[2] <= tolerance):
             break
     mean = float(np.mean(values))
     total, text, noise = standard_errors(values)
@@ -81,6 +81,14 @@ def measure(
         bits_per_byte=mean / math.log(2) / validation.bytes_per_token,
         perplexity=math.exp(mean),
     )
+
+
+def _seeds(model: Model, seed: int) -> Iterator[int]:
+    """Of the passes, without end and without one twice: a run's own, and then from `seed` on."""
+    own = None if model.training is None else model.training.train.seed
+    if own is not None:
+        yield own
+    yield from (other for other in itertools.count(seed) if other != own)
 
 
 def standard_errors(values: list[list[float]]) -> tuple[float, float, float]:

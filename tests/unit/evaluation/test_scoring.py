@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known import Known
 
+from megatron_bit.config import load_config
+from megatron_bit.evaluation import progress
 from megatron_bit.evaluation.likelihood import measure, standard_errors
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import encode_behind, score, windows
@@ -43,6 +45,14 @@ def test_long_texts_in_any_batch() -> None:
         assert keys == sorted([0, 1 << 32, 2 << 32, 3 << 32, 1, 3])  # no two windows share noise
 
 
+def test_progress_in_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(Progress("x").over(range(0, 10, 4), step=4, total=10)) == [0, 4, 8]
+    assert capsys.readouterr().err == ""  # it was quick
+    monkeypatch.setattr(progress, "SECONDS", -1.0)
+    list(Progress("scoring").over(range(0, 10, 4), step=4, total=10))
+    assert capsys.readouterr().err == "scoring: 4 of 10, 0 s left\nscoring: 8 of 10, 0 s left\n"
+
+
 def test_standard_errors_by_hand() -> None:
     total, text, noise = standard_errors([[1.0, 2.0, 6.0], [3.0, 2.0, 4.0]])
     assert noise == pytest.approx(math.sqrt((2 + 0 + 2) / 3 / 6))  # variances 2, 0, 2 of three samples, two passes
@@ -72,6 +82,10 @@ def test_passes_go_on_until_the_noise_is_small(tiny_data: Path) -> None:
     assert found.noise_standard_error == pytest.approx(0.2 / math.sqrt(50 * found.passes), rel=0.3)
     assert 4 <= found.passes <= 8 and abs(found.nats_per_token - 1.0) < 0.05
     assert {seed for *_, seed in model.calls} == set(range(1, 1 + found.passes))
+    model.training = load_config(overrides=["train.seed=2"])  # of a run: its noise first, and none of it twice
+    model.calls.clear()
+    assert measure(model, validation, tolerance=1e-9, max_passes=4, **settings).passes == 4
+    assert list(dict.fromkeys(seed for *_, seed in model.calls)) == [2, 1, 3, 4]
     limited = measure(model, validation, tolerance=1e-9, max_passes=3, **settings)
     assert limited.passes == 3 and limited.noise_standard_error > 1e-9
     model.head, model.noise = "softmax", 0.0
