@@ -217,6 +217,10 @@ class OptimConfig(Section):
     """`wsd`: share of `train.steps` in the final linear decay."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate over the peak."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Keep an fp32 average of the weights, of which an update leaves this share; 0 keeps none. Sharded and saved like
+    them (4 bytes a parameter more), for `convert --weights ema` and `generate --weights ema`; training does not see it.
+    A run that turns it on later begins with its weights."""
     spike_guard: float = Field(default=0.0, ge=0)
     """Skip an update whose loss is above this many times the running mean; 0 is off. Costs a host sync a step."""
 

@@ -54,6 +54,7 @@ def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
     split = split_layers(config, dims.num_chunks)
     per_layer = counts["backbone"] / config.model.num_layers
     width = 2 if config.train.precision == "bf16" else 4
+    states = 12 if config.optim.ema_decay else 8  # bytes of moments and average; masters of bf16 come on top
     softmax = config.model.head.kind == "softmax"
     stages = []
     for stage in range(dims.pp):
@@ -68,7 +69,7 @@ def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
             {
                 "weights": parameters * width / (dims.dp if dims.zero_stage == 3 else 1),
                 "gradients": parameters * 4 / (dims.dp if dims.zero_stage > 1 else 1),
-                "optimizer": parameters * (12 if width == 2 else 8) / (dims.dp if dims.zero_stage else 1),
+                "optimizer": parameters * (states + (4 if width == 2 else 0)) / (dims.dp if dims.zero_stage else 1),
                 "activations": _activations(config, dims, layers, flight, last, width),
             }
         )

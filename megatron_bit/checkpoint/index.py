@@ -93,6 +93,10 @@ class Reader:
             for state in entry["states"]:
                 yield name, state
 
+    def has(self, name: str, state: str) -> bool:
+        """Whether the checkpoint has this state of the tensor."""
+        return state in self._index.get(name, {"states": ()})["states"]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """UserError if the checkpoint has no tensor of this name."""
         if name not in self._index:

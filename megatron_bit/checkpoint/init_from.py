@@ -16,7 +16,7 @@ from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.model.bitlm import BitInput
 from megatron_bit.model.logical import pieces
-from megatron_bit.optim.optimizer import Optimizer
+from megatron_bit.optim.optimizer import EMA, Optimizer
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.run_folder import compare, newest_checkpoint
 
@@ -74,6 +74,8 @@ def init_from(source: str, config: Config, mine: dict[str, Any], optimizer: Opti
                 continue
             for at, place in owned_rectangles(part, fragment.start, target.numel()):
                 target.narrow(0, at, place.numel).copy_(weights.read(part.name, part.full_shape, place).flatten())
+        if EMA in fragment.states:
+            fragment.states[EMA].copy_(target)
     return f"the layers of {source}; embedding and head begin untrained" if weights.partial else f"all of {source}"
 
 

@@ -16,7 +16,7 @@ from megatron_bit.checkpoint.index import Reader, Rectangle, owned_rectangles
 from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import noise_tables
 from megatron_bit.model.logical import Piece, pieces
-from megatron_bit.optim.optimizer import Optimizer
+from megatron_bit.optim.optimizer import EMA, Optimizer
 from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.groups import Groups
 
@@ -51,7 +51,10 @@ def newest_undamaged(root: Path, groups: Groups) -> Path | None:
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
-    """Fill master weights and moments of this rank; `optimizer.loaded` then refreshes the model, on all ranks."""
+    """Fill master weights and moments of this rank; `optimizer.loaded` then refreshes the model, on all ranks.
+
+    An average of the weights that the checkpoint does not have begins with the weights.
+    """
     reader = open_reader(folder)
     layout = [pieces(chunk, groups) for chunk in optimizer.chunks]
     for fragment in optimizer.fragments():
@@ -60,7 +63,8 @@ def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
             count = fragment.states["param"].numel()
             for at, place in owned_rectangles(part, fragment.start, count):
                 for state, tensor in fragment.states.items():
-                    tensor.narrow(0, at, place.numel).copy_(reader.read(part.name, state, place).flatten())
+                    source = state if state != EMA or reader.has(part.name, EMA) else "param"
+                    tensor.narrow(0, at, place.numel).copy_(reader.read(part.name, source, place).flatten())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from megatron_bit.checkpoint.index import owned_rectangles
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.model.logical import pieces
-from megatron_bit.optim.optimizer import STATES, Optimizer
+from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.safetensors_file import Spec, write_file
 
@@ -48,8 +48,10 @@ def snapshot(optimizer: Optimizer, groups: Groups, reuse: dict[str, Tensor]) -> 
                 continue  # replicated over TP: the first rank writes it
             count = fragment.states["param"].numel()
             for at, place in owned_rectangles(part, fragment.start, count):
-                entry = index.setdefault(part.name, {"shape": part.full_shape, "states": {s: [] for s in STATES}})
-                for state in STATES:
+                entry = index.setdefault(
+                    part.name, {"shape": part.full_shape, "states": {s: [] for s in fragment.states}}
+                )
+                for state in fragment.states:
                     key = f"{part.name}/{state}/{'-'.join(map(str, place.offset))}"
                     view = fragment.states[state].detach().narrow(0, at, place.numel).view(place.shape)
                     tensors[key] = _copy(view, key, reuse)

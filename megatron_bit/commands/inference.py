@@ -24,6 +24,7 @@ def generate(
     stop: tuple[str, ...] = (),
     batch_size: int = 1,
     stream: bool = False,
+    weights: Literal["trained", "ema"] = "trained",
     data: str | None = None,
     json: bool = False,
 ) -> int:
@@ -43,6 +44,7 @@ def generate(
         stop: a text ends when one of these strings has appeared in it.
         batch_size: prompts generated together.
         stream: print the text as it is made, one prompt at a time.
+        weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
         json: print JSON lines.
     """
@@ -75,6 +77,7 @@ def generate(
         batch_size=batch_size,
         stop=stop,
         show=stream,
+        weights=weights,
         how={key: value for key, value in how.items() if value is not None},
     )
     for result in results:
@@ -108,6 +111,7 @@ def convert(
     to: Literal["hf"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     shard_size: str = "5GB",
+    weights: Literal["trained", "ema"] = "trained",
     data: str | None = None,
 ) -> int:
     """Convert a checkpoint to a Hugging Face folder: weights, tokenizer and the code that runs them in transformers.
@@ -118,11 +122,12 @@ def convert(
         to: the form: hf.
         dtype: of the weights.
         shard_size: above it the weights are several files, such as 5GB or 500MiB.
+        weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
     """
     from megatron_bit.inference.convert import to_hf
 
-    to_hf(run, out, dtype=dtype, shard_size=shard_size, data=data)
+    to_hf(run, out, dtype=dtype, shard_size=shard_size, data=data, weights=weights)
     return 0
 
 

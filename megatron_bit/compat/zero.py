@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
-from megatron_bit.optim.optimizer import STATES, Fragment, Optimizer
+from megatron_bit.optim.optimizer import EMA, STATES, Fragment, Optimizer
 from megatron_bit.parallel.groups import Groups
 
 
@@ -66,6 +66,8 @@ class ZeroOptimizer(Optimizer):
         self.stage = groups.dims.zero_stage
         self.managed = groups.dims.pp == 1
         self._device = groups.device
+        self._ema_decay = config.optim.ema_decay
+        self._states = (*STATES, EMA) if self._ema_decay else STATES
         module = self.chunks[0] if self.managed else nn.ModuleList(self.chunks)
         micro_batches = groups.dims.micro_batches(config)
         settings: dict[str, Any] = {
@@ -107,6 +109,14 @@ class ZeroOptimizer(Optimizer):
         for group, lr in zip(self.base.param_groups, lrs, strict=True):
             group["lr"] = lr
         self.engine.step()
+        if self._ema_decay and not self.skipped:  # DeepSpeed has waited to know
+            self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the averages of the weights."""
+        for flat in self._flat_partitions():
+            self.base.state[flat][EMA].lerp_(flat, 1.0 - self._ema_decay)
 
     @torch.no_grad()
     def poison(self) -> None:
@@ -143,6 +153,8 @@ class ZeroOptimizer(Optimizer):
                     "exp_avg": torch.zeros_like(flat),
                     "exp_avg_sq": torch.zeros_like(flat),
                 }
+                if self._ema_decay:
+                    self.base.state[flat][EMA] = flat.detach().clone()
         if (
             self.stage < 3
         ):  # DeepSpeed links all groups' states in the first group's first step, when the rest have none
@@ -159,7 +171,7 @@ class ZeroOptimizer(Optimizer):
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is not None:
                     states = {"param": mapping.get_hp_fragment().detach()}
-                    states |= {key: mapping.get_optim_state_fragment(key) for key in STATES[1:]}
+                    states |= {key: mapping.get_optim_state_fragment(key) for key in self._states[1:]}
                     yield Fragment(index, name, mapping.lp_fragment_address.start, states)
 
     def _stage3_fragment(self, index: int, name: str, parameter: Any, dp_rank: int) -> Iterator[Fragment]:
@@ -174,7 +186,7 @@ class ZeroOptimizer(Optimizer):
                 )[0]
                 .detach()
                 .narrow(0, 0, count)
-                for key in STATES
+                for key in self._states
             }
             yield Fragment(index, name, start, states)
 

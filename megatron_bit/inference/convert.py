@@ -21,7 +21,7 @@ from mbit_data.tokenizer import Tokenizer
 
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder
-from megatron_bit.inference.hf_names import CODE_TABLE, Source, llama_arguments, model_arguments
+from megatron_bit.inference.hf_names import CODE_TABLE, Source, WeightsOf, llama_arguments, model_arguments
 from megatron_bit.inference.safetensors_stream import Spec, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +29,15 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 MODELING = Path(__file__).parent / "hf" / "modeling_bitlm.py"
 
 
-def to_hf(run: Path, out: Path, *, dtype: str = "float32", shard_size: str = "5GB", data: str | None = None) -> None:
+def to_hf(
+    run: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    shard_size: str = "5GB",
+    data: str | None = None,
+    weights: WeightsOf = "trained",
+) -> None:
     """Convert the newest checkpoint of a run, or a checkpoint folder.
 
     Tensor by tensor: memory is that of the largest one, whatever the model. The folder appears under its name when it
@@ -40,6 +48,7 @@ def to_hf(run: Path, out: Path, *, dtype: str = "float32", shard_size: str = "5G
         dtype: of the weights, a key of DTYPES.
         shard_size: above it there are several files: "5GB", "500MiB".
         data: the run's data folder, if it has moved.
+        weights: the newest ones, or their running average.
 
     Raises:
         UserError: no checkpoint, another tokenizer, an output folder with something in it, or it cannot be written.
@@ -47,7 +56,7 @@ def to_hf(run: Path, out: Path, *, dtype: str = "float32", shard_size: str = "5G
     shard_bytes = _bytes(shard_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
-    source = Source(run, data)
+    source = Source(run, data, weights)
     begin = time.perf_counter()
     try:
         with _temporary(out) as folder:
@@ -59,8 +68,8 @@ def to_hf(run: Path, out: Path, *, dtype: str = "float32", shard_size: str = "5G
     except OSError as error:
         raise UserError(f"output {out} cannot be written: {error.strerror or error} ({error.filename})") from None
     print(
-        f"{out}: step {source.step} of {source.folder.parent.parent}, {written / 1e9:.3g} GB of weights in {dtype}, "
-        f"{time.perf_counter() - begin:.1f} s"
+        f"{out}: step {source.step} of {source.folder.parent.parent}, {written / 1e9:.3g} GB of "
+        f"{'averaged ' if weights == 'ema' else ''}weights in {dtype}, {time.perf_counter() - begin:.1f} s"
     )
 
 
@@ -73,6 +82,8 @@ def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
     common: dict[str, Any] = {
         "dtype": dtype, "eos_token_id": eos, "pad_token_id": eos, "training_step": source.step
     }  # fmt: skip
+    if source.weights != "trained":
+        common["training_weights"] = source.weights
     if source.softmax:
         _write_llama(source, folder, common, fast)
     else:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bit.errors import UserError
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, BitLMConfig, BitLMForCausalLM
-from megatron_bit.inference.hf_names import Source, model_arguments, training_dtype
+from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
 
 __all__ = ["SAMPLERS", "Generator", "main"]
 
@@ -52,15 +52,16 @@ class _Converted:
 class Generator:
     """A model in evaluation mode on the accelerator, or the CPU if there is none, with its tokenizer."""
 
-    def __init__(self, run: Path, data: str | None = None) -> None:
+    def __init__(self, run: Path, data: str | None = None, weights: WeightsOf = "trained") -> None:
         """
         Args:
             run: a run folder (its newest complete checkpoint), a checkpoint folder, or a converted folder.
             data: folder with the run's tokenizer, if it has moved since; a converted folder has its own.
+            weights: of a run, the newest ones or their running average; a converted folder has one of them.
 
         Raises:
-            UserError: no complete checkpoint, a softmax model, the tokenizer is gone or another one, or a damaged
-                converted folder.
+            UserError: no complete checkpoint or no average, a softmax model, the tokenizer is gone or another one, or a
+                damaged converted folder.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: BitLMForCausalLM
@@ -68,9 +69,14 @@ class Generator:
         if (run / "config.json").exists():
             if data is not None:
                 raise UserError(f"--data {data} has no use here: {run} is a converted folder with its own tokenizer")
+            if weights != "trained":
+                raise UserError(
+                    f"--weights {weights} has no use here: {run} is a converted folder; `megatron-bit convert "
+                    f"--weights {weights}` makes one of them"
+                )
             self._open_converted(run)
         else:
-            source = Source(run, data)
+            source = Source(run, data, weights)
             if source.softmax:
                 raise UserError(
                     f"{run} has a softmax head, and this generates from BitLMs: `megatron-bit convert {run} --to hf "
@@ -228,10 +234,11 @@ def main(
     batch_size: int,
     stop: Sequence[str],
     show: bool,
+    weights: WeightsOf,
     how: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Generate for every prompt, `batch_size` at a time; prompt i has sequence i, whatever the batch."""
-    generator = Generator(run, data)
+    generator = Generator(run, data, weights)
     generator.check(how)
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]

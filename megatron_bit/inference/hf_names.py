@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.noise import build_noise
 from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
+from megatron_bit.optim.optimizer import EMA
 from megatron_bit.parallel.split import FREQUENCIES
 from megatron_bit.run_folder import newest_checkpoint
 
 CODE_TABLE = "model.code_table"
+WeightsOf = Literal["trained", "ema"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,25 @@ class Part:
 class Source:
     """A checkpoint to read weights from, with the data folder's tokenizer."""
 
-    def __init__(self, run: Path, data: str | None = None) -> None:
+    def __init__(self, run: Path, data: str | None = None, weights: WeightsOf = "trained") -> None:
         """
         Args:
             run: a run folder (its newest complete checkpoint) or a checkpoint folder.
             data: folder with the run's tokenizer, if it has moved since.
+            weights: the newest ones, or their running average (`optim.ema_decay`).
 
         Raises:
-            UserError: no complete checkpoint, or the tokenizer is gone or another one.
+            UserError: no complete checkpoint, one without such weights, or the tokenizer is gone or another one.
         """
         self.folder = newest_checkpoint(run)
         meta = read_meta(self.folder)
         config = config_from_dict(meta["config"])
+        if weights == "ema" and not config.optim.ema_decay:
+            raise UserError(
+                f"checkpoint {self.folder} has no average of the weights (optim.ema_decay is 0 there); leave out "
+                "--weights ema"
+            )
+        self.weights = weights
         self.step = int(meta["step"])
         self.noise_table: dict[str, Any] | None = meta.get("noise_table")
         self.manifest: Manifest = load_manifest(data or config.data.path, check_files=False)
@@ -92,19 +101,19 @@ class Source:
             layer = part.logical.partition(".layers.")[2].partition(".")[0]
             if layer != group:  # a reader keeps what it has read mapped into memory: begin anew
                 reader, group = open_reader(self.folder), layer
-            yield part.name, _read(reader, part)
+            yield part.name, _read(reader, part, EMA if self.weights == "ema" else "param")
         if self.code_table is not None:
             yield CODE_TABLE, self.code_table
 
 
-def _read(reader: Reader, part: Part) -> Tensor:
+def _read(reader: Reader, part: Part, state: str) -> Tensor:
     shape = reader.shape(part.logical)
     if shape != part.logical_shape:
         raise UserError(
             f"checkpoint tensor {part.logical} has shape {shape}, the configuration wants {part.logical_shape}; it is "
             "of another model"
         )
-    whole = reader.read(part.logical, "param", Rectangle((0,) * len(shape), shape))
+    whole = reader.read(part.logical, state, Rectangle((0,) * len(shape), shape))
     return whole if part.cut is None else part.cut(whole)
 
 

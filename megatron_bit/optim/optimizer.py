@@ -14,6 +14,7 @@ from megatron_bit.optim.groups import adamw, parameter_groups
 from megatron_bit.parallel.groups import Groups
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # fp32 master weights and AdamW's moments
+EMA = "ema"  # and, with optim.ema_decay, the average of the weights
 
 
 class Fragment(NamedTuple):
@@ -22,7 +23,7 @@ class Fragment(NamedTuple):
     chunk: int  # index of the model chunk
     name: str  # local parameter name
     start: int  # first element, in the flattened parameter
-    states: dict[str, Tensor]  # float32 [numel] views, by the names in STATES
+    states: dict[str, Tensor]  # float32 [numel] views, by the names in STATES, and EMA
     saved: bool = True  # False: another data-parallel rank holds the same and saves it
 
 
@@ -68,7 +69,10 @@ class Optimizer(ABC):
 
     @abstractmethod
     def create_states(self) -> None:
-        """Give AdamW its (zero) moments now rather than at the first step, so that a checkpoint can fill them."""
+        """Give AdamW its (zero) moments now rather than at the first step, so that a checkpoint can fill them.
+
+        The average of the weights, if one is kept, begins with the weights.
+        """
 
     @abstractmethod
     def fragments(self) -> Iterator[Fragment]:

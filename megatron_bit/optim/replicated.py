@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
-from megatron_bit.optim.optimizer import Fragment, Optimizer
+from megatron_bit.optim.optimizer import EMA, Fragment, Optimizer
 from megatron_bit.parallel.groups import Groups
 
 BUCKET = 2**25  # elements that are reduced together
@@ -30,6 +30,7 @@ class ReplicatedOptimizer(Optimizer):
         self.base = optimizer
         self.managed = groups.dims.pp == 1
         self._clip = config.optim.grad_clip
+        self._ema_decay = config.optim.ema_decay
         self._dp = groups.collection.dp
         self._mp = groups.collection.mp
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,11 +90,19 @@ class ReplicatedOptimizer(Optimizer):
         self.base.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
         self.base.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0) if self._clip else None  # type: ignore[attr-defined]
         self.base.step()
+        if self._ema_decay:
+            self._follow()
         for parameter in (*self._parameters, *self._masters):
             parameter.grad = None
         self._accumulated.clear()
         if self._masters is not self._parameters:
             _copy(self._parameters, self._masters)
+
+    def _follow(self) -> None:
+        """Move the averages; by nothing after a skipped update, so that no step waits to know."""
+        weight = (1.0 - self._ema_decay) * (1.0 - self.base.found_inf)  # type: ignore[attr-defined]
+        for master in self._masters:
+            self.base.state[master][EMA].lerp_(master, weight)
 
     def _global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """L2 norm over the whole model, float32 scalar."""
@@ -123,6 +132,8 @@ class ReplicatedOptimizer(Optimizer):
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
+            if self._ema_decay:
+                self.base.state[master][EMA] = master.detach().clone()
 
     def fragments(self) -> Iterator[Fragment]:
         masters = dict(zip(self._parameters, self._masters, strict=True))
@@ -133,6 +144,8 @@ class ReplicatedOptimizer(Optimizer):
                 master = masters[parameter]
                 state = self.base.state[master]
                 states = {"param": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+                if self._ema_decay:
+                    states[EMA] = state[EMA]
                 flat = {key: tensor.view(-1) for key, tensor in states.items()}
                 yield Fragment(index, name, 0, flat, saved=count % dp_size == dp_rank)
                 count += 1
