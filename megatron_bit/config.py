@@ -31,6 +31,8 @@ class HeadConfig(Section):
     `evaluate.noise_samples` have no effect. `softmax` is the autoregressive peer to compare with: a token table, and a
     softmax over the vocabulary, both untied and split over `parallel.tp`; it needs `model.block_size=1`, and what is
     said below of the head, of bits and of noise then has no effect."""
+    window: int = Field(default=8, ge=1)
+    """Tokens, its own among them, that a token of a chain head's attention reaches back to, also across blocks."""
     prior: bool = True
     """Add to the head's logits a linear map of the backbone's states, the same at every noise level."""
     num_layers: int = Field(default=2, ge=1)
@@ -46,6 +48,8 @@ class HeadConfig(Section):
     def _check(self) -> HeadConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}")
+        if self.kind == "chain" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} has to be even for RoPE")
         return self
 
 

@@ -210,7 +210,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             weights[name] = torch.zeros(shape)
         else:
             std = m.init_std
-            if name in ("embedding.start", "embedding.values"):
+            if name in ("embedding.start", "embedding.values", "head.previous", "head.values"):
                 std = 1.0
             elif owner.startswith("head.noise_level"):
                 std = shape[1] ** -0.5
@@ -323,14 +323,19 @@ class ReferenceModel:
         modulation = F.linear(condition, w["head.modulation.weight"], w["head.modulation.bias"]).chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = x + w["head.position"]
-        sees = torch.ones(m.block_size, m.block_size, dtype=torch.bool)
-        if m.head.kind == "chain":
-            sees = sees.tril()
         for i in range(m.head.num_layers):
             layer = f"head.layers.{i}."
             y = _adaptive_norm(x, shift_a, scale_a) @ w[f"{layer}qkv.weight"].T
-            y = y.flatten(0, 2).unflatten(-1, (m.head.num_heads, 3, -1))  # rows head by head: query, key, value
-            q, k, v = (y[:, :, :, j].transpose(1, 2) for j in range(3))
+            chain = m.head.kind == "chain"  # whose attention runs over the whole sequence [b, S], others' over a block
+            y = (y[:, :, 0].flatten(1, 2) if chain else y.flatten(0, 2)).unflatten(-1, (m.head.num_heads, 3, -1))
+            q, k, v = (y[:, :, :, j] for j in range(3))  # rows head by head: query, key, value
+            back = torch.arange(y.shape[1])[:, None] - torch.arange(y.shape[1])
+            sees = (back >= 0) & (back < m.head.window) if chain else torch.ones_like(back, dtype=torch.bool)
+            if chain:
+                inverse = 1.0 / m.rope_base ** (torch.arange(0, q.shape[-1], 2).float() / q.shape[-1])
+                angle = torch.outer(torch.arange(y.shape[1]).float(), inverse)
+                q, k = _rotate(q, angle), _rotate(k, angle)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             weight = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~sees, float("-inf")).softmax(-1)
             attended = (weight @ v).transpose(1, 2).reshape(x.shape)
             x = x + gate_a * (attended @ w[f"{layer}proj.weight"].T)
@@ -347,7 +352,8 @@ class ReferenceModel:
         level = torch.cat((angle.cos(), angle.sin()), dim=-1)
         level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])
         level = F.linear(F.silu(level), w["head.noise_level.fc2.weight"], w["head.noise_level.fc2.bias"])
-        condition = F.silu(level[:, :, :, None] + self._of_block("condition", hidden)[:, :, None])  # [b, n, M, K, W]
+        context = self._of_block("condition", hidden)[:, :, None]
+        condition = F.silu(level[:, :, :, None] + context)  # [b, n, M, K, W]
         scaled = z / (1.0 + (2 * log_sigma).exp()).sqrt()[..., None, None]
         x = scaled @ w["head.input.weight"].T
         if m.group_bits > 1:
@@ -355,7 +361,7 @@ class ReferenceModel:
             tables = w["head.values"].unflatten(0, (len(group_slices(self.config)), -1))
             for i, (codes, evidence) in enumerate(self._evidence(odds)):
                 x = x + evidence.softmax(-1) @ tables[i][: len(codes)]
-        out = self._head_layers(x, condition) @ w["head.output.weight"].T
+        out = self._head_layers(x + context, condition) @ w["head.output.weight"].T
         return out + self._of_block("prior", hidden)[:, :, None] if m.head.prior else out
 
     def _evidence(self, odds: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -416,8 +422,10 @@ class ReferenceModel:
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
         total = torch.zeros(tokens.shape)
         for i, (first, last) in enumerate(group_slices(self.config)):
-            condition = F.silu(w["head.stage"][i] + self._of_block("condition", hidden))[:, :, None]
-            features = self._head_layers(known, condition)[:, :, 0].flatten(1, 2)  # [b, S, W]
+            context = self._of_block("condition", hidden)[:, :, None]
+            features = self._head_layers(known + context, F.silu(w["head.stage"][i] + context))[:, :, 0].flatten(
+                1, 2
+            )  # [b, S, W]
             logits = features @ w["head.output.weight"].unflatten(0, (len(values), -1))[i].T
             if self.config.model.head.prior:
                 logits = (

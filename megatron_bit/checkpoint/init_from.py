@@ -108,6 +108,7 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
         ("model.norm_eps", m.norm_eps, there.get("rms_norm_eps")),
         ("model.head.kind", m.head.kind, there.get("head_kind")),
         ("model.head.prior", m.head.prior, there.get("head_prior")),
+        ("model.head.window", m.head.window, there.get("head_window")),
         ("model.group_bits", list(m.group_sizes), there.get("group_sizes")),
         ("model.head.num_layers", m.head.num_layers, there.get("head_num_layers")),
         ("model.head.num_heads", m.head.num_heads, there.get("head_num_attention_heads")),

@@ -246,6 +246,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "head_num_attention_heads": m.head.num_heads,
         "head_kind": m.head.kind,
         "head_prior": m.head.prior,
+        "head_window": m.head.window,
         "group_sizes": list(m.group_sizes),
         "matched_filter": d.parameterization == "matched_filter",
         "sigma_min": d.sigma_min,

@@ -5,8 +5,9 @@ they no longer overlap, each group is drawn in one step from its posterior given
 for a group (diffusion/bit_groups.py); no noise is left, and the likelihood is exact by the chain rule. What stays of
 the method: the backbone runs once for K tokens, and nothing has the size of the vocabulary.
 
-All stages are trained at once. Stage i of a token decides its group i and sees the groups before it; the head's
-attention is causal over the tokens of the block, and each token brings the embedding of the one before it.
+All stages are trained at once. Stage i of a token decides its group i and sees the groups before it. Each token brings
+the embedding of the one before it, and the head's attention is causal in a window that reaches into earlier blocks: the
+backbone knows everything but the newest tokens, the head the newest tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
+from megatron_bit.model.attention import RotaryEmbedding
 from megatron_bit.model.bitlm import BitInput
 from megatron_bit.model.chunk import BoundOutput, LossOutput, TokenBatch
 from megatron_bit.model.codec import Codec
@@ -30,9 +32,8 @@ from megatron_bit.parallel.groups import Groups
 class ChainHead(BlockHead):
     """Cross-entropy of every token given the ones before it, group by group."""
 
-    causal = True
-
     def __init__(self, config: Config, mcore: Any, tp_group: Any, groups: BitGroups) -> None:
+        self.rope = RotaryEmbedding(config.model.rope_base)
         super().__init__(config, mcore, tp_group, groups.count * groups.values)
         w = config.model.head.hidden_size
         self.groups = groups

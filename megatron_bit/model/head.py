@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
+from megatron_bit.model.attention import RotaryEmbedding
 from megatron_bit.model.layers import PARTIAL, init_device, linear, value_table
 from megatron_bit.parallel.split import FREQUENCIES
 
@@ -42,14 +43,15 @@ class NoiseLevelEmbedding(nn.Module):
 
 
 class HeadLayer(nn.Module):
-    """Attention inside the block (all of it, or causal) and SwiGLU, modulated by AdaLN; split over TP."""
+    """Attention (inside the block, or causal in a sliding window) and SwiGLU, modulated by AdaLN; split over TP."""
 
-    def __init__(self, config: Config, mcore: Any, tp_group: Any, causal: bool) -> None:
+    def __init__(self, config: Config, mcore: Any, tp_group: Any, rope: RotaryEmbedding | None) -> None:
+        """rope: of a head whose attention slides over the sequence; None for one that stays in its block."""
         super().__init__()
         from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
         h = config.model.head
-        self.causal = causal
+        self.rope, self.window = rope, h.window
         self.block_size = config.model.block_size
         self.head_dim = h.hidden_size // h.num_heads
         common: dict[str, Any] = {"config": mcore, "init_method": None, "bias": False, "tp_group": tp_group}
@@ -68,11 +70,32 @@ class HeadLayer(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
+        if self.rope is not None:
+            return self.proj(self._slide(mixed, self.rope))[0]
         length, rows = mixed.shape[:2]
         mixed = mixed.view(length // self.block_size, self.block_size, rows, -1, 3, self.head_dim)
         q, k, v = mixed.permute(4, 0, 2, 3, 1, 5).unbind(0)  # each [n, R, heads/tp, K, d]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
+
+    def _slide(self, mixed: Tensor, rope: RotaryEmbedding) -> Tensor:
+        """Causal attention to `window` tokens, [S, R, heads/tp * 3 * d] to [S, R, heads/tp * d].
+
+        In chunks of `window` queries, each with its own chunk and the one before: the cost grows with S, not S^2.
+        """
+        size, (length, rows) = self.window, mixed.shape[:2]
+        q, k, v = mixed.view(length, rows, -1, 3, self.head_dim).unbind(3)
+        chunks = [F.pad(t, (0, 0, 0, 0, 0, 0, 0, -length % size)) for t in (rope(q), rope(k), v)]
+        q, k, v = (
+            t.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).flatten(1, 2) for t in chunks
+        )  # [N, R heads, w, d]
+        k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], t), dim=2) for t in (k, v))
+        query, key = torch.arange(size, device=q.device)[:, None], torch.arange(2 * size, device=q.device)
+        sees = (key > query) & (key <= query + size)  # key j stands at query position j - w
+        first = sees & (key >= size)  # nothing stands before the first chunk
+        mask = torch.cat((first[None], sees.expand(len(q) - 1, -1, -1)))[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(1, (rows, -1))
+        return out.permute(0, 3, 1, 2, 4).flatten(0, 1)[:length].flatten(2)
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.fc2(swiglu(self.fc1(x)[0]))[0]
@@ -86,7 +109,7 @@ class BlockHead(nn.Module):
     (docs/quality.md has what it is worth).
     """
 
-    causal = False
+    rope: RotaryEmbedding | None = None
 
     def __init__(self, config: Config, mcore: Any, tp_group: Any, outputs: int) -> None:
         super().__init__()
@@ -96,7 +119,7 @@ class BlockHead(nn.Module):
         self.condition = linear(mcore, m.hidden_size, w)
         self.condition_last = linear(mcore, m.hidden_size, w) if m.block_size > 1 else None
         self.modulation = linear(mcore, w, 6 * w, bias=True)  # shared by all layers, zero at the start
-        self.layers = nn.ModuleList(HeadLayer(config, mcore, tp_group, self.causal) for _ in range(m.head.num_layers))
+        self.layers = nn.ModuleList(HeadLayer(config, mcore, tp_group, self.rope) for _ in range(m.head.num_layers))
         self.final_modulation = linear(mcore, w, 2 * w, bias=True)
         self.output = linear(mcore, w, outputs)  # zero at the start, like the prior
         self.prior = linear(mcore, m.hidden_size, outputs) if m.head.prior else None
@@ -116,7 +139,7 @@ class BlockHead(nn.Module):
         s, b, m, w = x.shape
         context = self._both(self.condition, self.condition_last, hidden)  # [n, K, b, 1, W]
         condition = F.silu(level + context).view(s, b * m, w)
-        x = x.reshape(s, b * m, w) + self.position.repeat(s // self.block_size, 1)[:, None, :]
+        x = (x + context.flatten(0, 1)).reshape(s, b * m, w) + self.position.repeat(s // self.block_size, 1)[:, None, :]
         modulation = self.modulation(condition).chunk(6, dim=-1)
         for layer in self.layers:
             x = layer(x, modulation)

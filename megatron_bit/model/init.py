@@ -52,7 +52,7 @@ def _std(name: str, config: Config) -> float:
     vectors and embeddings of groups at 1.
     """
     m = config.model
-    if name in ("embedding.start", "embedding.values"):
+    if name in ("embedding.start", "embedding.values", "head.previous", "head.values"):
         return 1.0
     if name.startswith("head.noise_level."):
         return 1.0 / math.sqrt(FREQUENCIES if name.endswith("fc1.weight") else m.head.hidden_size)

@@ -22,7 +22,8 @@ def head_flops(config: Config) -> float:
     if h.kind == "softmax":
         return 2.0 * m.hidden_size * m.padded_vocab_size
     w, outputs, rows = h.hidden_size, m.head_outputs, 1.0 + (m.block_size > 1) / m.block_size
-    layer = 2.0 * (4 * w * w + 3 * w * h.ffn_hidden_size) + 4.0 * m.block_size * w * (0.5 if h.kind == "chain" else 1.0)
+    keys = 2 * h.window if h.kind == "chain" else m.block_size
+    layer = 2.0 * (4 * w * w + 3 * w * h.ffn_hidden_size) + 4.0 * keys * w
     each = h.num_layers * layer + 2.0 * 8 * w * w
     if h.kind == "chain":
         each += 2.0 * w * outputs / len(m.group_sizes)  # a stage decides its own group

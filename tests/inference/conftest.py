@@ -52,7 +52,12 @@ VARIANTS = {
     }),
     "groups": Variant({**_ODD, "model.group_bits": 4, "model.head.prior": False}),
     "direct": Variant({**_ODD, "model.group_bits": 6, "diffusion.parameterization": "direct"}),
-    "chain": Variant({"model.head.kind": "chain", "model.group_bits": 4, "parallel.tp": 2, "parallel.pp": 2}, ranks=4),
+    "chain": Variant(
+        {
+            "model.head.kind": "chain", "model.group_bits": 4, "model.head.window": 5, "parallel.tp": 2, "parallel.pp": 2,
+        },
+        ranks=4,
+    ),
     "chain_k1": Variant({**_ODD, "model.head.kind": "chain", "model.block_size": 1}),
     "logistic": Variant({**_ODD, "diffusion.noise": "logistic", "diffusion.log_mean": -0.4, "diffusion.log_std": 0.6}),
     "entropy_rate": Variant({**_ODD, "diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 0}),

@@ -18,6 +18,7 @@ from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 
 NAMES = ["sharded_training", "k1", "k4", "odd"]
+CHAINS = ["chain", "chain_k1"]
 STEPS = 5
 KEYS = ("prompt", "text", "tokens", "step")
 
@@ -57,6 +58,7 @@ def generate(generator, prompts, count, **more):
     ids = torch.tensor([[77] * (width - len(p)) + p for p in prompts], dtype=torch.int64).view(len(prompts), width)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).view(len(prompts), width)
     options = {"steps": STEPS, "seed": 9, "eos_token_id": [], **more}
+    options = {key: value for key, value in options.items() if value is not None}
     return generator.model.generate(ids, attention_mask=mask, max_new_tokens=count, **options)[:, width:].tolist()
 
 
@@ -68,6 +70,66 @@ def test_cached_text_is_the_text_computed_again_for_every_block(name, length, ge
     expected = by_the_trainer(trainer(name), prompt, 90, 9, 2**35 + 1)
     assert generate(generator(name), [prompt], 90, sequence_ids=[2**35 + 1]) == [expected]
     assert len(set(expected)) > 20
+
+
+def by_the_chain(ours, prompt, count, seed, sequence, temperature):
+    """The same for a chain: each group's probabilities from the nats of all its values, by the head that trains."""
+    m, length = ours.config.model, ours.config.data.seq_length
+    k, most, sizes = m.block_size, length // m.block_size, m.group_sizes
+    ids, first = [0] * (-len(prompt) % k) + list(prompt), 0
+    begin, table = len(ids), ours.model.bit_groups.index(ours.model.codec.table)  # [V, G]
+    while len(ids) < begin + count:
+        blocks = len(ids) // k
+        while blocks - first > most - 1:
+            first += max(1, most // 2)
+        elements = torch.arange(-(-k * len(sizes) // 4))
+        words = hf._uniforms(seed, hf.SAMPLING, torch.tensor([sequence]), torch.tensor([[blocks]]), 1, elements)
+        uniforms = torch.stack(words, -1).flatten()
+        window = ids[first * k :]
+        hidden = ours.hidden(torch.tensor([window + [0] * k]))[0, :, None]
+        for place in range(k):
+            left, at = torch.ones(len(table), dtype=torch.bool), len(window)
+            index = table[torch.tensor(window + [0] * (k - place))][:, None]  # [s, 1, G]
+            for stage, size in enumerate(sizes):
+                rows = index.repeat(1, 2**size, 1)
+                rows[at, :, stage] = torch.arange(2**size)
+                known = torch.arange(len(rows)) > 0
+                with torch.no_grad():
+                    nats = ours.model.head(rows, rows.roll(1, 0), known, hidden.expand(-1, 2**size, -1))
+                log_p = -nats[at, :, stage]
+                possible = torch.zeros(2**size, dtype=torch.bool).index_fill(0, table[left, stage], True)
+                log_p = log_p.masked_fill(~possible, float("-inf"))
+                u = uniforms[place * len(sizes) + stage : place * len(sizes) + stage + 1]
+                index[at, 0, stage] = hf._draw(log_p[None], u, temperature)[0]
+                left &= table[:, stage] == index[at, 0, stage]
+            window.append(int(left.nonzero()))
+        ids += window[-k:]
+    return ids[begin : begin + count]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(("length", "temperature"), [(0, 1.0), (8, 0.7), (50, 1.0), (8, 0.0)])
+def test_a_chain_with_caches_draws_what_the_head_that_trains_says(name, length, temperature, generator, trainer):
+    prompt = tokens(1, length)
+    expected = by_the_chain(trainer(name), prompt, 60, 9, 2**35 + 1, temperature)
+    how = {"steps": None, "temperature": temperature}
+    assert generate(generator(name), [prompt], 60, sequence_ids=[2**35 + 1], **how) == [expected]
+    assert len(set(expected)) > (20 if temperature else 1)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_rows_of_a_chain_are_what_they_are_alone(name, generator):
+    prompts, how = [tokens(i, n) for i, n in enumerate((31, 3, 0, 38))], {"steps": None}
+    together = generate(generator(name), prompts, 45, sequence_ids=[4, 5, 6, 7], **how)
+    for i, prompt in enumerate(prompts):
+        assert generate(generator(name), [prompt], 45, sequence_ids=[4 + i], **how) == [together[i]]
+
+
+def test_a_chain_has_temperature_and_no_steps(generator):
+    with pytest.raises(ValueError, match="steps means nothing to a BitLM with a chain head"):
+        generate(generator("chain"), [[5]], 4)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        generate(generator("chain"), [[5]], 4, steps=None, temperature=-1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
 Needs torch and transformers only. A token id is B bits of -1 and +1, in G groups that are decided together. A causal
 backbone reads the bits one block of K tokens behind, so that row p of its states conditions token p; a small head
 decides the K tokens of a block. A diffusion head takes the noise off all their bits together, in `steps` evaluations; a
-chain head draws one group after another, in K G evaluations. The backbone runs once a block.
+chain head draws one group after another, in K G evaluations of one token. The backbone runs once a block.
 
 Shape letters: b rows, S tokens, n blocks, K block size, M noise levels of a block, B bits, G groups, U values of a
 group, D width, W head width. Noise is a function of (seed, sequence, block), not of a generator's state: text does not
@@ -58,6 +58,7 @@ class BitLMConfig(PretrainedConfig):
         head_num_attention_heads: int = 4,
         head_kind: str = "diffusion",
         head_prior: bool = True,
+        head_window: int = 8,
         group_sizes: Sequence[int] | None = None,
         matched_filter: bool = True,
         sigma_min: float = 0.1,
@@ -88,6 +89,7 @@ class BitLMConfig(PretrainedConfig):
         self.head_num_attention_heads = head_num_attention_heads
         self.head_kind = head_kind  # diffusion or chain
         self.head_prior = head_prior
+        self.head_window = head_window  # tokens that a chain head's attention reaches back to
         self.group_sizes = list(group_sizes or [1] * bits)  # bits that are decided together
         self.matched_filter = matched_filter
         self.sigma_min = sigma_min
@@ -554,31 +556,55 @@ class BitLMModel(BitLMPreTrainedModel):
 
 
 class BitLMHeadAttention(nn.Module):
-    """Attention among the K tokens of one block; causal in a chain."""
+    """Attention among the K tokens of one block; of a chain, causal in a sliding window."""
 
-    def __init__(self, size: int, heads: int, causal: bool) -> None:
+    def __init__(self, size: int, heads: int, window: int, rope_theta: float) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.window, self.rope_theta = heads, window, rope_theta
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def slide(self, x: Tensor, position: Tensor, past: list[Tensor] | None) -> Tensor:
+        """x [b, s, W] at positions int64 [b, s]; `past` holds keys, values and positions of tokens before, and takes
+        the new ones in."""
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        half = q.shape[-1] // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=x.device) / half
+        angle = (position.double()[..., None] * self.rope_theta**-exponent)[:, :, None, :]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
+        keys = position
+        if past is not None:
+            if past:
+                k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+                keys = torch.cat((past[2], position), dim=1)
+            past[:] = [k[:, :, 1 - self.window :], v[:, :, 1 - self.window :], keys[:, 1 - self.window :]]
+            if self.window == 1:
+                past.clear()
+        back = position[:, :, None] - keys[:, None]
+        sees = ((back >= 0) & (back < self.window) & (keys[:, None] >= 0)) | (position[:, :, None] < 0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class BitLMHeadLayer(nn.Module):
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
         self.self_attn = BitLMHeadAttention(
-            config.head_hidden_size, config.head_num_attention_heads, config.head_kind == "chain"
+            config.head_hidden_size, config.head_num_attention_heads, config.head_window, config.rope_theta
         )
         self.mlp = BitLMMLP(config.head_hidden_size, config.head_intermediate_size)
 
-    def forward(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, modulation: Sequence[Tensor], *slide: Any) -> Tensor:
+        """slide: positions and past of a chain; nothing for attention inside the block."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = x + gate_a * self.self_attn(_modulate(x, shift_a, scale_a))
+        attention = self.self_attn.slide if slide else self.self_attn
+        x = x + gate_a * attention(_modulate(x, shift_a, scale_a), *slide)
         return x + gate_m * self.mlp(_modulate(x, shift_m, scale_m))
 
 
@@ -641,33 +667,56 @@ class BitLMHead(nn.Module):
         x = self.in_proj((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
         if self.posterior.groups:
             x = x + self.posterior.likely(z, sigma).flatten(-2).to(dtype) @ self.values
-        out = self.out_proj(self._features(x, self.noise_embed(log_sigma)[:, :, :, None], hidden))
-        return out + self._both("prior", hidden)[:, :, None] if self.config.head_prior else out
+        context = self.of_block("condition", hidden)[:, :, None]  # [b, n, 1, K, W]
+        condition = F.silu(self.noise_embed(log_sigma)[:, :, :, None] + context)
+        rows = (x + context + self.position).flatten(0, 2)  # [b n M, K, W]
+        out = self._layers(rows, condition.flatten(0, 2)).view(*z.shape[:-1], -1)
+        return out + self.of_block("prior", hidden)[:, :, None] if self.config.head_prior else out
 
-    def stage(self, stage: int, known: Tensor, hidden: Tensor) -> Tensor:
-        """Log-probabilities of one group's values, float32 [b, n, K, 2^size].
+    def stage(
+        self,
+        stage: int,
+        known: Tensor,
+        context: Tensor,
+        prior: Tensor | None,
+        place: Tensor,
+        position: Tensor,
+        past: list[list[Tensor]] | None = None,
+    ) -> Tensor:
+        """Log-probabilities of one group's values for tokens, float32 [b, s, 2^size].
 
         Args:
-            known: [b, n, K, W], embeddings of the token before and of the groups before this one.
+            known: [b, s, W], embeddings of the token before and of the groups before this one.
+            context, prior: [b, s, W] and [b, s, outputs], what `of_block` says of the states.
+            place: int64 [s], each token's place in its block.
+            position: int64 [b, s], in the text; below 0 is padding and seen by nobody.
+            past: for each layer what this stage has of the tokens before; takes these in.
         """
         groups = len(self.config.group_sizes)
-        features = self._features(known[:, :, None], self.stages[stage], hidden)[:, :, 0]
-        logits = features @ self.out_proj.weight.unflatten(0, (groups, -1))[stage].t()
-        if self.config.head_prior:
-            logits = logits + self._both("prior", hidden).unflatten(-1, (groups, -1))[..., stage, :]
+        rows, condition = known + context + self.position[place], F.silu(self.stages[stage] + context)
+        weight = self.out_proj.weight.unflatten(0, (groups, -1))[stage]
+        logits = self._layers(rows, condition, weight, position, past)
+        if prior is not None:
+            logits = logits + prior.unflatten(-1, (groups, -1))[..., stage, :]
         return logits[..., : 2 ** self.config.group_sizes[stage]].float().log_softmax(-1)
 
-    def _features(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
-        """x [b, n, M, K, W], level broadcasts to it; the same shape out."""
-        condition = F.silu(level + self._both("condition", hidden)[:, :, None]).flatten(0, 2)  # [b n M, K, W]
-        rows = x.flatten(0, 2) + self.position
+    def _layers(
+        self,
+        rows: Tensor,
+        condition: Tensor,
+        weight: Tensor | None = None,
+        position: Tensor | None = None,
+        past: list[list[Tensor]] | None = None,
+    ) -> Tensor:
+        """rows and condition [r, s, W] to outputs [r, s, outputs] (by the rows `weight` of the projection)."""
         modulation = self.modulation(condition).chunk(6, dim=-1)
-        for layer in self.layers:
-            rows = layer(rows, modulation)
+        for i, layer in enumerate(self.layers):
+            slide = () if position is None else (position, None if past is None else past[i])
+            rows = layer(rows, modulation, *slide)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
-        return _modulate(rows, shift, gain).view(x.shape)
+        return F.linear(_modulate(rows, shift, gain), self.out_proj.weight if weight is None else weight)
 
-    def _both(self, name: str, hidden: Tensor) -> Tensor:
+    def of_block(self, name: str, hidden: Tensor) -> Tensor:
         """hidden [b, n, K, D]: linear in a token's own state and in the state of its block's last row."""
         out = getattr(self, f"{name}_proj")(hidden)
         last = getattr(self, f"{name}_last_proj", None)
@@ -789,25 +838,11 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         return integral + reconstruction + bits / (2.0 * self.noise.sigma_max**2)
 
     def _chain_nats(self, ids: Tensor, states: Tensor, block: Tensor) -> Tensor:
-        """ids [b, n K] to nats [b, n, K]."""
+        """ids [b, n K], states [b, n, K, D], blocks' indices in their texts [b, n] to nats [b, n, K]."""
         k = self.config.block_size
-        values = group_values(self.config, self.model.code_table[ids]).unflatten(1, (-1, k))  # [b, n, K, G]
-        known = self._before(ids.roll(1, 1).unflatten(1, (-1, k)), (block[..., None] > 0) | self._inside(ids.device))
-        own, nats = _look_up(self.head.values, values), torch.zeros(known.shape[:3], device=ids.device)
-        for stage in range(values.shape[-1]):
-            log_p = self.head.stage(stage, known, states)
-            nats = nats - log_p.gather(-1, values[..., stage, None]).squeeze(-1)
-            known = known + own[..., stage, :]
-        return nats
-
-    def _inside(self, device: torch.device) -> Tensor:
-        """bool [K], whether the token before is in the same block."""
-        return torch.arange(self.config.block_size, device=device) > 0
-
-    def _before(self, ids: Tensor, known: Tensor) -> Tensor:
-        """The embeddings of the tokens before, [..., W]; zero where `known` is false."""
-        values = group_values(self.config, self.model.code_table[ids])
-        return _look_up(self.head.previous, values).sum(-2) * known[..., None]
+        position = (block[..., None] * k + torch.arange(k, device=ids.device)).flatten(1)
+        chain = _Chain(self, len(ids))
+        return chain.read(ids, states, position).unflatten(1, (-1, k))
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -857,14 +892,15 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             streamer.put(given.cpu())
         rows = [_Row(settings) for _ in range(len(given))]
         context = _Context(self, lead.tolist(), tokens.shape[1] // k + -(-settings.max_new_tokens // k))
+        chain = _Chain(self, len(given)) if self.config.head_kind == "chain" else None
         made: list[list[int]] = []  # columns of new tokens
         while len(made) < settings.max_new_tokens and any(row.open for row in rows):
-            hidden = context.advance(tokens)
+            states, position = context.advance(tokens)
             index = tokens.shape[1] // k - lead
-            if self.config.head_kind == "chain":
-                block = self._decide(hidden, tokens[:, -1:] if tokens.shape[1] else None, settings, sequence, index)
+            if chain is not None:
+                block = chain.advance(tokens, states, position, settings, sequence, index)
             else:
-                block = self._denoise(hidden, settings, sequence, index)
+                block = self._denoise(states[:, -k:].contiguous(), settings, sequence, index)  # one layout: one graph
             tokens = torch.cat((tokens, block), dim=1)
             for column in block.t().tolist():
                 if len(made) < settings.max_new_tokens and any(row.open for row in rows):
@@ -891,36 +927,6 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         z = SAMPLERS[settings.sampler](lambda z, log_sigma: self.posterior.mean(logits(z, log_sigma)), noise, grid)
         final = logits(z, grid[-1])[:, 0, 0]
         return self.posterior.token_scores(final, self.model.code_table).argmax(-1)
-
-    def _decide(
-        self, hidden: Tensor, before: Tensor | None, settings: _Settings, sequence: Tensor, block: Tensor
-    ) -> Tensor:
-        """The same for a chain: draw group after group, of those values that some token still has."""
-        k, device, states = self.config.block_size, hidden.device, hidden[:, None]
-        table = group_values(self.config, self.model.code_table).t()  # [G, V]
-        groups = len(table)
-        elements = torch.arange(-(-k * groups // 4), device=device)
-        uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
-        rows = torch.zeros(len(hidden), 1, k, self.head.position.shape[1], dtype=hidden.dtype, device=device)
-        if before is not None:
-            rows[:, :, 0] = self._before(before, (block > 0)[:, None])
-        known, ids = [rows] + [torch.zeros_like(rows) for _ in range(groups)], []  # by stage
-        for place in range(k):
-            open_tokens = torch.ones(len(hidden), table.shape[1], dtype=torch.bool, device=device)
-            for stage in range(groups):
-                log_p = self.head.stage(stage, sum(known[1 : stage + 1], known[0]), states)[:, 0, place]
-                count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
-                count.scatter_add_(1, table[stage].expand(len(hidden), -1), open_tokens.int())
-                log_p = log_p.masked_fill(count == 0, float("-inf"))
-                value = _draw(log_p, uniforms[:, place * groups + stage], settings.temperature)
-                open_tokens &= table[stage] == value[:, None]
-                row = self.head.values.unflatten(0, (groups, -1))[stage, value]
-                known[stage + 1][:, 0, place] = row
-            ids.append(open_tokens.int().argmax(-1))  # one is left
-            if place + 1 < k:
-                ahead = torch.ones(len(hidden), 1, dtype=torch.bool, device=device)
-                known[0][:, :, place + 1] = self._before(ids[-1][:, None], ahead)
-        return torch.stack(ids, dim=1)
 
     def _blocks(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows moved to the right and filled up in front to whole blocks: ids [b, n K], empty blocks in front [b]."""
@@ -1066,8 +1072,13 @@ class _Context:
         hop = max(1, self.most // 2)
         return max(0, -(-(blocks - self.most + 1) // hop)) * hop
 
-    def advance(self, tokens: Tensor) -> Tensor:
-        """tokens [b, n K], longer by one block each time; returns the states [b, K, D] of the block to come."""
+    def advance(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [b, n K], longer by one block each time.
+
+        Returns:
+            states [b, s, D] and the positions int64 [b, s] in the context of the tokens that they condition: of the
+            block to come (s = K), or where the context begins anew of all of it.
+        """
         k, blocks = self.k, tokens.shape[1] // self.k
         begin = [lead + self.window(blocks - lead) for lead in self.lead]
         if begin == self.begin:
@@ -1078,7 +1089,84 @@ class _Context:
             inputs, slot = F.pad(tokens[:, min(begin) * k :], (k, 0)), 0
         slots = torch.arange(slot, slot + inputs.shape[1], device=tokens.device)
         empty = torch.tensor(begin, device=tokens.device)[:, None] - min(begin)
-        return self.model(inputs, slots - empty * k, self.cache, slots)[:, -k:].contiguous()  # one layout: one graph
+        position = slots - empty * k
+        return self.model(inputs, position, self.cache, slots), position
+
+
+class _Chain:
+    """A chain head at work: draws blocks, and keeps what its attention needs of the tokens before."""
+
+    def __init__(self, model: BitLMForCausalLM, rows: int) -> None:
+        self.head, self.config = model.head, model.config
+        self.table = group_values(model.config, model.model.code_table)  # [V, G]
+        self.past: list[list[list[Tensor]]] = []  # stage, layer, what BitLMHeadAttention.slide keeps
+
+    def _forget(self) -> None:
+        self.past = [[[] for _ in self.head.layers] for _ in self.config.group_sizes]
+
+    def _before(self, ids: Tensor, known: Tensor) -> Tensor:
+        """The embeddings of the tokens before [...], zero where `known` is false: [..., W]."""
+        return _look_up(self.head.previous, self.table[ids]).sum(-2) * known[..., None]
+
+    def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        blocks = states if states.dim() == 4 else states.unflatten(1, (-1, self.config.block_size))
+        context = self.head.of_block("condition", blocks).flatten(1, 2)
+        return context, self.head.of_block("prior", blocks).flatten(1, 2) if self.config.head_prior else None
+
+    def read(self, ids: Tensor, states: Tensor, position: Tensor) -> Tensor:
+        """Take in tokens int64 [b, s] from a beginning, with the states and positions [b, s] that condition them.
+
+        Returns:
+            their nats, float32 [b, s].
+        """
+        self._forget()
+        context, prior = self._of_block(states)
+        place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
+        values = self.table[ids]
+        own = _look_up(self.head.values, values)
+        known, nats = self._before(ids.roll(1, 1), position > 0), torch.zeros(ids.shape, device=ids.device)
+        for stage, past in enumerate(self.past):
+            log_p = self.head.stage(stage, known, context, prior, place, position, past)
+            nats = nats - log_p.gather(-1, values[..., stage, None]).squeeze(-1)
+            known = known + own[..., stage, :]
+        return nats
+
+    def advance(
+        self, tokens: Tensor, states: Tensor, position: Tensor, settings: _Settings, sequence: Tensor, block: Tensor
+    ) -> Tensor:
+        """Draw the next block, ids int64 [b, K]: group after group, of those values that some token still has.
+
+        Args:
+            tokens: int64 [b, n K], all so far.
+            states, position: from `_Context.advance`.
+            sequence, block: int64 [b], keys of the noise.
+        """
+        k, groups, b = self.config.block_size, self.table.shape[1], len(tokens)
+        if states.shape[1] > k or not self.past:
+            self.read(tokens[:, tokens.shape[1] - (states.shape[1] - k) :], states[:, :-k], position[:, :-k])
+        context, prior = self._of_block(states[:, -k:])
+        position, device = position[:, -k:], states.device
+        elements = torch.arange(-(-k * groups // 4), device=device)
+        uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
+        before = tokens[:, -1:] if tokens.shape[1] else torch.zeros(b, 1, dtype=torch.int64, device=device)
+        ids: list[Tensor] = []
+        for i in range(k):
+            here, known = slice(i, i + 1), self._before(before, position[:, i : i + 1] > 0)
+            left = torch.ones(b, len(self.table), dtype=torch.bool, device=device)  # tokens that can still come
+            for stage in range(groups):
+                place, rest = torch.tensor([i], device=device), None if prior is None else prior[:, here]
+                log_p = self.head.stage(
+                    stage, known, context[:, here], rest, place, position[:, here], self.past[stage]
+                )[:, 0]  # fmt: skip
+                count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
+                count.scatter_add_(1, self.table[:, stage].expand(b, -1), left.int())
+                log_p = log_p.masked_fill(count == 0, float("-inf"))
+                value = _draw(log_p, uniforms[:, i * groups + stage], settings.temperature)
+                left &= self.table[:, stage] == value[:, None]
+                known = known + self.head.values.unflatten(0, (groups, -1))[stage, value][:, None]
+            ids.append(left.int().argmax(-1))  # one is left
+            before = ids[-1][:, None]
+        return torch.stack(ids, dim=1)
 
 
 def _where_given(nats: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
