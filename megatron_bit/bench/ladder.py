@@ -61,8 +61,12 @@ def ladder(bits: int) -> list[Rung]:
         Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
         Rung("diffusion K=4 g=8 semantic, 1 noise sample", (*eight, "diffusion.noise_samples=1")),
         Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),
+        Rung("diffusion K=4 g=8 semantic, entropy rate", (*eight, "diffusion.noise=entropy_rate")),
+        Rung("diffusion K=4 g=8 semantic, head of 1 layer", (*eight, "model.head.num_layers=1")),
     ]
-    rungs += [Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), k in (1, 4), k == 4) for k in (1, 2, 4, 8)]
+    rungs += [
+        Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
+    ]
     four = chain(4, 8, *semantic)
     rungs += [
         Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
@@ -71,14 +75,18 @@ def ladder(bits: int) -> list[Rung]:
         Rung("chain K=4 g=4 semantic", chain(4, 4, *semantic)),
         Rung("chain K=4 g=8 semantic, block-causal", (*four, "model.attention=block_causal")),
         Rung("chain K=4 g=8 semantic, no prior", (*four, "model.head.prior=false")),
+        Rung("chain K=4 g=8 semantic, window 1", (*four, "model.head.window=1")),
+        Rung("chain K=4 g=8 semantic, window 4", (*four, "model.head.window=4")),
+        Rung("chain K=4 g=8 semantic, window 16", (*four, "model.head.window=16")),
         Rung("chain K=4 g=8 semantic, head of 1 layer", (*four, "model.head.num_layers=1")),
         Rung("chain K=4 g=8 semantic, head of 2 layers", (*four, "model.head.num_layers=2")),
         Rung("chain K=4 g=8 semantic, head of 4 layers", (*four, "model.head.num_layers=4")),
     ]
     if most > 8:
         rungs += [
-            Rung(f"chain K=1 g={most}", chain(1, most, *binary)),
-            Rung(f"chain K=4 g={most}", chain(4, most, *binary), text=True),
+            Rung(f"chain K=1 g={most} semantic", chain(1, most, *semantic), headline=True),
+            Rung(f"chain K=4 g={most} semantic", chain(4, most, *semantic), headline=True, text=True),
+            Rung(f"chain K=8 g={most} semantic", chain(8, most, *semantic)),
         ]
     return rungs
 

@@ -33,7 +33,7 @@ SIZES: dict[str, tuple[str, ...]] = {
         "model.hidden_size=96", "model.num_heads=4", "model.num_kv_heads=4", "model.num_layers=3",
         "model.ffn_hidden_size=256", "model.init_std=0.04", "model.head.num_layers=3", "model.head.hidden_size=96",
         "model.head.num_heads=4", "model.head.ffn_hidden_size=256", "data.seq_length=256",
-        "train.global_batch_size=4", "train.micro_batch_size=4", "train.precision=fp32", "optim.lr=3.0e-3",
+        "train.global_batch_size=4", "train.micro_batch_size=4", "train.precision=fp32", "optim.lr=6.0e-3",
         "optim.warmup_steps=50", "evaluate.samples=128", "evaluate.noise_samples=16",
     ),
     "gpu": (
@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[str, ...]] = {
         "optim.warmup_steps=200", "evaluate.samples=512", "evaluate.noise_samples=32",
     ),
 }  # fmt: skip
-STEPS = {"small": 500, "gpu": 3000}
+STEPS = {"small": 400, "gpu": 3000}
 VOCABULARY = {"small": 1024, "gpu": 32768}  # of the data that is prepared if none is given
 PROMPTS = ("The ",)
 

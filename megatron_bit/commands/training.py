@@ -132,7 +132,7 @@ def bench_quality(
         budget: small is for two CPU cores, gpu for one GPU.
         data: a data folder; without it Python's standard library is prepared (gpu: give your own).
         out: folder for runs and tables.
-        steps: training steps of a rung; default 500 (small) or 3000 (gpu).
+        steps: training steps of a rung; default 400 (small) or 3000 (gpu).
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
         only: rungs whose name contains one of these.
