@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -29,6 +29,7 @@ def evaluate(
     tasks: tuple[str, ...] = (),
     tasks_data: Path | None = None,
     limit: int | None = None,
+    weights: Literal["trained", "ema"] = "trained",
     seed: int = 0,
     batch_size: int = 8,
     json: bool = False,
@@ -59,6 +60,7 @@ def evaluate(
         tasks: zero-shot tasks: lambada, hellaswag, piqa, blimp.
         tasks_data: folder with the tasks' files.
         limit: items of each task, evenly spaced; default all.
+        weights: of the run: the newest ones (default), or their running average if it kept one (optim.ema_decay).
         seed: of noise and generated text.
         batch_size: rows scored or generated together; results do not depend on it.
         json: print JSON.
@@ -109,7 +111,7 @@ def evaluate(
         likelihood=likelihood, samples=samples, tolerance=tolerance, max_passes=max_passes,
         noise_samples=noise_samples, texts=texts, tokens=tokens or 128, prefix=prefix or 0,
         how={name: value for name, value in how.items() if value is not None}, scorer=scorer,
-        mauve_model=mauve_model, tasks=tasks, tasks_data=tasks_data, limit=limit, data=data, seed=seed,
+        mauve_model=mauve_model, tasks=tasks, tasks_data=tasks_data, limit=limit, weights=weights, data=data, seed=seed,
         batch_size=batch_size,
     )  # fmt: skip
     return report.main(model, request, as_json=json, out=out)

@@ -14,21 +14,25 @@ from megatron_bit.errors import UserError
 from megatron_bit.evaluation import causal
 from megatron_bit.evaluation.models import BitModel, Model
 from megatron_bit.inference.generate import Generator
+from megatron_bit.inference.hf_names import WeightsOf
 from megatron_bit.run_folder import newest_checkpoint
 
 
-def open_model(path: Path, data: str | None = None) -> Model:
+def open_model(path: Path, data: str | None = None, weights: WeightsOf = "trained") -> Model:
     """A run (its newest checkpoint), a checkpoint, a converted folder, or a causal model of transformers.
 
     Args:
         data: data folder with the run's tokenizer, in case that it is not where the run had it.
+        weights: of a run, the newest ones or their running average.
 
     Raises:
-        UserError: there is no such folder, it is none of these, or it cannot be read.
+        UserError: there is no such folder, it is none of these, it cannot be read, or it has no such weights.
     """
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a run, a checkpoint, or a Hugging Face folder")
     if (path / "config.json").exists():
+        if weights != "trained":
+            raise UserError(f"--weights {weights} has no use here: {path} is a Hugging Face folder, which has one kind")
         if _model_type(path) != "bitlm":
             return causal.from_folder(path)
         return BitModel(path, Generator(path))
@@ -37,9 +41,9 @@ def open_model(path: Path, data: str | None = None) -> Model:
     config = config_from_dict(meta["config"])
     home = data if _moved(config, meta) else None
     if config.model.head.kind == "softmax":
-        model: Model = causal.from_checkpoint(path, checkpoint, home)
+        model: Model = causal.from_checkpoint(path, checkpoint, home, weights)
     else:
-        model = BitModel(path, Generator(checkpoint, home))
+        model = BitModel(path, Generator(checkpoint, home, weights))
     model.training, model.tokenizer_sha256 = config, meta["identity"]["tokenizer"]
     model.noise_samples = config.evaluate.noise_samples
     return model

@@ -17,6 +17,7 @@ from megatron_bit.evaluation.samples import Samples, Statistics
 from megatron_bit.evaluation.tasks import LastWord, Ranking
 from megatron_bit.evaluation.validation import Validation
 from megatron_bit.files import write_atomic
+from megatron_bit.inference.hf_names import WeightsOf
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Request:
     tasks: Sequence[str]
     tasks_data: Path | None
     limit: int | None
+    weights: WeightsOf
     data: str | None
     seed: int
     batch_size: int
@@ -50,6 +52,7 @@ class Report:
     head: str
     block_size: int
     step: int | None
+    weights: str  # of a run: trained, or their average
     seed: int
     likelihood: Likelihood | None
     samples: Samples | None
@@ -79,7 +82,7 @@ def evaluate(path: Path, request: Request) -> Report:
     for task in request.tasks:
         assert request.tasks_data is not None
         items[task] = task_files.thin(task_files.read(task, request.tasks_data), request.limit)
-    model = open_model(path, request.data)
+    model = open_model(path, request.data, request.weights)
     _set_noise(model, request)
     model.check(request.how)
     scorer = open_model(request.scorer, request.data) if request.scorer is not None else None
@@ -105,7 +108,9 @@ def evaluate(path: Path, request: Request) -> Report:
         (tasks.last_word if task == "lambada" else tasks.rank)(task, model, some, **common)
         for task, some in items.items()
     ]
-    return Report(str(path), model.head, model.block_size, model.step, request.seed, found, made, tuple(results))
+    return Report(
+        str(path), model.head, model.block_size, model.step, request.weights, request.seed, found, made, tuple(results)
+    )
 
 
 def _set_noise(model: Model, request: Request) -> None:
@@ -131,7 +136,8 @@ def render(report: Report) -> str:
     """The report as lines for people."""
     step = "" if report.step is None else f", step {report.step}"
     blocks = "" if report.head == "softmax" else f", blocks of {report.block_size}"
-    lines = [f"{report.model}: {report.head} head{blocks}{step}"]
+    average = "" if report.weights == "trained" else f", weights: {report.weights}"
+    lines = [f"{report.model}: {report.head} head{blocks}{step}{average}"]
     if report.likelihood is not None:
         lines += ["", *_likelihood(report.likelihood)]
     if report.samples is not None:

@@ -25,13 +25,14 @@ from megatron_bit.inference.convert import to_hf
 VOCAB_SIZE, SAMPLES = 421, 12
 HEADS: dict[str, dict[str, Any]] = {
     "bits": {},
-    "groups": {"model.group_bits": 5},
+    "groups": {"model.group_bits": 5, "diffusion.noise": "entropy_rate"},
     "chain": {"model.head.kind": "chain", "model.group_bits": 5},
     "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
 }
 NOTHING = Request(
     likelihood=False, samples=None, tolerance=None, max_passes=None, noise_samples=None, texts=0, tokens=12, prefix=0,
-    how={}, scorer=None, mauve_model=None, tasks=(), tasks_data=None, limit=None, data=None, seed=0, batch_size=4,
+    how={}, scorer=None, mauve_model=None, tasks=(), tasks_data=None, limit=None, weights="trained", data=None,
+    seed=0, batch_size=4,
 )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         more = {
             "train.steps": 1, "model.num_layers": 2, "evaluate.every": 1, "evaluate.samples": SAMPLES,
             "evaluate.noise_samples": 3, "evaluate.initial": False, "train.micro_batch_size": 4,
+            "optim.ema_decay": 0.5 if name in ("chain", "softmax") else 0.0,
         }  # fmt: skip
         overrides = tiny_runs.overrides(root / name, tiny_data, {**more, **settings})
         assert run_ranks(tiny_runs.train, 1, overrides) == [0]
@@ -76,6 +78,9 @@ def test_the_first_pass_is_the_trainers_validation(name: str, runs: dict[str, Pa
         assert found.nats_per_token == pytest.approx(last["nats_per_token_bound"], abs=1e-4)
         assert found.standard_error == pytest.approx(last["standard_error"], abs=1e-5)
         assert found.samples == last["samples"]
+        average = evaluate(runs[name], replace(request, weights="ema"))
+        assert average.likelihood is not None and "weights: ema" in render(average)
+        assert 1e-3 < abs(average.likelihood.nats_per_token - found.nats_per_token) < 1
         return
     one = _first_pass(runs[name], request)
     assert one == pytest.approx(last["nats_per_token_bound"], abs=1e-4)
@@ -256,6 +261,8 @@ def test_mistakes(
         ([bits, "--tolerance", 0], "--tolerance 0.0 has to be above 0"),
         ([folders["chain"], "--no-likelihood", "--data", "x", "--tasks", "blimp"], "--tasks-data"),
         ([chain, "--samples", 4, "--out", tmp_path / "none" / "x"], "cannot be written: there is no folder"),
+        ([bits, "--weights", "ema"], "ema"),
+        ([folders["chain"], "--weights", "ema"], "--weights ema has no use here"),
         ([chain, "--samples", 4, "--out", tmp_path], "cannot be written: it is a folder"),
     ):
         code, out, err = command(*words)
