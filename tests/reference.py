@@ -244,13 +244,18 @@ class ReferenceModel:
         shifts = torch.arange(self.config.model.bits - 1, -1, -1)
         return ((tokens[..., None] >> shifts) & 1).float() * 2 - 1
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """tokens [b, S] to [b, S, D]; row p conditions token p and knows the blocks before p's alone."""
+    def hidden(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
+        """tokens [b, S] to [b, S, D]; row p conditions token p and knows the blocks before p's alone.
+
+        sample [b]: flip the bits that training gets wrong.
+        """
         m, w = self.config.model, self.weights
         batch, length = tokens.shape
         x = w["embedding.start"].expand(batch, -1, -1)
         if length > m.block_size:
             bits = self.encode(tokens[:, : length - m.block_size])
+            if sample is not None and self.config.diffusion.context_noise:
+                bits = bits * self._flips(sample, length // m.block_size)
             if m.group_bits > 1:
                 embedded = sum(self._look_up("embedding.values", self.values(bits)))
             else:
@@ -267,6 +272,14 @@ class ReferenceModel:
             y = self._norm(x, f"{layer}pre_mlp_layernorm")
             x = x + self._swiglu(y, f"{layer}mlp.linear_fc1", f"{layer}mlp.linear_fc2")
         return self._norm(x, "backbone.final_layernorm")
+
+    def _flips(self, sample: Tensor, blocks: int) -> Tensor:
+        """-1 where a bit of the input is wrong, else 1: [b, (n - 1) K, B]. Keyed by the block that is conditioned."""
+        size = (self.config.model.block_size, self.config.model.bits)
+        share = _words(self.config, 4, sample, 1, np.array([LEVEL_ELEMENT]))[0][:, :1, 0]  # [b, 1, 1]
+        words = _words(self.config, 4, sample, blocks, np.arange(math.ceil(math.prod(size) / 4)))
+        u = torch.stack([word[:, 1:, 0] for word in words], -1).flatten(2)[..., : math.prod(size)]
+        return 1 - 2 * (u < self.config.diffusion.context_noise * share).float().unflatten(2, size).flatten(1, 2)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.config.model.norm_eps)
@@ -375,14 +388,14 @@ class ReferenceModel:
     def loss(self, tokens: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Training loss and likelihood bound (nats a token), means over the tokens of a micro-batch."""
         if self.config.model.head.kind == "chain":
-            nats = self.chain(tokens).mean()
+            nats = self.chain(tokens, sample).mean()
             return nats, nats.detach()
         d, m, k = self.config.diffusion, self.config.model, self.config.model.block_size
         log_sigma, eps = draw_noise(self.config, sample, tokens.shape[1] // k, table=self.table)
         sigma = log_sigma.exp()[..., None, None]
         x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
         z = x + sigma * eps
-        out = self.head(z, log_sigma, self.hidden(tokens))
+        out = self.head(z, log_sigma, self.hidden(tokens, sample))
         odds = (2 * z / sigma**2).clamp(-30, 30) if d.parameterization == "matched_filter" else torch.zeros_like(z)
         if m.group_bits == 1:
             logits = out + odds
@@ -414,9 +427,9 @@ class ReferenceModel:
         integrand = rate / density[..., None]
         return loss, integrand.mean()
 
-    def chain(self, tokens: Tensor) -> Tensor:
+    def chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
         """tokens [b, S] to nats [b, S], one stage after another."""
-        w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens)
+        w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
         values = self.values(self.encode(tokens))
         before = sum(self._look_up("head.previous", [v[:, :-1] for v in values]))
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]

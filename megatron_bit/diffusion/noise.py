@@ -14,7 +14,7 @@ from megatron_bit.config import Config, DiffusionConfig
 from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
 
-TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION = 0, 1, 2, 3  # streams: the same indices never share noise
+TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT = 0, 1, 2, 3, 4  # streams: the same indices never share noise
 _LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count up from 0
 
 
@@ -131,3 +131,21 @@ def gaussian(
     eps = eps.reshape(n, b, noise_samples, groups * 4)[..., :count]
     eps = eps.reshape(n, b, noise_samples, block_size, bits).permute(0, 3, 1, 2, 4)
     return eps.reshape(n * block_size, b, noise_samples, bits)
+
+
+def bit_flips(
+    seed: int, sample: Tensor, first_block: int, num_blocks: int, block_size: int, bits: int, most: float
+) -> Tensor:
+    """Which input bits of the backbone are wrong in training: each with probability `most` times its sample's uniform.
+
+    Returns:
+        bool [num_blocks * block_size, b, bits]; a function of (seed, sample, block, place in the block) alone.
+    """
+    count = block_size * bits
+    _, block, low, high = (c[..., None] for c in _counters(sample, first_block, num_blocks, 1))
+    key, n, b = seed_key(seed, CONTEXT), num_blocks, len(sample)
+    share = uniform(philox(key, (torch.full_like(low, _LEVEL), torch.zeros_like(low), low, high))[0])
+    element = torch.arange(-(-count // 4), device=sample.device)
+    drawn = uniform(torch.stack(philox(key, (element, block, low, high)), dim=-1)).reshape(n, b, -1)[..., :count]
+    wrong = drawn < most * share.view(1, b, 1)
+    return wrong.unflatten(-1, (block_size, bits)).permute(0, 2, 1, 3).reshape(n * block_size, b, bits)

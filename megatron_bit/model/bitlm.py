@@ -13,7 +13,7 @@ from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
-from megatron_bit.diffusion.noise import TRAIN, build_noise, gaussian, stratified_levels
+from megatron_bit.diffusion.noise import TRAIN, bit_flips, build_noise, gaussian, stratified_levels
 from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
@@ -46,13 +46,20 @@ class BitInput(ModelChunk):
     def code_table(self) -> str:
         return self.codec.fingerprint
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Position p holds token p - K; the first K positions are learned and their ids are not looked at."""
+    def embed(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
+        """Position p holds token p - K; the first K positions are learned and their ids are not looked at.
+
+        With `diffusion.context_noise` some bits of samples in training are flipped.
+        """
         assert self.embedding is not None
-        length, k = tokens.shape[1], self.settings.model.block_size
+        length, k, most = tokens.shape[1], self.settings.model.block_size, self.settings.diffusion.context_noise
         first, last = self._bounds(length)
         inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
-        return self.embedding(self.codec.encode(inputs.t()), first)
+        bits = self.codec.encode(inputs.t())
+        if most and sample is not None:
+            seed, blocks = self.settings.train.seed, (last - first) // k
+            bits = torch.where(bit_flips(seed, sample, first // k, blocks, k, bits.shape[-1], most), -bits, bits)
+        return self.embedding(bits, first)
 
     def _bounds(self, length: int) -> tuple[int, int]:
         """First and last (exclusive) position of the sequence that this rank's activations hold."""

@@ -65,14 +65,17 @@ class ModelChunk(nn.Module, ABC):
 
     def forward(self, batch: TokenBatch) -> Tensor | LossOutput | BoundOutput:
         """The hidden state [s, b, D], or on the last chunk the loss of the micro-batch."""
-        hidden = self.hidden(batch.tokens)
+        hidden = self.hidden(batch.tokens, batch.sample if self.training else None)
         if self.head is None:
             return hidden
         return self.loss(hidden, batch) if self.training else self.bound(hidden, batch)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Backbone states of this chunk; row p conditions token p. tokens int64 [b, S] to [s, b, D]."""
-        return self.backbone(None if self.embedding is None else self.embed(tokens))
+    def hidden(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
+        """Backbone states of this chunk; row p conditions token p. tokens int64 [b, S] to [s, b, D].
+
+        sample: int64 [b], in training: the key of what may be wrong with the input there.
+        """
+        return self.backbone(None if self.embedding is None else self.embed(tokens, sample))
 
     @property
     @abstractmethod
@@ -80,8 +83,11 @@ class ModelChunk(nn.Module, ABC):
         """Fingerprint of how ids become bits: part of what a run is."""
 
     @abstractmethod
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [b, S] to the layers' input [s, b, D], of which row p may know the tokens before p's block alone."""
+    def embed(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
+        """int64 [b, S] to the layers' input [s, b, D], of which row p may know the tokens before p's block alone.
+
+        sample: int64 [b], in training.
+        """
 
     @abstractmethod
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:

@@ -106,7 +106,7 @@ class SoftmaxLM(ModelChunk):
     def code_table(self) -> str:
         return "none"
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
         """Position p holds token p - 1, position 0 the end of a document: what transformers' models can repeat."""
         assert self.embedding is not None
         return self.embedding(torch.cat((torch.full_like(tokens[:, :1], self.eos_id), tokens[:, :-1]), dim=1))

@@ -94,6 +94,7 @@ def test_variants_under_tp_and_pp(
         {"model.group_bits": 5, "model.head.prior": False, "diffusion.parameterization": "direct"},
         {"model.group_bits": 4, "model.head.kind": "chain"},
         {"model.head.kind": "chain", "model.block_size": 1},
+        {"diffusion.context_noise": 0.5},
     ],
     ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()),
 )

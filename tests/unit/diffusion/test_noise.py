@@ -12,6 +12,7 @@ from megatron_bit.diffusion.noise import (
     TRAIN,
     VALIDATION,
     NoiseDistribution,
+    bit_flips,
     gaussian,
     stratified_levels,
 )
@@ -140,3 +141,20 @@ def test_ends_of_the_range_are_finite():
     torch.testing.assert_close(ends, torch.tensor([math.log(0.1), math.log(160.0)]), rtol=0, atol=0.02)
     wide = NoiseDistribution(1e-4, 1e6, 0.0, 1.0)
     assert wide.log_sigma(torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+def test_bits_of_the_context_flip_as_often_as_asked():
+    """A sample has one probability, uniform below the largest; a slice is the slice of the whole draw."""
+    sample = torch.arange(2**32 - 200, 2**32 + 200)
+    flips = bit_flips(SEED, sample, 0, 40, 3, 11, 0.4)
+    assert flips.shape == (120, 400, 11) and flips.dtype == torch.bool
+    share = flips.float().mean((0, 2)).sort().values  # of a sample
+    expected = 0.4 * (torch.arange(400) + 0.5) / 400
+    assert float((share - expected).abs().max()) < 0.4 * 1.95 / math.sqrt(400) + 3 * math.sqrt(0.24 / 1320)
+    assert torch.equal(bit_flips(SEED, sample[7:9], 5, 3, 3, 11, 0.4), flips[15:24, 7:9])
+    assert not bit_flips(SEED, sample, 0, 40, 3, 11, 0.0).any()
+    more = bit_flips(SEED, sample, 0, 40, 3, 11, 0.8)
+    assert (more | ~flips).all() and more.sum() > 1.5 * flips.sum()
+    centred = flips.float() - flips.float().mean((0, 2), keepdim=True)
+    for other in (centred.roll(1, 2), centred.roll(1, 0), centred.roll(3, 0), centred.roll(1, 1)):
+        assert abs(float((centred * other).mean())) < 4 * 0.16 / math.sqrt(flips.numel())

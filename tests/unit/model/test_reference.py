@@ -55,6 +55,18 @@ def test_groups_and_chain(groups, reference, make_config, make_model, block_size
     compare(groups, reference, make_model, make_config(block_size, 5, *overrides))
 
 
+@pytest.mark.parametrize("kind", ["diffusion", "chain"])
+def test_context_noise(groups, reference, make_config, make_model, kind):
+    """In training alone, and of the backbone's input alone: targets and a chain's own input stay clean."""
+    overrides = (f"model.head.kind={kind}", "model.group_bits=4", "diffusion.context_noise=0.4")
+    config = make_config(3, 5, *overrides)
+    compare(groups, reference, make_model, config)
+    model, plain = make_model(config), make_model(make_config(3, 5, *overrides[:2]))
+    data = batch(config)
+    assert (model(data).loss - plain(data).loss).abs() > 1e-4
+    assert torch.equal(model.eval()(data).metrics, plain.eval()(data).metrics)
+
+
 def compare(groups, reference, make_model, config):
     model = make_model(config)
     other = reference.ReferenceModel(config, logical(model, groups, dict(model.named_parameters())))
