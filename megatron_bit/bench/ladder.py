@@ -38,55 +38,45 @@ def ladder(bits: int) -> list[Rung]:
     def chain(k: int, g: int, *more: str) -> tuple[str, ...]:
         return ("model.head.kind=chain", f"model.block_size={k}", f"model.group_bits={g}", *more)
 
-    layers = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", "model.num_layers=6")
-    rungs = [Rung("AR softmax", layers, headline=True)]
-    for k in (1, 2, 4, 8):
-        rungs += [
-            Rung(f"diffusion K={k} g=1 binary", joint(k, 1, *binary), text=k == 4),
-            Rung(f"diffusion K={k} g=1 semantic", joint(k, 1, *semantic), headline=k == 4),
-        ]
-    rungs += [
-        Rung("diffusion K=4 g=1 semantic, direct", joint(4, 1, *semantic, "diffusion.parameterization=direct")),
-        Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce")),
-        Rung("diffusion K=4 g=1 semantic, no prior", joint(4, 1, *semantic, "model.head.prior=false")),
-    ]
-    for g in (4, 8):
-        rungs += [
-            Rung(f"diffusion K=4 g={g} semantic, no prior", joint(4, g, *semantic, "model.head.prior=false")),
-            Rung(f"diffusion K=4 g={g} semantic", joint(4, g, *semantic), headline=g == 8, text=g == 8),
-        ]
-    eight = joint(4, 8, *semantic)
-    rungs += [
-        Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic)),
-        Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
-        Rung("diffusion K=4 g=8 semantic, 1 noise sample", (*eight, "diffusion.noise_samples=1")),
-        Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),
-        Rung("diffusion K=4 g=8 semantic, entropy rate", (*eight, "diffusion.noise=entropy_rate")),
-        Rung("diffusion K=4 g=8 semantic, head of 1 layer", (*eight, "model.head.num_layers=1")),
-    ]
-    rungs += [
-        Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
-    ]
-    four = chain(4, 8, *semantic)
-    rungs += [
-        Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
-        Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random")),
-        Rung("chain K=4 g=1 semantic", chain(4, 1, *semantic)),
-        Rung("chain K=4 g=4 semantic", chain(4, 4, *semantic)),
-        Rung("chain K=4 g=8 semantic, block-causal", (*four, "model.attention=block_causal")),
-        Rung("chain K=4 g=8 semantic, no prior", (*four, "model.head.prior=false")),
-        Rung("chain K=4 g=8 semantic, window 1", (*four, "model.head.window=1")),
-        Rung("chain K=4 g=8 semantic, window 4", (*four, "model.head.window=4")),
-        Rung("chain K=4 g=8 semantic, window 16", (*four, "model.head.window=16")),
-        Rung("chain K=4 g=8 semantic, head of 1 layer", (*four, "model.head.num_layers=1")),
-        Rung("chain K=4 g=8 semantic, head of 2 layers", (*four, "model.head.num_layers=2")),
-        Rung("chain K=4 g=8 semantic, head of 4 layers", (*four, "model.head.num_layers=4")),
-    ]
+    peer = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", "model.num_layers=6")
+    four, eight = chain(4, 8, *semantic), joint(4, 8, *semantic)
+    rungs = [Rung("AR softmax", peer, headline=True)]
     if most > 8:
         rungs += [
             Rung(f"chain K=1 g={most} semantic", chain(1, most, *semantic), headline=True),
             Rung(f"chain K=4 g={most} semantic", chain(4, most, *semantic), headline=True, text=True),
             Rung(f"chain K=8 g={most} semantic", chain(8, most, *semantic)),
+        ]
+    rungs += [
+        Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
+    ]
+    rungs += [
+        Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
+        Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random")),
+        Rung("chain K=4 g=4 semantic", chain(4, 4, *semantic)),
+        Rung("chain K=4 g=1 semantic", chain(4, 1, *semantic)),
+        Rung("chain K=4 g=8 semantic, window 1", (*four, "model.head.window=1")),
+        Rung("chain K=4 g=8 semantic, window 4", (*four, "model.head.window=4")),
+        Rung("chain K=4 g=8 semantic, window 16", (*four, "model.head.window=16")),
+        Rung("chain K=4 g=8 semantic, no prior", (*four, "model.head.prior=false")),
+        Rung("chain K=4 g=8 semantic, block-causal", (*four, "model.attention=block_causal")),
+        Rung("chain K=4 g=8 semantic, head of 1 layer", (*four, "model.head.num_layers=1")),
+        Rung("chain K=4 g=8 semantic, head of 2 layers", (*four, "model.head.num_layers=2")),
+        Rung("chain K=4 g=8 semantic, head of 4 layers", (*four, "model.head.num_layers=4")),
+        Rung("diffusion K=4 g=8 semantic", eight, text=True),
+        Rung("diffusion K=4 g=8 semantic, no prior", (*eight, "model.head.prior=false")),
+        Rung("diffusion K=4 g=8 semantic, 1 noise sample", (*eight, "diffusion.noise_samples=1")),
+        Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),
+        Rung("diffusion K=4 g=8 semantic, entropy rate", (*eight, "diffusion.noise=entropy_rate")),
+        Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
+        Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic)),
+        Rung("diffusion K=4 g=4 semantic", joint(4, 4, *semantic)),
+        Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce")),
+        Rung("diffusion K=4 g=1 semantic, direct", joint(4, 1, *semantic, "diffusion.parameterization=direct")),
+    ]
+    for k in (1, 2, 4, 8):
+        rungs += [
+            Rung(f"diffusion K={k} g=1 {code}", joint(k, 1, f"model.code={code}")) for code in ("binary", "semantic")
         ]
     return rungs
 

@@ -91,7 +91,7 @@ def main(
         raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in ladder(bits))}")
     if any("model.code=semantic" in rung.overrides for rung in rungs):
         _learn_code(folder, bits)
-    work = [(rung, seed) for seed in range(seeds) for rung in rungs if seed == 0 or rung.headline]
+    work = [(rung, seed) for rung in rungs for seed in range(seeds if rung.headline else 1)]
     begin = time.monotonic()
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool:
