@@ -28,10 +28,10 @@ class HeadConfig(Section):
     kind: Literal["diffusion", "chain", "softmax"] = "diffusion"
     """`diffusion` takes the noise off all bits of a block together. `chain` decides a block's tokens one after
     another, and a token's groups of bits (`model.group_bits`) one after another: the likelihood is exact, and of
-    `diffusion` only `context_noise` has an effect, `evaluate.noise_samples` none. `softmax` is the autoregressive
-    peer to compare with: a token table, and a softmax over the vocabulary, both untied and split over
-    `parallel.tp`; it needs `model.block_size=1`, and what is said below of the head, of bits and of noise then has
-    no effect."""
+    `diffusion` only `context_noise` and `condition_drop` have an effect, `evaluate.noise_samples` none. `softmax` is
+    the autoregressive peer to compare with: a token table, and a softmax over the vocabulary, both untied and split
+    over `parallel.tp`; it needs `model.block_size=1`, and what is said below of the head, of bits and of noise then
+    has no effect."""
     window: int = Field(default=8, ge=1)
     """Tokens, its own among them, that a token of a chain head's attention reaches back to, also across blocks."""
     prior: bool = True
@@ -154,6 +154,10 @@ class DiffusionConfig(Section):
     context_noise: float = Field(default=0.0, ge=0, le=1)
     """In training each bit that enters the backbone is flipped with this probability times a number of its sample's,
     uniform in (0, 1); what is predicted stays clean. Of chain heads too."""
+    condition_drop: float = Field(default=0.0, ge=0, lt=1)
+    """In training the head does without the backbone with this probability, each block of a sample by itself, and so
+    learns the unconditional answer that `generate --guidance` steers away from. The training loss counts such blocks,
+    validation has none. Of chain heads too; their view of the newest tokens stays."""
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:

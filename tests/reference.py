@@ -322,13 +322,23 @@ class ReferenceModel:
         rows = self.weights[table].unflatten(0, (len(values), -1))
         return [rows[i][value] for i, value in enumerate(values)]
 
-    def _of_block(self, name: str, hidden: Tensor) -> Tensor:
-        """hidden [b, S, D] to [b, n, K, out]: linear in a row's own state, and in the state of its block's last row."""
+    def _kept(self, sample: Tensor, blocks: int) -> Tensor | None:
+        """[b, n], 0 where training hides the backbone from a block's head, else 1."""
+        if not self.config.diffusion.condition_drop:
+            return None
+        u = _words(self.config, 5, sample, blocks, np.array([LEVEL_ELEMENT]))[0][:, :, 0, 0]
+        return 1 - (u < self.config.diffusion.condition_drop).float()
+
+    def _of_block(self, name: str, hidden: Tensor, kept: Tensor | None = None) -> Tensor:
+        """hidden [b, S, D] to [b, n, K, out]: linear in a row's own state, and in the state of its block's last row.
+
+        kept [b, n]: 0 where a block does without.
+        """
         blocks = hidden.unflatten(1, (-1, self.config.model.block_size))
         out = blocks @ self.weights[f"head.{name}.weight"].T
         if self.config.model.block_size > 1:
             out = out + (blocks[:, :, -1] @ self.weights[f"head.{name}_last.weight"].T)[:, :, None]
-        return out
+        return out if kept is None else out * kept[:, :, None, None]
 
     def _head_layers(self, x: Tensor, condition: Tensor) -> Tensor:
         """x and condition [b, n, M, K, W]; M evaluations of each block, apart from each other."""
@@ -356,7 +366,7 @@ class ReferenceModel:
         final = F.linear(condition, w["head.final_modulation.weight"], w["head.final_modulation.bias"])
         return _adaptive_norm(x, *final.chunk(2, dim=-1))
 
-    def head(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
+    def head(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, kept: Tensor | None = None) -> Tensor:
         """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to head outputs [b, n, M, K, outputs]."""
         m, w = self.config.model, self.weights
         half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
@@ -365,7 +375,7 @@ class ReferenceModel:
         level = torch.cat((angle.cos(), angle.sin()), dim=-1)
         level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])
         level = F.linear(F.silu(level), w["head.noise_level.fc2.weight"], w["head.noise_level.fc2.bias"])
-        context = self._of_block("condition", hidden)[:, :, None]
+        context = self._of_block("condition", hidden, kept)[:, :, None]
         condition = F.silu(level[:, :, :, None] + context)  # [b, n, M, K, W]
         scaled = z / (1.0 + (2 * log_sigma).exp()).sqrt()[..., None, None]
         x = scaled @ w["head.input.weight"].T
@@ -375,7 +385,7 @@ class ReferenceModel:
             for i, (codes, evidence) in enumerate(self._evidence(odds)):
                 x = x + evidence.softmax(-1) @ tables[i][: len(codes)]
         out = self._head_layers(x + context, condition) @ w["head.output.weight"].T
-        return out + self._of_block("prior", hidden)[:, :, None] if m.head.prior else out
+        return out + self._of_block("prior", hidden, kept)[:, :, None] if m.head.prior else out
 
     def _evidence(self, odds: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Log-odds of bits [..., B] to each group's codes [2^n, n] and unnormalised log-probabilities [..., 2^n]."""
@@ -395,7 +405,7 @@ class ReferenceModel:
         sigma = log_sigma.exp()[..., None, None]
         x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
         z = x + sigma * eps
-        out = self.head(z, log_sigma, self.hidden(tokens, sample))
+        out = self.head(z, log_sigma, self.hidden(tokens, sample), self._kept(sample, tokens.shape[1] // k))
         odds = (2 * z / sigma**2).clamp(-30, 30) if d.parameterization == "matched_filter" else torch.zeros_like(z)
         if m.group_bits == 1:
             logits = out + odds
@@ -430,20 +440,19 @@ class ReferenceModel:
     def chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
         """tokens [b, S] to nats [b, S], one stage after another."""
         w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
-        values = self.values(self.encode(tokens))
+        values, kept = self.values(self.encode(tokens)), self._kept(sample, tokens.shape[1] // k)
         before = sum(self._look_up("head.previous", [v[:, :-1] for v in values]))
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
         total = torch.zeros(tokens.shape)
         for i, (first, last) in enumerate(group_slices(self.config)):
-            context = self._of_block("condition", hidden)[:, :, None]
+            context = self._of_block("condition", hidden, kept)[:, :, None]
             features = self._head_layers(known + context, F.silu(w["head.stage"][i] + context))[:, :, 0].flatten(
                 1, 2
             )  # [b, S, W]
             logits = features @ w["head.output.weight"].unflatten(0, (len(values), -1))[i].T
             if self.config.model.head.prior:
-                logits = (
-                    logits + self._of_block("prior", hidden).flatten(1, 2).unflatten(-1, (len(values), -1))[..., i, :]
-                )
+                prior = self._of_block("prior", hidden, kept).flatten(1, 2)
+                logits = logits + prior.unflatten(-1, (len(values), -1))[..., i, :]
             log_p = logits[..., : 2 ** (last - first)].log_softmax(-1)
             total = total - log_p.gather(-1, values[i][..., None]).squeeze(-1)
             known = known + self._look_up("head.values", values)[i].unflatten(1, (-1, k))[:, :, None]

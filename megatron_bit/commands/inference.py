@@ -20,6 +20,7 @@ def generate(
     steps: int | None = None,
     sampler: str | None = None,
     temperature: float | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     stop: tuple[str, ...] = (),
     batch_size: int = 1,
@@ -40,6 +41,8 @@ def generate(
         steps: denoising steps a block, of a diffusion head; default 32.
         sampler: how a diffusion head removes the noise: ode (default), heun, dpm, em, churn.
         temperature: of a chain head; default 1, and 0 takes the likeliest.
+        guidance: how far to go from the head's answer without the backbone to that with it; default 1, all the way, and
+            above 1 further, at twice the head's work. The run needs diffusion.condition_drop.
         seed: the same seed gives the same text.
         stop: a text ends when one of these strings has appeared in it.
         batch_size: prompts generated together.
@@ -64,10 +67,12 @@ def generate(
 
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature {temperature} has to be 0 (the likeliest) or above")
+    if guidance is not None and not 0 <= guidance < float("inf"):
+        raise UserError(f"--guidance {guidance} has to be 0 (without the backbone) or above; 1 is no guidance")
     if sampler is not None and sampler not in job.SAMPLERS:
         raise UserError(f"--sampler {sampler} does not exist; choose one of {', '.join(job.SAMPLERS)}")
     prompts = prompts or [""]
-    how = {"steps": steps, "sampler": sampler, "temperature": temperature}
+    how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     results = job.main(
         run,
         prompts,

@@ -14,7 +14,8 @@ from megatron_bit.config import Config, DiffusionConfig
 from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
 
-TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT = 0, 1, 2, 3, 4  # streams: the same indices never share noise
+# streams: the same indices never share noise
+TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION = 0, 1, 2, 3, 4, 5
 _LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count up from 0
 
 
@@ -149,3 +150,14 @@ def bit_flips(
     drawn = uniform(torch.stack(philox(key, (element, block, low, high)), dim=-1)).reshape(n, b, -1)[..., :count]
     wrong = drawn < most * share.view(1, b, 1)
     return wrong.unflatten(-1, (block_size, bits)).permute(0, 2, 1, 3).reshape(n * block_size, b, bits)
+
+
+def kept_conditions(seed: int, sample: Tensor, first_block: int, num_blocks: int, drop: float) -> Tensor:
+    """Which blocks' heads see the backbone in training: each does not with probability `drop`.
+
+    Returns:
+        bool [num_blocks, b]; a function of (seed, sample, block) alone.
+    """
+    _, block, low, high = _counters(sample, first_block, num_blocks, 1)
+    words = philox(seed_key(seed, CONDITION), (torch.full_like(block, _LEVEL), block, low, high))
+    return (uniform(words[0]) >= drop).squeeze(-1)

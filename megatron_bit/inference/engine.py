@@ -41,7 +41,7 @@ class Request:
     max_tokens: int
     stop: tuple[str, ...]
     seed: int
-    how: Mapping[str, Any]  # steps, sampler, temperature: what was said
+    how: Mapping[str, Any]  # steps, sampler, temperature, guidance: what was said
     cancelled: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.perf_counter)
     first: float | None = None  # seconds until the first piece

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from megatron_bit.errors import UserError
-from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, BitLMConfig, BitLMForCausalLM
+from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
 
 __all__ = ["SAMPLERS", "Generator", "main"]
@@ -133,7 +133,8 @@ class Generator:
         Args:
             sequences: keys of the noise, one a prompt (default 0, 1, ...); a (seed, sequence) has one text.
             show: print the text as it comes; one prompt only.
-            how: steps and sampler of a diffusion head, temperature of a chain head; the model's own where not given.
+            how: steps and sampler of a diffusion head, temperature of a chain head, guidance of both; the model's own
+                where not given.
 
         Returns:
             for every prompt a dict: prompt, text, tokens (produced for it), seconds (of all together),
@@ -187,11 +188,13 @@ class Generator:
         return [[token for token in row if token != _ENDED] for row in out[:, width:].tolist()]
 
     def check(self, how: Mapping[str, Any]) -> None:
-        """UserError for what this model's head does not know."""
+        """UserError, which begins with the name, for what this model's head does not know."""
         kind = self.model.config.head_kind
-        known = {"temperature"} if kind == "chain" else {"steps", "sampler"}
-        for name in sorted(how.keys() - known):
-            raise UserError(f"{name} means nothing to a {kind} head; it has {' and '.join(sorted(known))}")
+        known = ["temperature", "guidance"] if kind == "chain" else ["steps", "sampler", "guidance"]
+        for name in sorted(how.keys() - set(known)):
+            raise UserError(f"{name} means nothing to a {kind} head; it has {', '.join(known[:-1])} and {known[-1]}")
+        if how.get("guidance", 1.0) != 1.0 and not self.model.config.condition_drop:
+            raise UserError(f"guidance {how['guidance']:g} {UNGUIDED}")
 
     @property
     def eos_id(self) -> int:

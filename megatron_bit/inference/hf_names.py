@@ -255,6 +255,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "sigma_log_std": d.log_std,
         "sigma_kind": d.noise,
         "sigma_masses": noise.masses.tolist() if isinstance(noise, EntropyRate) else None,
+        "condition_drop": d.condition_drop,
         "initializer_range": m.init_std,
     }
 

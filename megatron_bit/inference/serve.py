@@ -64,6 +64,7 @@ class Completion(BaseModel):
     user: str | None = None  # said to be for the operator's logs; there are none
     steps: int | None = Field(default=None, ge=2, le=1024)
     sampler: str | None = None
+    guidance: float | None = Field(default=None, ge=0.0, le=100.0)
 
 
 class Refused(Exception):
@@ -176,14 +177,14 @@ class Server:
 
     def _how(self, body: Completion) -> dict[str, Any]:
         """What was said of sampling; a diffusion head has no temperature but 1, and lets clients send that."""
-        given = {"steps": body.steps, "sampler": body.sampler, "temperature": body.temperature}
+        given = {name: getattr(body, name) for name in ("steps", "sampler", "temperature", "guidance")}
         how = {key: value for key, value in given.items() if value is not None}
         if self._generator.model.config.head_kind == "diffusion" and how.get("temperature") == 1.0:
             del how["temperature"]
         try:
             self._generator.check(how)
         except UserError as error:
-            raise Refused(400, str(error), sorted(how)[-1]) from None
+            raise Refused(400, str(error), str(error).partition(" ")[0]) from None
         return how
 
     def _prompts(self, body: Completion) -> list[list[int]]:

@@ -13,7 +13,7 @@ from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
-from megatron_bit.diffusion.noise import TRAIN, bit_flips, build_noise, gaussian, stratified_levels
+from megatron_bit.diffusion.noise import TRAIN, bit_flips, build_noise, gaussian, kept_conditions, stratified_levels
 from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
@@ -61,6 +61,19 @@ class BitInput(ModelChunk):
             bits = torch.where(bit_flips(seed, sample, first // k, blocks, k, bits.shape[-1], most), -bits, bits)
         return self.embedding(bits, first)
 
+    def condition(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        """The states [s, b, D] that the head is conditioned on in training: zero where `diffusion.condition_drop` says.
+
+        A head takes them through linear maps without a bias, each within its block: with the states of a block at zero
+        they are not in its condition, its residual stream or its prior.
+        """
+        drop, k = self.settings.diffusion.condition_drop, self.settings.model.block_size
+        if not drop:
+            return hidden
+        first, last = self._bounds(batch.tokens.shape[1])
+        keep = kept_conditions(self.settings.train.seed, batch.sample, first // k, (last - first) // k, drop)
+        return hidden * keep.repeat_interleave(k, dim=0)[..., None]
+
     def _bounds(self, length: int) -> tuple[int, int]:
         """First and last (exclusive) position of the sequence that this rank's activations hold."""
         part = length // self.shards
@@ -98,7 +111,7 @@ class BitLM(BitInput):
         x = self.codec.encode(batch.tokens[:, first:last].t()).float()[:, :, None, :]
         per_token = log_sigma.repeat_interleave(k, dim=0)
         z = x + per_token.exp()[..., None] * eps
-        residual = self.head(z, log_sigma, hidden)
+        residual = self.head(z, log_sigma, self.condition(hidden, batch))
         terms = denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
         loss = terms.loss.mean() / self.shards
         metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))

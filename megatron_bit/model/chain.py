@@ -83,7 +83,7 @@ class ChainLM(BitInput):
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """The exact negative log-likelihood in nats per token; loss and bound are the same."""
-        loss = self._nats(hidden, batch.tokens).mean() / self.shards
+        loss = self._nats(self.condition(hidden, batch), batch.tokens).mean() / self.shards
         return LossOutput(loss, torch.stack((loss.detach(), loss.detach())))
 
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:

@@ -95,6 +95,8 @@ def test_variants_under_tp_and_pp(
         {"model.group_bits": 4, "model.head.kind": "chain"},
         {"model.head.kind": "chain", "model.block_size": 1},
         {"diffusion.context_noise": 0.5},
+        {"diffusion.condition_drop": 0.4},
+        {"diffusion.condition_drop": 0.4, "model.head.kind": "chain", "model.group_bits": 4},
     ],
     ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()),
 )

@@ -14,6 +14,7 @@ from mbit_kernels.matched_filter import posterior_logits
 from transformers import GenerationConfig, TextStreamer
 
 from megatron_bit.diffusion import noise
+from megatron_bit.errors import UserError
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 
@@ -27,7 +28,7 @@ def tokens(seed, length):
     return torch.randint(2, 421, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def by_the_trainer(ours, prompt, count, seed, sequence):
+def by_the_trainer(ours, prompt, count, seed, sequence, guidance=None):
     """New ids, computed again for every block with the parts that train. The context begins where it has to."""
     m, length = ours.config.model, ours.config.data.seq_length
     k, most = m.block_size, length // m.block_size
@@ -44,7 +45,10 @@ def by_the_trainer(ours, prompt, count, seed, sequence):
         z = grid[0].exp() * noise.gaussian(seed, noise.SAMPLING, torch.tensor([sequence]), blocks, 1, 1, k, m.bits)
         with torch.no_grad():
             for now, after in zip(grid, [*grid[1:].tolist(), None], strict=True):
-                odds = posterior_logits(ours.model.head(z, now.expand(1, 1, 1), hidden), z, now.exp())
+                outputs = ours.model.head(z, now.expand(1, 1, 1), hidden)
+                if guidance is not None:
+                    outputs = (1 - guidance) * ours.model.head(z, now.expand(1, 1, 1), 0 * hidden) + guidance * outputs
+                odds = posterior_logits(outputs, z, now.exp())
                 if after is not None:
                     x_hat = torch.tanh(odds / 2)
                     z = x_hat + (after - now).exp() * (z - x_hat)
@@ -72,8 +76,11 @@ def test_cached_text_is_the_text_computed_again_for_every_block(name, length, ge
     assert len(set(expected)) > 20
 
 
-def by_the_chain(ours, prompt, count, seed, sequence, temperature):
-    """The same for a chain: each group's probabilities from the nats of all its values, by the head that trains."""
+def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None):
+    """The same for a chain: each group's probabilities from the nats of all its values, by the head that trains.
+
+    Without a condition is the newest block alone, as in training.
+    """
     m, length = ours.config.model, ours.config.data.seq_length
     k, most, sizes = m.block_size, length // m.block_size, m.group_sizes
     ids, first = [0] * (-len(prompt) % k) + list(prompt), 0
@@ -87,6 +94,7 @@ def by_the_chain(ours, prompt, count, seed, sequence, temperature):
         uniforms = torch.stack(words, -1).flatten()
         window = ids[first * k :]
         hidden = ours.hidden(torch.tensor([window + [0] * k]))[0, :, None]
+        free = torch.cat((hidden[:-k], torch.zeros_like(hidden[-k:])))
         for place in range(k):
             left, at = torch.ones(len(table), dtype=torch.bool), len(window)
             index = table[torch.tensor(window + [0] * (k - place))][:, None]  # [s, 1, G]
@@ -96,7 +104,10 @@ def by_the_chain(ours, prompt, count, seed, sequence, temperature):
                 known = torch.arange(len(rows)) > 0
                 with torch.no_grad():
                     nats = ours.model.head(rows, rows.roll(1, 0), known, hidden.expand(-1, 2**size, -1))
+                    other = ours.model.head(rows, rows.roll(1, 0), known, free.expand(-1, 2**size, -1))
                 log_p = -nats[at, :, stage]
+                if guidance is not None:
+                    log_p = ((1 - guidance) * -other[at, :, stage] + guidance * log_p).log_softmax(-1)
                 possible = torch.zeros(2**size, dtype=torch.bool).index_fill(0, table[left, stage], True)
                 log_p = log_p.masked_fill(~possible, float("-inf"))
                 u = uniforms[place * len(sizes) + stage : place * len(sizes) + stage + 1]
@@ -123,6 +134,55 @@ def test_rows_of_a_chain_are_what_they_are_alone(name, generator):
     together = generate(generator(name), prompts, 45, sequence_ids=[4, 5, 6, 7], **how)
     for i, prompt in enumerate(prompts):
         assert generate(generator(name), [prompt], 45, sequence_ids=[4 + i], **how) == [together[i]]
+
+
+@pytest.mark.parametrize("guidance", [3.0, 0.0])
+@pytest.mark.parametrize(("name", "length"), [("k4", 9), ("chain", 8), ("chain", 0)])
+def test_guidance_is_its_formula(name, length, guidance, generator, trainer):
+    """With caches, against two evaluations of the head that trains; blocks within and beyond the context."""
+    prompt, chain = tokens(1, length), name == "chain"
+    how = {"steps": None, "temperature": 0.9} if chain else {}
+    by, more = (by_the_chain, (0.9,)) if chain else (by_the_trainer, ())
+    expected = by(trainer(name), prompt, 45, 9, 2**35 + 1, *more, guidance=guidance)
+    plain = generate(generator(name), [prompt], 45, sequence_ids=[2**35 + 1], **how)
+    both, how = [prompt, tokens(3, 14)], {"guidance": guidance, **how}
+    guided = generate(generator(name), both, 45, sequence_ids=[2**35 + 1, 4], **how)
+    assert guided[0] == expected != plain[0]
+
+
+@pytest.mark.parametrize("name", ["k4", "groups", "chain"])
+def test_guidance_of_the_head_s_outputs_before_they_become_probabilities(name, generator, monkeypatch):
+    """One block, its evaluations one by one: 1 is what it is without, and costs nothing; else there are two."""
+    it, chain = generator(name), name == "chain"
+    call, calls = ("stage" if chain else "forward"), []
+    inner = getattr(it.model.head, call)
+    monkeypatch.setattr(it.model.head, call, lambda *given: calls.append((given, inner(*given))) or calls[-1][1])
+    k, how = it.model.config.block_size, {"steps": None} if chain else {}
+    plain = generate(it, [tokens(2, k)], k, **how)
+    once = len(calls)
+    assert generate(it, [tokens(2, k)], k, guidance=1.0, **how) == plain and len(calls) == 2 * once
+    calls.clear()
+    generate(it, [tokens(2, k)], k, guidance=2.5, **how)
+    if chain:
+        calls = calls[len(it.model.config.group_sizes) :]  # the prompt's are not guided
+    for (given, said), (other, without) in zip(calls[::2], calls[1::2], strict=True):
+        assert torch.equal(given[1 if chain else 0], other[1 if chain else 0]) and given[2].any()
+        assert not other[2].any() and (not chain or other[3] is None)
+        assert not torch.equal(said, without)
+
+
+def test_guidance_needs_a_model_that_was_trained_for_it(generator):
+    for name, how in (("odd", {}), ("chain_k1", {"steps": None})):
+        it = generator(name)
+        assert generate(it, [[5]], 6, guidance=1.0, **how) == generate(it, [[5]], 6, **how)
+        with pytest.raises(ValueError, match=r"guidance=3 needs a model trained with diffusion.condition_drop above 0"):
+            generate(it, [[5]], 6, guidance=3.0, **how)
+        it.check({"guidance": 1.0})
+        with pytest.raises(UserError, match=r"^guidance 2.5 needs a model trained with diffusion.condition_drop"):
+            it.check({"guidance": 2.5})
+    generator("k4").check({"guidance": 2.5, "steps": 3})
+    with pytest.raises(ValueError, match="guidance=-1"):
+        generate(generator("k4"), [[5]], 4, guidance=-1)
 
 
 def test_a_chain_has_temperature_and_no_steps(generator):

@@ -62,7 +62,7 @@ def running(generator: Generator) -> Iterator[_Running]:
 
 
 def _complete(client: openai.OpenAI, **arguments: Any) -> Any:
-    extra = {"steps": arguments.pop("steps", 4)}
+    extra = {"steps": arguments.pop("steps", 4), **arguments.pop("extra", {})}
     return client.completions.create(**{"model": "tiny", "prompt": PROMPT, **arguments}, extra_body=extra)
 
 
@@ -114,6 +114,7 @@ REFUSED = {
         400,
         "temperature means nothing to a diffusion head",
     ),
+    "guidance": ({"extra": {"guidance": 2}}, 400, "guidance 2 needs a model trained with diffusion.condition_drop"),
     "logprobs": ({"logprobs": 3}, 400, "logprobs"),
     "model": ({"model": "other"}, 404, "model 'other' is not served here"),
     "max_tokens": ({"max_tokens": 4001}, 400, "max_tokens 4001 is more than 4000"),

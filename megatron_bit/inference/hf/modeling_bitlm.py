@@ -67,6 +67,7 @@ class BitLMConfig(PretrainedConfig):
         sigma_log_std: float = 1.2,
         sigma_kind: str = "lognormal",
         sigma_masses: Sequence[float] | None = None,
+        condition_drop: float = 0.0,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -98,6 +99,7 @@ class BitLMConfig(PretrainedConfig):
         self.sigma_log_std = sigma_log_std
         self.sigma_kind = sigma_kind  # lognormal, logistic or entropy_rate
         self.sigma_masses = None if sigma_masses is None else list(sigma_masses)  # of equal bins of ln sigma, measured
+        self.condition_drop = condition_drop  # how often training hid the states from the head: above 0 guidance works
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
@@ -872,12 +874,17 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
             kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text),
                 seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a chain temperature.
+                guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
+                at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
+                the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
+                goes on seeing the newest tokens, those of earlier blocks with their conditions.
 
         Returns:
             int64 [b, S + new]: the given ids and the new ones; what follows a row's end is pad_token_id.
 
         Raises:
-            ValueError: an argument that means nothing here (sampling temperature, beams, ...), or a wrong value.
+            ValueError: an argument that means nothing here (sampling temperature, beams, ...), a wrong value, or
+                guidance of a model that was trained without condition_drop.
         """
         if (inputs is None) == (input_ids is None):
             raise ValueError("generate: give the prompt once, as `inputs` or as `input_ids`")
@@ -885,6 +892,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         assert given is not None
         base, kind = generation_config or self.generation_config, self.config.head_kind
         settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind)
+        if settings.guidance != 1.0 and not self.config.condition_drop:
+            raise ValueError(f"generate: guidance={settings.guidance:g} {UNGUIDED}")
         k, device = self.config.block_size, self.device
         tokens, lead = self._blocks(given.to(device), attention_mask)
         sequence = self._sequences(sequence_ids, len(given))
@@ -921,7 +930,10 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             return gaussian(settings.seed, SAMPLING, sequence, block[:, None], 1, k, bits, i)
 
         def logits(z: Tensor, log_sigma: Tensor) -> Tensor:
-            outputs = self.head(z, log_sigma.expand(len(z), 1, 1), states)
+            level = log_sigma.expand(len(z), 1, 1)
+            outputs = self.head(z, level, states)
+            if settings.guidance != 1.0:
+                outputs = _guide(outputs, self.head(z, level, torch.zeros_like(states)), settings.guidance)
             return self.posterior.logits(outputs, z, log_sigma.exp())
 
         z = SAMPLERS[settings.sampler](lambda z, log_sigma: self.posterior.mean(logits(z, log_sigma)), noise, grid)
@@ -962,6 +974,14 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
 
 
 # ------------------------------------------------------------------------------------------------- generation
+UNGUIDED = "needs a model trained with diffusion.condition_drop above 0, and this one was not; leave it out, or 1"
+
+
+def _guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598), of logits."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
 def _draw(log_p: Tensor, u: Tensor, temperature: float) -> Tensor:
     """Values [b] from log-probabilities [b, U] by uniforms [b]: the inverse of the distribution function."""
     if temperature == 0.0:
@@ -982,13 +1002,16 @@ class _Settings:
     steps: int
     sampler: str
     temperature: float
+    guidance: float
     tokenizer: Any
 
     @classmethod
     def read(
         cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str
     ) -> _Settings:
-        values = {"max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0}
+        values: dict[str, Any] = {
+            "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0
+        }  # fmt: skip
         other = {"temperature"} if kind == "diffusion" else {"steps", "sampler"}
         known = {*values, "max_length", "eos_token_id", "pad_token_id", "stop_strings"} - other
         aside = {"transformers_version", "bos_token_id", "_from_model_config"}
@@ -1020,6 +1043,8 @@ class _Settings:
             )
         if not 0.0 <= float(values["temperature"]) < math.inf:
             raise ValueError(f"generate: temperature={values['temperature']} has to be 0 (the likeliest) or above")
+        if not 0.0 <= float(values["guidance"]) < math.inf:
+            raise ValueError(f"generate: guidance={values['guidance']} has to be 0 (no condition) or above; 1 is none")
         if values["sampler"] not in SAMPLERS:
             raise ValueError(
                 f"generate: sampler={values['sampler']!r} does not exist; choose one of {', '.join(SAMPLERS)}"
@@ -1027,7 +1052,7 @@ class _Settings:
         pad = pad if pad is not None else eos[0] if eos else 0
         return cls(
             int(values["max_new_tokens"]), frozenset(eos), pad, stops, int(values["seed"]), int(values["steps"]),
-            str(values["sampler"]), float(values["temperature"]), tokenizer,
+            str(values["sampler"]), float(values["temperature"]), float(values["guidance"]), tokenizer,
         )  # fmt: skip
 
 
@@ -1136,6 +1161,9 @@ class _Chain:
     ) -> Tensor:
         """Draw the next block, ids int64 [b, K]: group after group, of those values that some token still has.
 
+        The unconditional answer that guidance needs has a past of its own from the beginning of the block on; what is
+        before has its conditions, as in training, which drops those of single blocks.
+
         Args:
             tokens: int64 [b, n K], all so far.
             states, position: from `_Context.advance`.
@@ -1149,6 +1177,7 @@ class _Chain:
         elements = torch.arange(-(-k * groups // 4), device=device)
         uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
         before = tokens[:, -1:] if tokens.shape[1] else torch.zeros(b, 1, dtype=torch.int64, device=device)
+        free, nothing = [[[*layer] for layer in stage] for stage in self.past], torch.zeros_like(context[:, :1])
         ids: list[Tensor] = []
         for i in range(k):
             here, known = slice(i, i + 1), self._before(before, position[:, i : i + 1] > 0)
@@ -1158,6 +1187,9 @@ class _Chain:
                 log_p = self.head.stage(
                     stage, known, context[:, here], rest, place, position[:, here], self.past[stage]
                 )[:, 0]  # fmt: skip
+                if settings.guidance != 1.0:  # the same of log-probabilities as of logits, but for a constant
+                    other = self.head.stage(stage, known, nothing, None, place, position[:, here], free[stage])[:, 0]
+                    log_p = _guide(log_p, other, settings.guidance).log_softmax(-1)
                 count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
                 count.scatter_add_(1, self.table[:, stage].expand(b, -1), left.int())
                 log_p = log_p.masked_fill(count == 0, float("-inf"))

@@ -14,6 +14,7 @@ from megatron_bit.diffusion.noise import (
     NoiseDistribution,
     bit_flips,
     gaussian,
+    kept_conditions,
     stratified_levels,
 )
 
@@ -158,3 +159,20 @@ def test_bits_of_the_context_flip_as_often_as_asked():
     centred = flips.float() - flips.float().mean((0, 2), keepdim=True)
     for other in (centred.roll(1, 2), centred.roll(1, 0), centred.roll(3, 0), centred.roll(1, 1)):
         assert abs(float((centred * other).mean())) < 4 * 0.16 / math.sqrt(flips.numel())
+
+
+def test_kept_conditions():
+    """As many as asked for, blocks and samples apart from each other, and the same however the work is cut."""
+    sample = torch.arange(2**32 - 150, 2**32 + 150)
+    kept = kept_conditions(SEED, sample, 0, 200, 0.3)
+    assert kept.shape == (200, 300) and kept.dtype == torch.bool
+    assert abs(kept.float().mean() - 0.7) < 4 * (0.21 / kept.numel()) ** 0.5
+    for part in (kept.float().mean(0), kept.float().mean(1)):
+        assert (part - 0.7).abs().max() < 4.5 * (0.21 / (kept.numel() / len(part))) ** 0.5
+    for other in (kept.roll(1, 0), kept.roll(1, 1), kept_conditions(SEED + 1, sample, 0, 200, 0.3)):
+        assert abs((kept.float() - 0.7).mul(other.float() - 0.7).mean()) < 4 * 0.21 / kept.numel() ** 0.5
+    assert torch.equal(kept_conditions(SEED, sample[140:160], 50, 30, 0.3), kept[50:80, 140:160])
+    assert kept_conditions(SEED, sample, 0, 200, 0.0).all()
+    assert (kept | ~kept_conditions(SEED, sample, 0, 200, 0.6)).all(), "who drops at 0.3 drops at 0.6"
+    flips = bit_flips(SEED, sample, 0, 200, 1, 1, 1.0)[..., 0]
+    assert abs((kept.float() - 0.7).mul(flips.float() - flips.float().mean()).mean()) < 0.01

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_bit.diffusion.noise import kept_conditions
 from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import build_optimizer
@@ -63,6 +64,21 @@ def test_context_noise(groups, reference, make_config, make_model, kind):
     compare(groups, reference, make_model, config)
     model, plain = make_model(config), make_model(make_config(3, 5, *overrides[:2]))
     data = batch(config)
+    assert (model(data).loss - plain(data).loss).abs() > 1e-4
+    assert torch.equal(model.eval()(data).metrics, plain.eval()(data).metrics)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("kind", ["diffusion", "chain"])
+def test_condition_drop(groups, reference, make_config, make_model, kind, block_size):
+    """In training alone, of single blocks of single samples."""
+    overrides = (f"model.head.kind={kind}", "model.group_bits=4", "diffusion.condition_drop=0.4")
+    config = make_config(block_size, 5, *overrides)
+    data = batch(config)
+    kept = kept_conditions(config.train.seed, data.sample, 0, 5, 0.4)
+    assert 0 < kept.sum() < kept.numel() and len(kept.unique(dim=0)) > 1 and len(kept.unique(dim=1)) > 1
+    compare(groups, reference, make_model, config)
+    model, plain = make_model(config), make_model(make_config(block_size, 5, *overrides[:2]))
     assert (model(data).loss - plain(data).loss).abs() > 1e-4
     assert torch.equal(model.eval()(data).metrics, plain.eval()(data).metrics)
 
