@@ -6,6 +6,7 @@ Each picture brings its own background and a dark variant (prefers-color-scheme)
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -183,12 +184,48 @@ def layout() -> Picture:
     return p
 
 
+def quality() -> Picture | None:
+    """Every rung of docs/quality.json as a bar from the softmax peer; several seeds are a mean, with a dot for each."""
+    source = Path(__file__).parent / "quality.json"
+    if not source.exists():
+        return None
+    nats: dict[str, list[float]] = {}
+    for result in json.loads(source.read_text())["results"]:
+        nats.setdefault(result["rung"], []).append(result["nats"])
+    peer = sum(nats["AR softmax"]) / len(nats["AR softmax"])
+    rows = [(name, values) for name, values in nats.items() if name != "AR softmax"]
+    p = Picture(900, 76 + 19 * len(rows))
+    gaps = [value - peer for _, values in rows for value in values]
+    low, high = min(0.0, *gaps), max(gaps)
+    left, right = 400, 840
+
+    def x(gap: float) -> float:
+        return round(left + (gap - low) / (high - low) * (right - left), 1)
+
+    p.label(450, 24, f"nats per token more than the softmax peer ({peer:.3f}); less is better")
+    for number, (name, values) in enumerate(rows):
+        y, gap = 44 + 19 * number, sum(values) / len(values) - peer
+        kind = "model" if name.startswith("chain") else "noise"
+        begin, end = sorted((x(0.0), x(gap)))
+        p.label(min(x(min(0.0, low)), left) - 10, y + 11, name, size=12, anchor="end")
+        p.box(begin, y, max(end - begin, 1.0), 14, kind)
+        p.parts.extend(
+            f'<circle cx="{x(v - peer)}" cy="{y + 7}" r="2.5" class="tip"/>' for v in values if len(values) > 1
+        )
+        p.label(max(end, x(0.0)) + 8, y + 11, f"{gap:+.2f}", "soft", 11, anchor="start")
+    bottom = 44 + 19 * len(rows)
+    p.parts.append(f'<polyline points="{x(0.0)},36 {x(0.0)},{bottom}" class="line" stroke-width="1.2"/>')
+    p.label(450, bottom + 20, "green: chain; yellow: joint diffusion; dots: seeds", "soft", 11)
+    return p
+
+
 def main() -> None:
     dark = len(sys.argv) == 3 and sys.argv[1] == "--dark"
     folder = Path(sys.argv[2]) if dark else Path(__file__).parent / "img"
     folder.mkdir(exist_ok=True)
-    for name, picture in (("data_flow", data_flow()), ("layout_8_ranks", layout())):
-        (folder / f"{name}.svg").write_text(picture.svg(dark), encoding="utf-8")
+    for name, picture in (("data_flow", data_flow()), ("layout_8_ranks", layout()), ("quality", quality())):
+        if picture is not None:
+            (folder / f"{name}.svg").write_text(picture.svg(dark), encoding="utf-8")
 
 
 if __name__ == "__main__":
