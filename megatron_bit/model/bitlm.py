@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,31 +14,21 @@ from megatron_bit.diffusion.loss import denoising_loss
 from megatron_bit.diffusion.noise import TRAIN, bit_flips, build_noise, gaussian, kept_conditions, stratified_levels
 from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
-from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
+from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
 from megatron_bit.model.codec import Codec
 from megatron_bit.model.embedding import BitEmbedding
 from megatron_bit.model.head import DenoisingHead
-from megatron_bit.parallel.groups import Groups
 
 
 class BitInput(ModelChunk):
     """Bits -> embedding -> backbone layers: what every model over bits begins with. The head is a subclass's."""
 
-    def __init__(
-        self,
-        config: Config,
-        mcore: Any,
-        codec: Codec,
-        groups: Groups,
-        vp_stage: int | None,
-        first: bool,
-        last: bool,
-    ) -> None:
-        super().__init__(config, mcore, groups)
+    def __init__(self, config: Config, place: Place, codec: Codec) -> None:
+        super().__init__(config, place)
         self.codec = codec
         self.bit_groups = BitGroups(config.model.group_sizes)
-        self.embedding = BitEmbedding(config, mcore, self.bit_groups) if first else None
-        self.backbone = Backbone(config, mcore, groups, vp_stage, first, last)
+        self.embedding = BitEmbedding(config, place.mcore, self.bit_groups) if place.first else None
+        self.backbone = Backbone(config, *place)
 
     @property
     def code_table(self) -> str:
@@ -74,6 +62,13 @@ class BitInput(ModelChunk):
         keep = kept_conditions(self.settings.train.seed, batch.sample, first // k, (last - first) // k, drop)
         return hidden * keep.repeat_interleave(k, dim=0)[..., None]
 
+    def of_samples(self, nats: Tensor, batch: TokenBatch) -> BoundOutput:
+        """Bounds of whole samples from those of this rank's tokens, float32 [s, b]."""
+        per_sample = nats.sum(0) / batch.tokens.shape[1]
+        if self.shards > 1:
+            dist.all_reduce(per_sample, group=self.tp_group)
+        return BoundOutput.of(per_sample)
+
     def _bounds(self, length: int) -> tuple[int, int]:
         """First and last (exclusive) position of the sequence that this rank's activations hold."""
         part = length // self.shards
@@ -83,21 +78,12 @@ class BitInput(ModelChunk):
 class BitLM(BitInput):
     """The bits of a block denoised together."""
 
-    def __init__(
-        self,
-        config: Config,
-        mcore: Any,
-        codec: Codec,
-        groups: Groups,
-        vp_stage: int | None,
-        first: bool,
-        last: bool,
-    ) -> None:
-        super().__init__(config, mcore, codec, groups, vp_stage, first, last)
-        self.noise = build_noise(config, groups.device)
+    def __init__(self, config: Config, place: Place, codec: Codec) -> None:
+        super().__init__(config, place, codec)
+        self.noise = build_noise(config, place.groups.device)
         self.noise_table = self.noise if isinstance(self.noise, EntropyRate) else None
         self.posterior = build_posterior(config)
-        self.head = DenoisingHead(config, mcore, groups.tp, self.posterior) if last else None
+        self.head = DenoisingHead(config, place.mcore, place.groups.tp, self.posterior) if place.last else None
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""
@@ -137,7 +123,4 @@ class BitLM(BitInput):
             block_size=config.model.block_size,
             noise_samples=config.evaluate.noise_samples,
         )
-        per_sample = nats.sum(0) / batch.tokens.shape[1]
-        if self.shards > 1:
-            dist.all_reduce(per_sample, group=self.tp_group)
-        return BoundOutput.of(per_sample)
+        return self.of_samples(nats, batch)

@@ -11,7 +11,7 @@ from megatron_bit.config import Config
 from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.bitlm import BitLM
 from megatron_bit.model.chain import ChainLM
-from megatron_bit.model.chunk import ModelChunk
+from megatron_bit.model.chunk import ModelChunk, Place
 from megatron_bit.model.codec import Codec
 from megatron_bit.model.init import initialize
 from megatron_bit.model.layers import sum_partial_grads
@@ -35,22 +35,20 @@ def build_model(
     from megatron.core.enums import ModelType
 
     dims, config = groups.dims, config.with_vocab_size(vocab_size)
-    make: Callable[[int | None, bool, bool], ModelChunk]
+    make: Callable[[Config, Place], ModelChunk]
     if config.model.head.kind == "softmax":
         assert eos_id is not None
         check_vocabulary(config)
-        mcore = transformer_config(config, groups)
-        make = functools.partial(SoftmaxLM, config, mcore, eos_id, groups)
+        make = functools.partial(SoftmaxLM, eos_id=eos_id)
     else:
         codec = Codec(config.model.code, vocab_size, config.model.bits, learned).to(groups.device)
-        mcore = transformer_config(config, groups)
-        kind = ChainLM if config.model.head.kind == "chain" else BitLM
-        make = functools.partial(kind, config, mcore, codec, groups)
+        make = functools.partial(ChainLM if config.model.head.kind == "chain" else BitLM, codec=codec)
+    mcore = transformer_config(config, groups)
     chunks = []
     for vp in range(dims.vpp):
         first = groups.is_first_stage and vp == 0
         last = groups.is_last_stage and vp == dims.vpp - 1
-        chunk = make(vp if dims.vpp > 1 else None, first, last)
+        chunk = make(config, Place(mcore, groups, vp if dims.vpp > 1 else None, first, last))
         chunk.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]  # asked for by the schedules
         initialize(chunk, config, groups)
         sum_partial_grads(chunk, groups.tp)

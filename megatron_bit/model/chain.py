@@ -15,18 +15,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.model.attention import RotaryEmbedding
 from megatron_bit.model.bitlm import BitInput
-from megatron_bit.model.chunk import BoundOutput, LossOutput, TokenBatch
+from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
 from megatron_bit.model.codec import Codec
 from megatron_bit.model.head import BlockHead
 from megatron_bit.model.layers import PARTIAL, init_device, look_up, value_table
-from megatron_bit.parallel.groups import Groups
 
 
 class ChainHead(BlockHead):
@@ -68,18 +66,9 @@ class ChainHead(BlockHead):
 class ChainLM(BitInput):
     """A BitLM with a chain head."""
 
-    def __init__(
-        self,
-        config: Config,
-        mcore: Any,
-        codec: Codec,
-        groups: Groups,
-        vp_stage: int | None,
-        first: bool,
-        last: bool,
-    ) -> None:
-        super().__init__(config, mcore, codec, groups, vp_stage, first, last)
-        self.head = ChainHead(config, mcore, groups.tp, self.bit_groups) if last else None
+    def __init__(self, config: Config, place: Place, codec: Codec) -> None:
+        super().__init__(config, place, codec)
+        self.head = ChainHead(config, place.mcore, place.groups.tp, self.bit_groups) if place.last else None
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """The exact negative log-likelihood in nats per token; loss and bound are the same."""
@@ -88,10 +77,7 @@ class ChainLM(BitInput):
 
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The exact negative log-likelihood of every sample."""
-        per_sample = self._nats(hidden, batch.tokens).sum(0) / batch.tokens.shape[1]
-        if self.shards > 1:
-            dist.all_reduce(per_sample, group=self.tp_group)
-        return BoundOutput.of(per_sample)
+        return self.of_samples(self._nats(hidden, batch.tokens), batch)
 
     def _nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """float32 [s, b]."""

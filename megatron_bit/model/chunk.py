@@ -43,6 +43,16 @@ class BoundOutput(NamedTuple):
         return cls(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
 
 
+class Place(NamedTuple):
+    """Which chunk of the model one is, and what it is built with."""
+
+    mcore: Any  # megatron-core's TransformerConfig
+    groups: Groups
+    vp_stage: int | None  # with several chunks a rank
+    first: bool  # has the embedding
+    last: bool  # has the head
+
+
 class ModelChunk(nn.Module, ABC):
     """Embedding, backbone layers, head: those this chunk has. A kind of model is a subclass with its own ends."""
 
@@ -51,10 +61,11 @@ class ModelChunk(nn.Module, ABC):
     head: nn.Module | None  # on the last chunk
     noise_table: EntropyRate | None = None  # the density of noise levels, if it is measured; on every chunk
 
-    def __init__(self, config: Config, mcore: Any, groups: Groups) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        groups = place.groups
         self.settings = config
-        self.config = mcore  # the name under which megatron-core's schedules look it up
+        self.config = place.mcore  # the name under which megatron-core's schedules look it up
         self.shards = groups.dims.tp if groups.dims.sequence_parallel else 1
         self.shard = groups.tp_rank if groups.dims.sequence_parallel else 0
         self.tp_group = groups.tp

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import Backbone
-from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, TokenBatch
-from megatron_bit.parallel.groups import Groups
+from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
 
 
 class TokenEmbedding(nn.Module):
@@ -85,22 +84,14 @@ class SoftmaxHead(nn.Module):
 class SoftmaxLM(ModelChunk):
     """Token table -> backbone layers -> projection and cross-entropy; the ends where this chunk has them."""
 
-    def __init__(
-        self,
-        config: Config,
-        mcore: Any,
-        eos_id: int,
-        groups: Groups,
-        vp_stage: int | None,
-        first: bool,
-        last: bool,
-    ) -> None:
+    def __init__(self, config: Config, place: Place, eos_id: int) -> None:
         """eos_id: what stands before the first token of a sample."""
-        super().__init__(config, mcore, groups)
+        super().__init__(config, place)
+        mcore, tp = place.mcore, place.groups.tp
         self.eos_id = eos_id
-        self.embedding = TokenEmbedding(config, mcore, groups.tp) if first else None
-        self.backbone = Backbone(config, mcore, groups, vp_stage, first, last)
-        self.head = SoftmaxHead(config, mcore, groups.tp) if last else None
+        self.embedding = TokenEmbedding(config, mcore, tp) if place.first else None
+        self.backbone = Backbone(config, *place)
+        self.head = SoftmaxHead(config, mcore, tp) if place.last else None
 
     @property
     def code_table(self) -> str:
@@ -125,6 +116,4 @@ class SoftmaxLM(ModelChunk):
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The exact cross-entropy of every sample, without noise."""
         assert self.head is not None
-        per_sample = self.head(hidden, batch.tokens).mean(0)
-        count = torch.full_like(per_sample[0], len(per_sample))
-        return BoundOutput(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
+        return BoundOutput.of(self.head(hidden, batch.tokens).mean(0))
