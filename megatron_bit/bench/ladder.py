@@ -27,8 +27,8 @@ class Rung:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
-def ladder(bits: int) -> list[Rung]:
-    """All rungs, for tokens of so many bits."""
+def ladder(bits: int, peer_layers: int) -> list[Rung]:
+    """All rungs, for tokens of so many bits; the peer has as many layers as the others' backbone and head together."""
     binary, semantic = ("model.code=binary",), ("model.code=semantic",)
     most = min(bits, 10)
 
@@ -38,7 +38,7 @@ def ladder(bits: int) -> list[Rung]:
     def chain(k: int, g: int, *more: str) -> tuple[str, ...]:
         return ("model.head.kind=chain", f"model.block_size={k}", f"model.group_bits={g}", *more)
 
-    peer = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", "model.num_layers=6")
+    peer = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", f"model.num_layers={peer_layers}")
     four, eight = chain(4, 8, *semantic), joint(4, 8, *semantic)
     rungs = [Rung("AR softmax", peer, headline=True)]
     if most > 8:
@@ -90,19 +90,22 @@ def fit_width(config: Config, target: Config) -> Config:
     Raises:
         UserError: no width comes within 2 %.
     """
-    wanted, best = _rest(target), None
-    for width in range(8, 64 * config.model.hidden_size, 8):
-        model = config.model.model_copy(update={"ffn_hidden_size": width})
-        candidate = config.model_copy(update={"model": model})
-        if best is None or abs(_rest(candidate) - wanted) < abs(_rest(best) - wanted):
-            best = candidate
-    assert best is not None
-    if abs(_rest(best) - wanted) > 0.02 * wanted:
+    wanted, narrowest = other_parameters(target), _with_width(config, 8)
+    eight_more = other_parameters(_with_width(config, 16)) - other_parameters(narrowest)  # parameters grow linearly
+    steps = round((wanted - other_parameters(narrowest)) / eight_more)
+    best = _with_width(config, 8 + 8 * min(max(0, steps), 8 * config.model.hidden_size - 2))  # below 64 times the width
+    if abs(other_parameters(best) - wanted) > 0.02 * wanted:
         raise UserError(
-            f"no width of the backbone gives {wanted:,} parameters outside of tables; nearest {_rest(best):,}"
+            f"no width of the backbone gives {wanted:,} parameters outside of tables; nearest "
+            f"{other_parameters(best):,}"
         )
     return best
 
 
-def _rest(config: Config) -> int:
+def other_parameters(config: Config) -> int:
+    """Parameters outside of tables."""
     return sum(parameter_counts(config).values()) - table_parameters(config)
+
+
+def _with_width(config: Config, width: int) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"ffn_hidden_size": width})})

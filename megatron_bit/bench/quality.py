@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder
+from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder, other_parameters
 from megatron_bit.config import Config, load_config
-from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.parallel.split import train_flops
-from megatron_bit.plan import parameter_counts, table_parameters
+from megatron_bit.plan import table_parameters
 
 SIZES: dict[str, tuple[str, ...]] = {
     "small": (
@@ -86,16 +86,18 @@ def main(
     bits = max(1, (manifest.vocab_size - 1).bit_length())
     common = (*SIZES[budget], f"data.path={folder}", f"model.bits={bits}", f"train.steps={steps or STEPS[budget]}")
     common = (*common, *extra)
-    rungs = [rung for rung in ladder(bits) if not only or any(part in rung.name for part in only)]
+    target = load_config(preset="laptop", overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
+    every = ladder(bits, target.model.num_layers + target.model.head.num_layers)
+    rungs = [rung for rung in every if not only or any(part in rung.name for part in only)]
     if not rungs:
-        raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in ladder(bits))}")
+        raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in every)}")
     if any("model.code=semantic" in rung.overrides for rung in rungs):
         _learn_code(folder, bits)
     work = [(rung, seed) for rung in rungs for seed in range(seeds if rung.headline else 1)]
     begin = time.monotonic()
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_run, rung, seed, common, manifest, out, jobs) for rung, seed in work]
+        futures = [pool.submit(_run, rung, seed, common, target, out, jobs) for rung, seed in work]
         try:
             for future in futures:
                 result = future.result()
@@ -113,7 +115,7 @@ def main(
         "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time",
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "tokens": load_config(preset="laptop", overrides=common).train.steps * _batch_tokens(common),
+        "tokens": target.train.steps * target.train.global_batch_size * target.data.seq_length,
         "vocabulary": manifest.vocab_size,
         "results": [result.to_json() for result in results],
     }
@@ -154,11 +156,12 @@ def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(rung: Rung, seed: int, common: Sequence[str], manifest: Manifest, out: Path, jobs: int) -> Result:
-    """Train a rung unless it has finished already, and read what it left."""
+def _run(rung: Rung, seed: int, common: Sequence[str], target: Config, out: Path, jobs: int) -> Result:
+    """Train a rung, at the size of `target`, unless it has finished already, and read what it left."""
     settings = [*common, *rung.overrides, f"train.seed={1234 + seed}"]
-    target = load_config(preset="laptop", overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
-    config = fit_width(load_config(preset="laptop", overrides=settings).with_vocab_size(manifest.vocab_size), target)
+    vocab_size = target.model.vocab_size
+    assert vocab_size is not None
+    config = fit_width(load_config(preset="laptop", overrides=settings).with_vocab_size(vocab_size), target)
     settings += [f"model.ffn_hidden_size={config.model.ffn_hidden_size}"]
     run = out / "runs" / f"{rung.slug}-{seed}"
     arguments = [
@@ -169,15 +172,12 @@ def _run(rung: Rung, seed: int, common: Sequence[str], manifest: Manifest, out: 
         _megatron_bit(["train", "--preset", "laptop", *arguments], run, jobs)
     last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    parameters = {"rest": other_parameters(config), "tables": table_parameters(config)}
+    text = _text(run, jobs) if rung.text and seed == 0 else ""
     return Result(
         rung, seed, last["nats_per_token_bound"], last["standard_error"], sum(r["seconds"] for r in log),
-        train_flops(config), _parameters(config), _text(run, jobs) if rung.text and seed == 0 else "", settings,
+        train_flops(config), parameters, text, settings,
     )  # fmt: skip
-
-
-def _parameters(config: Config) -> dict[str, int]:
-    total = sum(parameter_counts(config).values())
-    return {"rest": total - table_parameters(config), "tables": table_parameters(config)}
 
 
 def _text(run: Path, jobs: int) -> str:
@@ -211,8 +211,3 @@ def _learn_code(folder: Path, bits: int) -> None:
 
     if not (folder / "codes" / f"semantic-{bits}.safetensors").exists():
         learn(folder, CodeOptions(bits=bits), None, False, progress=True)
-
-
-def _batch_tokens(common: Sequence[str]) -> int:
-    config = load_config(preset="laptop", overrides=common)
-    return config.train.global_batch_size * config.data.seq_length

@@ -426,6 +426,14 @@ class BitLMAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+def _rope(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [b, s, 1, d / 2] for positions int64 [b, s]."""
+    half = head_dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
+    angle = (position.double()[..., None] * theta**-exponent)[:, :, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on [b, s, heads, d]: channel i turns together with channel i + d / 2."""
     first, second = x.chunk(2, dim=-1)
@@ -535,7 +543,8 @@ class BitLMModel(BitLMPreTrainedModel):
             [b, s, D]; the state at position p conditions token p.
         """
         x = self.embed_tokens(self.code_table[input_ids], position_ids)
-        cos, sin = self._rope(position_ids, x.dtype)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = _rope(position_ids, head_dim, self.config.rope_theta, x.dtype)
         keys = position_ids
         if past_key_values is not None and slots is not None:
             keys = past_key_values.position_ids.index_copy_(1, slots, position_ids)
@@ -543,12 +552,6 @@ class BitLMModel(BitLMPreTrainedModel):
         for layer in self.layers:
             x = layer(x, cos, sin, mask, past_key_values, slots)
         return self.norm(x)
-
-    def _rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        half = self.config.hidden_size // self.config.num_attention_heads // 2
-        exponent = torch.arange(half, dtype=torch.float64, device=position_ids.device) / half
-        angle = (position_ids.double()[..., None] * self.config.rope_theta**-exponent)[:, :, None, :]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _mask(self, query: Tensor, key: Tensor) -> Tensor:
         """bool [b, 1, q, k]. What is no token sees everything: a row that saw nothing would be not a number."""
@@ -560,9 +563,9 @@ class BitLMModel(BitLMPreTrainedModel):
 class BitLMHeadAttention(nn.Module):
     """Attention among the K tokens of one block; of a chain, causal in a sliding window."""
 
-    def __init__(self, size: int, heads: int, window: int, rope_theta: float) -> None:
+    def __init__(self, size: int, heads: int, window: int) -> None:
         super().__init__()
-        self.heads, self.window, self.rope_theta = heads, window, rope_theta
+        self.heads, self.window = heads, window
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -571,23 +574,20 @@ class BitLMHeadAttention(nn.Module):
         )
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def slide(self, x: Tensor, position: Tensor, past: list[Tensor] | None) -> Tensor:
-        """x [b, s, W] at positions int64 [b, s]; `past` holds keys, values and positions of tokens before, and takes
-        the new ones in."""
+    def slide(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, past: list[Tensor] | None) -> Tensor:
+        """x [b, s, W] at positions int64 [b, s], of which `_rope` makes cos and sin.
+
+        `past` holds keys, values and positions of the tokens before, and takes the new ones in.
+        """
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        half = q.shape[-1] // 2
-        exponent = torch.arange(half, dtype=torch.float64, device=x.device) / half
-        angle = (position.double()[..., None] * self.rope_theta**-exponent)[:, :, None, :]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         q, k, v = (t.transpose(1, 2) for t in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
         keys = position
         if past is not None:
             if past:
                 k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
                 keys = torch.cat((past[2], position), dim=1)
-            past[:] = [k[:, :, 1 - self.window :], v[:, :, 1 - self.window :], keys[:, 1 - self.window :]]
-            if self.window == 1:
-                past.clear()
+            first = max(0, k.shape[2] - (self.window - 1))  # that a later token can see
+            past[:] = [k[:, :, first:], v[:, :, first:], keys[:, first:]]
         back = position[:, :, None] - keys[:, None]
         sees = ((back >= 0) & (back < self.window) & (keys[:, None] >= 0)) | (position[:, :, None] < 0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
@@ -598,12 +598,12 @@ class BitLMHeadLayer(nn.Module):
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
         self.self_attn = BitLMHeadAttention(
-            config.head_hidden_size, config.head_num_attention_heads, config.head_window, config.rope_theta
+            config.head_hidden_size, config.head_num_attention_heads, config.head_window
         )
         self.mlp = BitLMMLP(config.head_hidden_size, config.head_intermediate_size)
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], *slide: Any) -> Tensor:
-        """slide: positions and past of a chain; nothing for attention inside the block."""
+        """slide: what `BitLMHeadAttention.slide` takes, of a chain; nothing for attention inside the block."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         attention = self.self_attn.slide if slide else self.self_attn
         x = x + gate_a * attention(_modulate(x, shift_a, scale_a), *slide)
@@ -712,9 +712,13 @@ class BitLMHead(nn.Module):
     ) -> Tensor:
         """rows and condition [r, s, W] to outputs [r, s, outputs] (by the rows `weight` of the projection)."""
         modulation = self.modulation(condition).chunk(6, dim=-1)
+        slide: tuple[Any, ...] = ()
+        if position is not None:
+            head_dim = self.config.head_hidden_size // self.config.head_num_attention_heads
+            slide = (*_rope(position, head_dim, self.config.rope_theta, rows.dtype), position)
         for i, layer in enumerate(self.layers):
-            slide = () if position is None else (position, None if past is None else past[i])
-            rows = layer(rows, modulation, *slide)
+            own = (*slide, None if past is None else past[i]) if slide else ()
+            rows = layer(rows, modulation, *own)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
         return F.linear(_modulate(rows, shift, gain), self.out_proj.weight if weight is None else weight)
 

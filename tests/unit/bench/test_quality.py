@@ -22,7 +22,7 @@ def test_every_rung_has_the_same_parameters_without_tables(budget, bits):
         return sum(parameter_counts(config).values()) - table_parameters(config)
 
     seen = set()
-    for rung in ladder(bits):
+    for rung in ladder(bits, target.model.num_layers + target.model.head.num_layers):
         config = fit_width(load_config(preset="laptop", overrides=[*common, *rung.overrides]), target)
         assert rest(config) == pytest.approx(rest(target), rel=0.02), rung.name
         assert rung.slug not in seen
@@ -31,7 +31,7 @@ def test_every_rung_has_the_same_parameters_without_tables(budget, bits):
 
 
 def test_rungs_differ_in_what_their_names_say():
-    by_name = {rung.name: dict(item.split("=") for item in rung.overrides) for rung in ladder(10)}
+    by_name = {rung.name: dict(item.split("=") for item in rung.overrides) for rung in ladder(10, 6)}
     for name, settings in by_name.items():
         words = name.replace(",", "").split()
         kind = {"AR": "softmax"}.get(words[0], words[0])
@@ -53,7 +53,7 @@ def test_a_size_that_cannot_be_reached_is_said():
 
 
 def test_table_holds_mean_range_and_distance():
-    rungs = {rung.name: rung for rung in ladder(10)}
+    rungs = {rung.name: rung for rung in ladder(10, 6)}
 
     def result(name, seed, nats):
         return Result(
