@@ -55,11 +55,12 @@ class HeadConfig(Section):
 
 
 class ModelConfig(Section):
-    bits: int = Field(default=16, ge=1, le=62)
-    """Bits of one token, B. The vocabulary of the data has to fit: V <= 2^B."""
-    code: Literal["binary", "gray", "random", "semantic"] = "binary"
+    bits: int = Field(default=16, ge=1, le=256)
+    """Bits of one token, B, at most 62 of tokens with an id. The vocabulary of the data has to fit: V <= 2^B."""
+    code: Literal["binary", "gray", "random", "semantic", "raw"] = "binary"
     """How a token id becomes bits: the id itself, its Gray code, a seeded permutation (the negative control), or a code
-    learned from the text of `data.path` (`megatron-bit codes DATA`), which makes bits cheaper to decide apart."""
+    learned from the text of `data.path` (`megatron-bit codes DATA`), which makes bits cheaper to decide apart. `raw`:
+    tokens are records of B bits (`prepare --raw-bits B`), which have neither ids nor a vocabulary."""
     group_bits: int = Field(default=1, ge=1, le=10)
     """Bits decided together, g: the groups of a token's bits are as even as they can be, and have 2^g values. 1: every
     bit by itself; B: a softmax over all codes. Above 1 bits enter the model as embeddings of their groups' values."""
@@ -93,6 +94,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.code == "raw":
+            if self.head.kind == "softmax" or self.vocab_size is not None:
+                what = "head.kind softmax" if self.head.kind == "softmax" else f"vocab_size {self.vocab_size}"
+                raise ValueError(f"{what} needs a vocabulary, and code raw has none; leave out one of the two")
+        elif self.bits > 62:
+            raise ValueError(f"bits {self.bits} is more than the 62 of a token id; only code=raw has up to 256")
         if self.group_bits > self.bits:
             raise ValueError(f"group_bits {self.group_bits} is more than the bits {self.bits} of a token")
         if self.hidden_size % self.num_heads:
@@ -158,6 +165,11 @@ class DiffusionConfig(Section):
     """In training the head does without the backbone with this probability, each block of a sample by itself, and so
     learns the unconditional answer that `generate --guidance` steers away from. The training loss counts such blocks,
     validation has none. Of chain heads too; their view of the newest tokens stays."""
+    self_condition: float = Field(default=0.0, ge=0, le=1)
+    """Above 0, a `diffusion` head has one more input: its own estimate of the clean bits (Analog Bits, 2208.04202). In
+    training a first evaluation without gradients makes it, and it is shown to this share of the evaluations that
+    learn, each noise level of a block by itself (0.5 is usual). Validation always shows it; in generation it is the
+    estimate of the step before. Training pays a forward pass of the head more, validation an evaluation."""
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
@@ -319,6 +331,12 @@ class Config(Section):
                 f"model.head.kind softmax predicts one token at a time, and model.block_size is {k}; set "
                 "model.block_size=1"
             )
+        if self.diffusion.self_condition and self.model.head.kind != "diffusion":
+            raise ValueError(
+                f"diffusion.self_condition {self.diffusion.self_condition} needs a head that denoises, and "
+                f"model.head.kind is {self.model.head.kind}; set diffusion.self_condition=0, or "
+                "model.head.kind=diffusion"
+            )
         if s % k:
             down = max(s // k, 1) * k
             raise ValueError(
@@ -346,7 +364,9 @@ class Config(Section):
         return "mse" if self.model.group_bits == 1 else "bce"
 
     def with_vocab_size(self, size: int) -> Config:
-        """This configuration with the data's vocabulary; UserError if it was told of another one."""
+        """This configuration with the data's vocabulary, 0 for raw records; UserError if it was told of another one."""
+        if size == 0:
+            return self
         told = self.model.vocab_size
         if told not in (None, size):
             raise UserError(

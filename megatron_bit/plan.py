@@ -8,7 +8,7 @@ from megatron_bit.config import Config
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
 from megatron_bit.parallel.dims import ParallelDims
-from megatron_bit.parallel.split import FREQUENCIES, head_flops, layer_flops, split_layers, train_flops
+from megatron_bit.parallel.split import FREQUENCIES, head_flops, head_passes, layer_flops, split_layers, train_flops
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
@@ -28,7 +28,8 @@ def parameter_counts(config: Config) -> dict[str, int]:
     if h.kind == "chain":
         head += 2 * m.group_values * w + len(m.group_sizes) * w
     else:
-        head += m.bits * w + FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
+        head += m.bits * w * (2 if config.diffusion.self_condition else 1)
+        head += FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
     read = m.group_values * d if m.group_bits > 1 else m.bits * d + d * d
     return {"embedding": m.block_size * d + read + d, "backbone": m.num_layers * layer + d, "head": head}
 
@@ -137,7 +138,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "tokens_of_run": tokens * config.train.steps,
         "train_flops_per_token": train_flops(config),
-        "head_cost_in_layers": round(head_flops(config) / layer_flops(config), 2),
+        "head_cost_in_layers": round(head_passes(config) * head_flops(config) / layer_flops(config), 2),
     }
 
 
@@ -149,7 +150,9 @@ def _with_vocabulary(config: Config) -> Config:
         raise UserError(
             "a softmax head is as large as the vocabulary: give data.path=DIR, or for example model.vocab_size=32000"
         )
-    return config.with_vocab_size(load_manifest(config.data.path, check_files=False).vocab_size)
+    manifest = load_manifest(config.data.path, check_files=False)
+    manifest.need_vocabulary("model.head.kind=softmax")
+    return config.with_vocab_size(manifest.vocab_size)
 
 
 def render(plan: dict[str, Any]) -> str:

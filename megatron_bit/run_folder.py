@@ -25,11 +25,14 @@ from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.run_lock import RunLock
 
+YOUNGER = {"diffusion.self_condition above 0": False}  # what runs have that were made before a key
+
 
 def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
     """What every start of a run has to share. `code` is the fingerprint of the table of codes."""
     return {
         "model": config.model.model_dump(mode="json", exclude={"vocab_size"}),  # which the data has, below
+        "diffusion.self_condition above 0": config.diffusion.self_condition > 0,  # an input of the head
         "train.seed": config.train.seed,
         "data.seq_length": config.data.seq_length,
         "data.shuffle_shards": config.data.shuffle_shards,
@@ -107,7 +110,7 @@ def compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
         with contextlib.suppress(ValidationError):
             there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
     for key, value in mine.items():
-        other = there.get(key)
+        other = there.get(key, YOUNGER.get(key))
         if other == value:
             continue
         if isinstance(value, dict) and isinstance(other, dict):

@@ -87,7 +87,7 @@ def build(config: Config, groups: Groups) -> Trainer:
 
 def open_data(config: Config) -> Manifest:
     """The manifest, its files checked once by rank 0."""
-    on_rank0(functools.partial(_check_data, config.data.path))
+    on_rank0(functools.partial(_check_data, config))
     return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
 
 
@@ -105,5 +105,7 @@ def _check_path(config: Config) -> None:
         )
 
 
-def _check_data(path: str) -> None:
-    load_manifest(path)
+def _check_data(config: Config) -> None:
+    manifest = load_manifest(config.data.path)
+    if config.model.head.kind == "softmax":
+        manifest.need_vocabulary("model.head.kind=softmax")

@@ -169,6 +169,8 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             "head.noise_level.fc2.weight": (w, w),
             "head.noise_level.fc2.bias": (w,),
         }
+        if config.diffusion.self_condition:
+            shapes["head.estimate.weight"] = (w, m.bits)
         if m.group_bits > 1:
             shapes["head.values"] = (rows, w)
     if m.group_bits > 1:
@@ -214,7 +216,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
                 std = 1.0
             elif owner.startswith("head.noise_level"):
                 std = shape[1] ** -0.5
-            elif owner in ("embedding.fc1", "head.input"):
+            elif owner in ("embedding.fc1", "head.input", "head.estimate"):
                 std = m.bits**-0.5
             elif ".layers." in owner and owner.rsplit(".", 1)[1] in ("linear_proj", "linear_fc2", "proj", "fc2"):
                 std /= math.sqrt(2 * (m.head.num_layers if owner.startswith("head") else m.num_layers))
@@ -229,8 +231,8 @@ class ReferenceModel:
     """BitLM over a dict of leaf tensors (`weights`, by logical name; the given tensors are copied)."""
 
     def __init__(self, config: Config, weights: dict[str, Tensor]) -> None:
-        if config.model.code not in ("binary", "gray"):
-            raise ValueError(f"the reference knows binary and gray codes, not {config.model.code!r}")
+        if config.model.code not in ("binary", "gray", "raw"):
+            raise ValueError(f"the reference knows binary and gray codes and raw bits, not {config.model.code!r}")
         expected = logical_shapes(config)
         assert {n: tuple(w.shape) for n, w in weights.items()} == expected, set(weights) ^ set(expected)
         self.config, self.table = config, NoiseTable(config)
@@ -238,7 +240,9 @@ class ReferenceModel:
         self.weights = {n: w.detach().clone().float().requires_grad_() for n, w in weights.items()}
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Ids [...] to float32 bits [..., B] of -1 and +1, the most significant first."""
+        """Ids [...], or bytes [..., ceil(B / 8)], to float32 bits [..., B] of -1 and +1, the most significant first."""
+        if self.config.model.code == "raw":
+            return torch.from_numpy(np.unpackbits(tokens.numpy(), axis=-1, count=self.config.model.bits)) * 2.0 - 1
         if self.config.model.code == "gray":
             tokens = tokens ^ (tokens >> 1)
         shifts = torch.arange(self.config.model.bits - 1, -1, -1)
@@ -250,7 +254,7 @@ class ReferenceModel:
         sample [b]: flip the bits that training gets wrong.
         """
         m, w = self.config.model, self.weights
-        batch, length = tokens.shape
+        batch, length = tokens.shape[:2]
         x = w["embedding.start"].expand(batch, -1, -1)
         if length > m.block_size:
             bits = self.encode(tokens[:, : length - m.block_size])
@@ -366,8 +370,18 @@ class ReferenceModel:
         final = F.linear(condition, w["head.final_modulation.weight"], w["head.final_modulation.bias"])
         return _adaptive_norm(x, *final.chunk(2, dim=-1))
 
-    def head(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to head outputs [b, n, M, K, outputs]."""
+    def head(
+        self,
+        z: Tensor,
+        log_sigma: Tensor,
+        hidden: Tensor,
+        kept: Tensor | None = None,
+        estimate: Tensor | float = 0.0,
+    ) -> Tensor:
+        """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to head outputs [b, n, M, K, outputs].
+
+        estimate [b, n, M, K, B]: what is shown of the head's own estimate of the clean bits.
+        """
         m, w = self.config.model, self.weights
         half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
         frequency = (torch.arange(half).double() * (math.log(100.0) / (half - 1))).exp().float()
@@ -379,6 +393,8 @@ class ReferenceModel:
         condition = F.silu(level[:, :, :, None] + context)  # [b, n, M, K, W]
         scaled = z / (1.0 + (2 * log_sigma).exp()).sqrt()[..., None, None]
         x = scaled @ w["head.input.weight"].T
+        if isinstance(estimate, Tensor):
+            x = x + estimate @ w["head.estimate.weight"].T
         if m.group_bits > 1:
             odds = (2 * z / (2 * log_sigma).exp()[..., None, None]).clamp(-30, 30)
             tables = w["head.values"].unflatten(0, (len(group_slices(self.config)), -1))
@@ -405,7 +421,14 @@ class ReferenceModel:
         sigma = log_sigma.exp()[..., None, None]
         x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
         z = x + sigma * eps
-        out = self.head(z, log_sigma, self.hidden(tokens, sample), self._kept(sample, tokens.shape[1] // k))
+        hidden, kept = self.hidden(tokens, sample), self._kept(sample, tokens.shape[1] // k)
+        estimate: Tensor | float = 0.0
+        if d.self_condition:
+            u = _words(self.config, 6, sample, tokens.shape[1] // k, np.array([LEVEL_ELEMENT]))[0][..., 0]
+            with torch.no_grad():
+                first = self._mean(self.head(z, log_sigma, hidden, kept), z, sigma)
+            estimate = first * (u < d.self_condition).float()[..., None, None]
+        out = self.head(z, log_sigma, hidden, kept, estimate)
         odds = (2 * z / sigma**2).clamp(-30, 30) if d.parameterization == "matched_filter" else torch.zeros_like(z)
         if m.group_bits == 1:
             logits = out + odds
@@ -437,13 +460,23 @@ class ReferenceModel:
         integrand = rate / density[..., None]
         return loss, integrand.mean()
 
+    def _mean(self, out: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+        """Head outputs to the expectation of each bit, [b, n, M, K, B]."""
+        matched = self.config.diffusion.parameterization == "matched_filter"
+        odds = (2 * z / sigma**2).clamp(-30, 30) if matched else torch.zeros_like(z)
+        if self.config.model.group_bits == 1:
+            return ((out + odds) / 2).tanh()
+        out = out.unflatten(-1, (len(group_slices(self.config)), -1))
+        found = self._evidence(odds)
+        return torch.cat([(out[..., i, : len(c)] + e).softmax(-1) @ c for i, (c, e) in enumerate(found)], dim=-1)
+
     def chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
         """tokens [b, S] to nats [b, S], one stage after another."""
         w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
         values, kept = self.values(self.encode(tokens)), self._kept(sample, tokens.shape[1] // k)
         before = sum(self._look_up("head.previous", [v[:, :-1] for v in values]))
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
-        total = torch.zeros(tokens.shape)
+        total = torch.zeros(tokens.shape[:2])
         for i, (first, last) in enumerate(group_slices(self.config)):
             context = self._of_block("condition", hidden, kept)[:, :, None]
             features = self._head_layers(known + context, F.silu(w["head.stage"][i] + context))[:, :, 0].flatten(

@@ -68,6 +68,7 @@ def learn(
     """
     report, begin = Reporter(progress), time.monotonic()
     manifest = load_manifest(folder)
+    manifest.need_vocabulary("a learned code")
     bits = options.check(manifest.vocab_size)
     path = code_path(manifest.folder, bits) if out is None else out
     about = {
@@ -131,6 +132,7 @@ def compare(folder: Path | str, options: CodeOptions, more: tuple[Path, ...] = (
 
     report = Reporter(progress)
     manifest = load_manifest(folder)
+    manifest.need_vocabulary("a learned code")
     bits = options.check(manifest.vocab_size)
     learned = code_path(manifest.folder, bits)
     files = [*([learned] if learned.exists() else []), *more]

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,13 @@ def inspect(
     """All that `render` shows, ready for JSON. Samples are drawn by `seed`; bits need `bits` or `code`.
 
     Raises UserError: no finished folder, no such split, a damaged shard, a vocabulary that `bits` cannot hold, no
-    learned code for `code="semantic"`.
+    learned code for `code="semantic"`, `bits` or `code` of records.
     """
     manifest = load_manifest(folder)
+    if manifest.raw_bits:
+        if bits is not None or code is not None:
+            raise UserError(f"{folder} holds records, whose bits are shown as they are; leave out --bits and --code")
+        return _inspect_records(manifest, split, samples, seed, tokens)
     tokenizer = Tokenizer(manifest.tokenizer_path)
     needed = max(1, (manifest.vocab_size - 1).bit_length())
     spell = None
@@ -48,27 +52,20 @@ def inspect(
                 f"--bits {width} does not do for a vocabulary of {manifest.vocab_size}: allowed are {needed} to 62"
             )
         spell = _speller(code or "binary", manifest, width)
-    shards = _spread(manifest.split(split).shards)
-    lengths: list[int] = []
     counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    kept: list[tuple[dict[str, Any], np.ndarray]] = []
     characters = decoded = 0
-    choose = random.Random(seed)
-    for shard in shards:
-        for about, ids in _documents(manifest, shard):
-            lengths.append(len(ids))
-            counts += np.bincount(ids, minlength=manifest.vocab_size)
-            if decoded < DECODED_TOKENS:
-                characters += len(tokenizer.decode(ids))
-                decoded += len(ids)
-            if len(kept) < samples:  # reservoir sampling
-                kept.append((about, ids))
-            elif samples and (place := choose.randrange(len(lengths))) < samples:
-                kept[place] = (about, ids)
+
+    def see(ids: np.ndarray) -> None:
+        nonlocal counts, characters, decoded
+        counts += np.bincount(ids, minlength=manifest.vocab_size)
+        if decoded < DECODED_TOKENS:
+            characters += len(tokenizer.decode(ids))
+            decoded += len(ids)
+
+    read, kept = _read(manifest, split, samples, seed, see)
     return {
-        "folder": str(manifest.folder),
-        "made_by": manifest.package_version,
-        "options": dict(manifest.identity),
+        **_about(manifest),
+        **read,
         "tokenizer": {
             "file": manifest.tokenizer_file,
             "kind": tokenizer.kind,
@@ -76,8 +73,59 @@ def inspect(
             "eos_id": manifest.eos_id,
             "sha256": manifest.tokenizer_sha256,
         },
-        "dtype": manifest.dtype,
         "bits_needed": needed,
+        "tokens_per_character": round(decoded / characters, 4) if characters else None,
+        "unigram_entropy_bits": _entropy(counts),
+        "samples": [_sample(about, ids, tokenizer, chars, tokens, spell) for about, ids in kept],
+    }
+
+
+def _inspect_records(manifest: Manifest, split: str, samples: int, seed: int, tokens: int) -> dict[str, Any]:
+    """The same of raw records."""
+    ones, total = np.zeros(manifest.raw_bits), 0
+
+    def see(records: np.ndarray) -> None:
+        nonlocal ones, total
+        ones += np.unpackbits(records, axis=1, count=manifest.raw_bits).sum(0)
+        total += len(records)
+
+    read, kept = _read(manifest, split, samples, seed, see)
+    share = ones / max(1, total)
+    inside = share[(share > 0) & (share < 1)]
+    return {
+        **_about(manifest),
+        **read,
+        "raw_bits": manifest.raw_bits,
+        "constant_bits": manifest.raw_bits - len(inside),
+        "share_of_ones": [round(float(x), 4) for x in share],
+        "independent_bits_entropy": round(
+            float(-(inside * np.log2(inside) + (1 - inside) * np.log2(1 - inside)).sum()), 3
+        ),
+        "samples": [
+            {
+                "source": about.get("source"),
+                "document": about.get("document"),
+                "tokens": len(records),
+                "first_tokens": [
+                    {
+                        "hex": record.tobytes().hex(),
+                        "bits": "".join(map(str, np.unpackbits(record, count=manifest.raw_bits))),
+                    }
+                    for record in records[:tokens]
+                ],
+            }
+            for about, records in kept
+        ],
+    }
+
+
+def _about(manifest: Manifest) -> dict[str, Any]:
+    """What the manifest says."""
+    return {
+        "folder": str(manifest.folder),
+        "made_by": manifest.package_version,
+        "options": dict(manifest.identity),
+        "dtype": manifest.dtype,
         "dropped": dict(manifest.dropped),
         "splits": {
             name: {
@@ -89,22 +137,43 @@ def inspect(
             }
             for name, part in manifest.splits.items()
         },
-        "read": {"split": split, "shards": len(shards), "documents": len(lengths)},
-        "tokens_per_character": round(decoded / characters, 4) if characters else None,
-        "unigram_entropy_bits": _entropy(counts),
-        "lengths": _histogram(lengths),
-        "samples": [_sample(about, ids, tokenizer, chars, tokens, spell) for about, ids in kept],
     }
+
+
+def _read(
+    manifest: Manifest, split: str, samples: int, seed: int, see: Callable[[np.ndarray], None]
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], np.ndarray]]]:
+    """Documents of evenly spaced shards: what was read with their lengths, and `samples` of them, drawn by `seed`."""
+    shards = _spread(manifest.split(split).shards)
+    lengths: list[int] = []
+    kept: list[tuple[dict[str, Any], np.ndarray]] = []
+    choose = random.Random(seed)
+    for shard in shards:
+        for about, ids in _documents(manifest, shard):
+            lengths.append(len(ids))
+            see(ids)
+            if len(kept) < samples:  # reservoir sampling
+                kept.append((about, ids))
+            elif samples and (place := choose.randrange(len(lengths))) < samples:
+                kept[place] = (about, ids)
+    read = {"split": split, "shards": len(shards), "documents": len(lengths)}
+    return {"read": read, "lengths": _histogram(lengths)}, kept
 
 
 def render(report: dict[str, Any]) -> str:
     """The report as lines of text."""
-    tokenizer = report["tokenizer"]
     options = {k: v for k, v in report["options"].items() if k not in ("format_version", "tokenizer")}
+    if records := "raw_bits" in report:
+        what = f"records of {report['raw_bits']} bits, stored as bytes"
+    else:
+        tokenizer = report["tokenizer"]
+        what = (
+            f"tokenizer: {tokenizer['file']}, {tokenizer['vocab_size']:,} tokens, documents end with "
+            f"{tokenizer['eos_id']}; stored as {report['dtype']}, {report['bits_needed']} bits a token needed"
+        )
     lines = [
         f"{report['folder']}: made by megatron-bit {report['made_by']}",
-        f"tokenizer: {tokenizer['file']}, {tokenizer['vocab_size']:,} tokens, documents end with "
-        f"{tokenizer['eos_id']}; stored as {report['dtype']}, {report['bits_needed']} bits a token needed",
+        what,
         *(f"{name}: {value}" for name, value in options.items()),
         f"left out: {describe_dropped(report['dropped']) or 'nothing'}",
     ]
@@ -121,7 +190,10 @@ def render(report: dict[str, Any]) -> str:
     lines += [
         f"{read['documents']:,} of {total['documents']:,} {read['split']} documents read "
         f"({read['shards']} of {total['shards']} shards):",
-        f"{report['tokens_per_character'] or 0:.3f} tokens a character, "
+        f"{report['constant_bits']} of the {report['raw_bits']} bits never change; entropy of the bits one by one "
+        f"{report['independent_bits_entropy']:.2f} bits a record"
+        if records
+        else f"{report['tokens_per_character'] or 0:.3f} tokens a character, "
         f"unigram entropy {report['unigram_entropy_bits']:.2f} bits a token",
         "tokens in a document:",
     ]
@@ -131,6 +203,9 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"  {bin_['from']:>9,} to {bin_['to']:>9,} {bin_['documents']:>9,} {bar}".rstrip())
     for sample in report["samples"]:
         lines += ["", f"--- {sample['source']}, document {sample['document']}: {sample['tokens']:,} tokens"]
+        if records:
+            lines += [f"  {token['hex']}  {token['bits']}" for token in sample["first_tokens"]]
+            continue
         lines.append(sample["text"])
         for token in sample["first_tokens"]:
             spelled = f"  {token['bits']}" if "bits" in token else ""
@@ -157,7 +232,7 @@ def _documents(manifest: Manifest, shard: Shard) -> Iterator[tuple[dict[str, Any
                     about = json.loads(data.read())
                     continue
                 ids = np.lib.format.read_array(io.BytesIO(data.read()), allow_pickle=False)
-                if len(ids) and int(ids.max()) >= manifest.vocab_size:
+                if not manifest.raw_bits and len(ids) and int(ids.max()) >= manifest.vocab_size:
                     raise ValueError(f"token {int(ids.max())} is outside the vocabulary of {manifest.vocab_size}")
                 yield about, ids
     except (tarfile.TarError, OSError, ValueError, EOFError, AssertionError) as error:

@@ -61,7 +61,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
         out.mkdir(parents=True, exist_ok=True)
     with disk_errors(out), only_one(out, report):
         if (out / FILE_NAME).exists():
-            return _finished(out, identity, report)
+            return finished(out, identity, report)
         journal = claim(out, out / UNFINISHED_FILE, identity, report)
         work = Work(options, out, files, journal, report)
         report.line(f"{len(files)} files, {work.total_bytes / 1e6:.1f} MB")
@@ -82,7 +82,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
     return manifest
 
 
-def _finished(out: Path, identity: Mapping[str, Any], report: Reporter) -> Manifest:
+def finished(out: Path, identity: Mapping[str, Any], report: Reporter) -> Manifest:
     """The manifest that is there. Raises UserError if it is of other data."""
     manifest = load_manifest(out)
     different = differences(manifest.identity, identity)

@@ -17,11 +17,12 @@ def verify(folder: Path | str) -> list[str]:
     """
     manifest = load_manifest(folder, check_files=False)
     problems = []
-    tokenizer = _problem(manifest.tokenizer_path, None, manifest.tokenizer_sha256)
-    if tokenizer:
-        problems.append(f"tokenizer {manifest.tokenizer_path}: {tokenizer}")
-    else:
-        problems += _other_end(manifest)
+    if not manifest.raw_bits:
+        tokenizer = _problem(manifest.tokenizer_path, None, manifest.tokenizer_sha256)
+        if tokenizer:
+            problems.append(f"tokenizer {manifest.tokenizer_path}: {tokenizer}")
+        else:
+            problems += _other_end(manifest)
     for name, split in manifest.splits.items():
         for shard in split.shards:
             problem = _problem(manifest.shard_path(shard), shard.size, shard.sha256)

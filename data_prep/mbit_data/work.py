@@ -207,9 +207,14 @@ def _summarise(work: Work, splits: dict[str, Split], made: int, seconds: float, 
         f"tokenized {made / 1e6:.1f} MB of text into {tokens:,} tokens in {seconds:.1f} s "
         f"({made / 1e6 / max(seconds, 1e-9):.1f} MB/s, {work.options.workers} workers{per_token})"
     )
+    summarise(report, splits, reading, whole=work.options.part is None)
+
+
+def summarise(report: Reporter, splits: Mapping[str, Split], reading: Reading, whole: bool) -> None:
+    """What the splits have got; `whole`: they are not those of one task of an array."""
     for name, split in splits.items():
         report.line(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards)} shards")
-        if not split.tokens and not work.options.part:
+        if not split.tokens and whole:
             report.line(f"note: the {name} split is empty: no document's hash chose it")
     if reading.damaged:
         report.line(f"note: {reading.damaged:,} damaged records left out (first: {reading.first_damaged})")

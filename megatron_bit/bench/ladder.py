@@ -69,6 +69,7 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),
         Rung("diffusion K=4 g=8 semantic, entropy rate", (*eight, "diffusion.noise=entropy_rate")),
         Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
+        Rung("diffusion K=4 g=8 semantic, self-conditioning", (*eight, "diffusion.self_condition=0.5")),
         Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic)),
         Rung("diffusion K=4 g=4 semantic", joint(4, 4, *semantic)),
         Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce")),

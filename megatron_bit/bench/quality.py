@@ -83,6 +83,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     folder = data if data is not None else _own_data(out, VOCABULARY[budget])
     manifest = load_manifest(folder, check_files=False)
+    manifest.need_vocabulary("`bench quality`")
     bits = max(1, (manifest.vocab_size - 1).bit_length())
     common = (*SIZES[budget], f"data.path={folder}", f"model.bits={bits}", f"train.steps={steps or STEPS[budget]}")
     common = (*common, *extra)

@@ -51,6 +51,7 @@ _OUTSIDE = {
     "embedding.fc2.weight": "model.embed_tokens.fc2.weight",
     "embedding.norm.weight": "model.embed_tokens.norm.weight",
     "head.input.weight": "head.in_proj.weight",
+    "head.estimate.weight": "head.estimate_proj.weight",
     "head.condition.weight": "head.condition_proj.weight",
     "head.condition_last.weight": "head.condition_last_proj.weight",
     "head.prior.weight": "head.prior_proj.weight",

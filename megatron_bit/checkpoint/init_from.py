@@ -15,6 +15,7 @@ from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.model.bitlm import BitInput
+from megatron_bit.model.codec import RawCodec
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import EMA, Optimizer
 from megatron_bit.parallel.groups import Groups
@@ -85,12 +86,14 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
         if weights.kind == BITLM:
             chunk = optimizer.chunks[0]
             assert isinstance(chunk, BitInput)
+            if isinstance(chunk.codec, RawCodec):
+                raise UserError(f"model.code is raw, and {path} is a model of tokens with a vocabulary")
             _check_bitlm(weights, config, chunk.codec.table.cpu())
         return weights
     folder = newest_checkpoint(path)
     if found := problems(folder, groups.rank, groups.dims.world_size):
         raise UserError(f"train.init_from {path}: {found[0]}")
-    keys = ("model", "vocabulary size", "code table", "tokenizer")
+    keys = ("model", "diffusion.self_condition above 0", "vocabulary size", "code table", "tokenizer")
     compare(read_meta(folder)["identity"], {key: mine[key] for key in keys}, f"train.init_from {folder}")
     return CheckpointWeights(folder)
 
@@ -115,6 +118,12 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
     ):
         if value != other:
             raise UserError(f"{key} is {value}, and {weights.folder} has {other}; set {key}={str(other).lower()}")
+    shown = bool(there.get("self_condition", False))
+    if shown != (config.diffusion.self_condition > 0):
+        raise UserError(
+            f"diffusion.self_condition is {config.diffusion.self_condition}, and {weights.folder} was trained "
+            f"{'with' if shown else 'without'} it; set diffusion.self_condition={0.5 if shown else 0}"
+        )
     if not torch.equal(weights.code_table(), table):
         raise UserError(
             f"{weights.folder} has another table of codes than this run (model.code, model.bits and the vocabulary of "

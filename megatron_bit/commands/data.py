@@ -37,9 +37,13 @@ def prepare(
     array_count: int | None = None,
     join: bool = False,
     codes: Literal["semantic"] | None = None,
+    raw_bits: int | None = None,
+    document_records: int | None = None,
     quiet: bool = False,
 ) -> int:
     """Turn text into shards: train a tokenizer (or take one), tokenize, write webdataset tars and a manifest.
+
+    Or binary records, with --raw-bits: each is a token, and there is no vocabulary.
 
     Interrupted, the same command goes on behind the last finished shard.
 
@@ -68,11 +72,34 @@ def prepare(
         array_count: ... of N.
         join: make the manifest when all shares are done; only --out is needed.
         codes: learn a code as well, for model.code=semantic, as `megatron-bit codes DIR` does.
+        raw_bits: files are sequences of records of so many bits (1 to 256), each in whole bytes, for model.code=raw.
+        document_records: with --raw-bits: a longer file is cut into documents of so many records; default 65,536.
         quiet: no progress.
     """
     from mbit_data.filters import Filters
     from mbit_data.options import Part, PrepareOptions
 
+    if raw_bits is not None:
+        text = {
+            "vocab_size": vocab_size, "tokenizer": tokenizer, "eos_token": eos_token, "model_type": model_type,
+            "tokenizer_sample_bytes": tokenizer_sample_bytes, "dedup": dedup, "min_chars": min_chars,
+            "max_chars": max_chars, "min_alpha_fraction": min_alpha_fraction, "max_symbol_ratio": max_symbol_ratio,
+            "max_duplicate_lines": max_duplicate_lines, "max_repeated_ngrams": max_repeated_ngrams, "codes": codes,
+            "workers": workers, "array": array or None, "array_index": array_index, "array_count": array_count,
+            "join": join or None, "text_key": None if text_key == "text" else text_key,
+        }  # fmt: skip
+        for name, value in text.items():
+            if value is not None:
+                raise UserError(f"--{name.replace('_', '-')} is for text, and --raw-bits makes records; leave it out")
+        from mbit_data.raw import DEFAULT_DOCUMENT_RECORDS, RawOptions, prepare_raw
+
+        how = RawOptions(
+            tuple(inputs), out, raw_bits, DEFAULT_DOCUMENT_RECORDS if document_records is None else document_records,
+            validation_fraction, shard_tokens, on_error,
+        )  # fmt: skip
+        return _prepared(prepare_raw(how, progress=not quiet), None, quiet)
+    if document_records is not None:
+        raise UserError("--document-records is for --raw-bits")
     if (array_index is None) != (array_count is None) or (array and array_index is not None):
         raise UserError("a share is --array-index I with --array-count N, or --array in a SLURM job array")
     if join:
@@ -128,9 +155,10 @@ def _prepared(manifest, codes: str | None, quiet: bool) -> int:
 
     train_split, held = manifest.split("train"), manifest.split("validation")
     left_out = f"; left out: {describe_dropped(manifest.dropped)}" if manifest.dropped else ""
+    kind = f"records of {manifest.raw_bits} bits" if manifest.raw_bits else f"vocabulary {manifest.vocab_size:,}"
     print(
         f"{manifest.folder}: {train_split.tokens:,} training and {held.tokens:,} validation tokens in "
-        f"{len(train_split.shards) + len(held.shards)} shards, vocabulary {manifest.vocab_size:,}{left_out}"
+        f"{len(train_split.shards) + len(held.shards)} shards, {kind}{left_out}"
     )
     if codes is not None:  # after the manifest: killed here, the same command finds the shards done and learns the code
         from mbit_data.codes import CodeOptions, learn

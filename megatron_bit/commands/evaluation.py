@@ -24,6 +24,7 @@ def evaluate(
     steps: int | None = None,
     sampler: str | None = None,
     temperature: float | None = None,
+    guidance: float | None = None,
     scorer: Path | None = None,
     mauve_model: Path | None = None,
     tasks: tuple[str, ...] = (),
@@ -55,6 +56,7 @@ def evaluate(
         steps: denoising steps a block, of a diffusion head; default as `generate`.
         sampler: of a diffusion head; default as `generate`.
         temperature: of a chain or softmax head; default 1.
+        guidance: of a run with diffusion.condition_drop, as `generate`; default 1, which is none.
         scorer: the model that scores generated text, of any kind that can be evaluated.
         mauve_model: folder of a transformers model whose features MAUVE compares; needs the library mauve-text.
         tasks: zero-shot tasks: lambada, hellaswag, piqa, blimp.
@@ -79,7 +81,9 @@ def evaluate(
         raise UserError(f"--tolerance {tolerance} has to be above 0")
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature {temperature} has to be 0 (the likeliest) or above")
-    how = {"steps": steps, "sampler": sampler, "temperature": temperature}
+    if guidance is not None and not 0 <= guidance < float("inf"):
+        raise UserError(f"--guidance {guidance} has to be 0 (without the backbone) or above; 1 is no guidance")
+    how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     _together("--texts", bool(texts), tokens=tokens, prefix=prefix, scorer=scorer, mauve_model=mauve_model, **how)
     _together("--tasks", bool(tasks), tasks_data=tasks_data, limit=limit)
     if not likelihood:

@@ -23,7 +23,7 @@ from megatron_bit.errors import UserError
 class Batch:
     """One micro-batch."""
 
-    tokens: np.ndarray  # int64 [micro_batch, seq_length]
+    tokens: np.ndarray  # int64 [micro_batch, seq_length]; records: uint8 [micro_batch, seq_length, bytes]
     sample: np.ndarray  # int64 [micro_batch]: global sample index, unique over the run, counts on over epochs
 
 
@@ -41,20 +41,22 @@ class _BatchMaker:
     def steps(self, cursor: int) -> Iterator[list[Batch]]:
         while True:
             samples = cursor + self.offsets
-            tokens = self.gather(samples.reshape(-1)).reshape(*samples.shape, self.order.seq_length)
+            tokens = self.gather(samples.reshape(-1))
+            tokens = tokens.reshape(*samples.shape, *tokens.shape[1:])
             yield [Batch(tokens[m], samples[m]) for m in range(len(samples))]
             cursor += self.global_batch_size
 
     def gather(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens of samples [n] as int64 [n, seq_length]."""
+        """Tokens of samples [n] as int64 [n, seq_length], records as uint8 [n, seq_length, bytes]."""
         seq_length = self.order.seq_length
         location = self.order.locate_many(samples)
-        result = np.empty((len(samples), seq_length), dtype=np.int64)
+        record = self.reader.record_shape
+        result = np.empty((len(samples), seq_length, *record), dtype=np.uint8 if record else np.int64)
         # shards in memory first: reading the next window's must not throw them out before their turn
         for shard in sorted(np.unique(location.shard).tolist(), key=lambda shard: shard not in self.reader):
             rows = np.flatnonzero(location.shard == shard)
             tokens = self.reader.tokens(shard)
-            whole = tokens[: len(tokens) // seq_length * seq_length].reshape(-1, seq_length)
+            whole = tokens[: len(tokens) // seq_length * seq_length].reshape(-1, seq_length, *record)
             result[rows] = whole[location.sample[rows]]
         return result
 

@@ -16,6 +16,7 @@ FORMAT = "megatron_bit.data"
 VERSION = 1
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
+MAX_RAW_BITS = 256
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class Manifest:
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int
-    dtype: str  # of the token payload: uint16 or uint32, little endian
+    dtype: str  # of the token payload: uint16 or uint32, little endian; uint8 [n, ceil(raw_bits / 8)] of records
     identity: Mapping[str, Any]
     package_version: str
     dropped: Mapping[str, int] = field(default_factory=dict)  # documents and records left out, by reason
+    raw_bits: int = 0  # bits of a record; 0: tokens of a vocabulary. Records have no tokenizer, vocabulary or end
     code_sha256: str = ""  # of `mbit_data` and its tokenizer libraries' versions; "" in a folder of before
 
     @property
@@ -79,7 +81,21 @@ class Manifest:
                 for name, split in self.splits.items()
             },
         }
+        if self.raw_bits:
+            content["raw_bits"] = self.raw_bits
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def record_shape(self) -> tuple[int, ...]:
+        """Of one token in the payload: () for ids, (bytes,) for records."""
+        return (-(-self.raw_bits // 8),) if self.raw_bits else ()
+
+    def need_vocabulary(self, what: str) -> None:
+        """UserError if the folder holds records; `what` cannot do without a vocabulary."""
+        if self.raw_bits:
+            raise UserError(
+                f"{self.folder} holds records of {self.raw_bits} bits, which have no vocabulary, and {what} needs one"
+            )
 
     @property
     def tokenizer_path(self) -> Path:
@@ -114,6 +130,7 @@ class Manifest:
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "dtype": self.dtype,
+            **({"raw_bits": self.raw_bits} if self.raw_bits else {}),
             "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
             "identity": dict(self.identity),
             "dropped": dict(self.dropped),
@@ -164,6 +181,7 @@ def _parse(folder: Path, path: Path, content: Any) -> Manifest:
             identity=content["identity"],
             package_version=content["package_version"],
             dropped=dict(content.get("dropped", {})),
+            raw_bits=content.get("raw_bits", 0),
             code_sha256=content.get("code_sha256", ""),
         )
         stored, computed = content["fingerprint"], manifest.fingerprint
@@ -173,14 +191,19 @@ def _parse(folder: Path, path: Path, content: Any) -> Manifest:
         raise UserError(
             f"{path} was edited: it states fingerprint {stored}, its content gives {computed}; prepare again"
         )
-    if manifest.dtype not in DTYPES:
+    if manifest.raw_bits and (manifest.dtype != "uint8" or not 1 <= manifest.raw_bits <= MAX_RAW_BITS):
+        raise UserError(
+            f"{path}: records of {manifest.raw_bits} bits as {manifest.dtype}, allowed are 1 to {MAX_RAW_BITS} bits as "
+            "uint8; prepare again"
+        )
+    if not manifest.raw_bits and manifest.dtype not in DTYPES:
         raise UserError(f"{path}: dtype {manifest.dtype!r}, allowed are {', '.join(DTYPES)}; prepare again")
     return manifest
 
 
 def check_sizes(manifest: Manifest) -> None:
     """Raises UserError naming the first shard (or the tokenizer) that is missing or of another size."""
-    if not manifest.tokenizer_path.is_file():
+    if not manifest.raw_bits and not manifest.tokenizer_path.is_file():
         raise UserError(f"tokenizer {manifest.tokenizer_path} is missing; copy it back or prepare again")
     for split in manifest.splits.values():
         for shard in split.shards:

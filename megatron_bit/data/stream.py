@@ -16,7 +16,7 @@ TOKENS_SUFFIX = "tokens.npy"
 
 
 def read_documents(path: Path) -> Iterator[np.ndarray]:
-    """The token arrays (1-D) of a shard's documents in the order they were written.
+    """The token arrays of a shard's documents, [n] or records [n, bytes], in the order they were written.
 
     Uses webdataset's tar stages and not its `WebDataset` pipeline: that one splits shards by rank from the
     environment, leaves files open and cuts a path at `#` or `?`; which shard is read when is ours to say.
@@ -30,18 +30,19 @@ def read_documents(path: Path) -> Iterator[np.ndarray]:
             yield np.lib.format.read_array(io.BytesIO(sample[TOKENS_SUFFIX]), allow_pickle=False)
 
 
-def read_shard(path: Path, tokens: int, dtype: str, vocab_size: int) -> np.ndarray:
-    """All tokens of a shard, its documents one after the other: [tokens] of `dtype`.
+def read_shard(path: Path, tokens: int, dtype: str, vocab_size: int, raw_bits: int = 0) -> np.ndarray:
+    """All tokens of a shard, its documents one after the other: [tokens] of `dtype`; records [tokens, bytes] of uint8.
 
     Raises UserError naming the shard if it cannot be read to its end, or holds another number of tokens,
     another dtype, or a token that is not in the vocabulary.
     """
-    result = np.empty(tokens, dtype=np.dtype(dtype))
+    record = (-(-raw_bits // 8),) if raw_bits else ()
+    result = np.empty((tokens, *record), dtype=np.dtype(dtype))
     filled = 0
     try:
         for document in read_documents(path):
-            if document.dtype != result.dtype or document.ndim != 1:
-                raise ValueError(f"a document is {document.dtype} {document.shape}, not {dtype} [n]")
+            if document.dtype != result.dtype or document.ndim == 0 or document.shape[1:] != record:
+                raise ValueError(f"a document is {document.dtype} {document.shape}, not {dtype} {['n', *record]}")
             if filled + len(document) > tokens:
                 raise ValueError(f"more tokens than the {tokens} of the manifest")
             result[filled : filled + len(document)] = document
@@ -53,6 +54,8 @@ def read_shard(path: Path, tokens: int, dtype: str, vocab_size: int) -> np.ndarr
         ) from error
     if filled != tokens:
         raise UserError(f"shard {path} ends after {filled} of {tokens} tokens; copy it again or prepare the data again")
+    if raw_bits:
+        return result
     if tokens and int(result.max()) >= vocab_size:
         raise UserError(
             f"shard {path} is damaged: token {int(result.max())} is outside the vocabulary of {vocab_size}; "
@@ -70,6 +73,7 @@ class ShardReader:
         import webdataset.tariterators  # noqa: F401
 
         self._manifest = manifest
+        self.record_shape = manifest.record_shape
         self._shards = manifest.split(split).shards
         self._capacity = capacity
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -78,7 +82,7 @@ class ShardReader:
         return shard in self._cache
 
     def tokens(self, shard: int) -> np.ndarray:
-        """The tokens of shard number `shard`, 1-D, read only. Raises UserError as `read_shard` does."""
+        """The tokens of shard number `shard`, as `read_shard` has them and read only. Raises UserError as it does."""
         if shard in self._cache:
             self._cache.move_to_end(shard)
             return self._cache[shard]
@@ -86,7 +90,8 @@ class ShardReader:
             self._cache.popitem(last=False)
         entry = self._shards[shard]
         path = self._manifest.shard_path(entry)
-        tokens = read_shard(path, entry.tokens, self._manifest.dtype, self._manifest.vocab_size)
+        m = self._manifest
+        tokens = read_shard(path, entry.tokens, m.dtype, m.vocab_size, m.raw_bits)
         tokens.flags.writeable = False
         self._cache[shard] = tokens
         return tokens

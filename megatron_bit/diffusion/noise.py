@@ -15,7 +15,7 @@ from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
 
 # streams: the same indices never share noise
-TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION = 0, 1, 2, 3, 4, 5
+TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION, ESTIMATE = 0, 1, 2, 3, 4, 5, 6
 _LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count up from 0
 
 
@@ -152,12 +152,14 @@ def bit_flips(
     return wrong.unflatten(-1, (block_size, bits)).permute(0, 2, 1, 3).reshape(n * block_size, b, bits)
 
 
-def kept_conditions(seed: int, sample: Tensor, first_block: int, num_blocks: int, drop: float) -> Tensor:
-    """Which blocks' heads see the backbone in training: each does not with probability `drop`.
+def chosen(
+    seed: int, stream: int, sample: Tensor, first_block: int, num_blocks: int, noise_samples: int, probability: float
+) -> Tensor:
+    """True with that probability, each noise sample of each block by itself.
 
     Returns:
-        bool [num_blocks, b]; a function of (seed, sample, block) alone.
+        bool [num_blocks, b, noise_samples]; a function of (seed, stream, sample, block, noise sample) alone.
     """
-    _, block, low, high = _counters(sample, first_block, num_blocks, 1)
-    words = philox(seed_key(seed, CONDITION), (torch.full_like(block, _LEVEL), block, low, high))
-    return (uniform(words[0]) >= drop).squeeze(-1)
+    level, block, low, high = _counters(sample, first_block, num_blocks, noise_samples)
+    words = philox(seed_key(seed, stream), (level * 65536 + _LEVEL, block, low, high))
+    return uniform(words[0]) < probability

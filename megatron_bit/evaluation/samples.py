@@ -43,7 +43,7 @@ class Samples:
     texts: int
     tokens: int  # of each, of the generating model
     prefix: int
-    how: dict[str, Any]  # steps, sampler, temperature, where they were given
+    how: dict[str, Any]  # steps, sampler, temperature, guidance, where they were given
     scorer: str
     scorer_head: str
     generated: Statistics

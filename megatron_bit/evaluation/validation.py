@@ -22,6 +22,7 @@ class Validation:
     def __init__(self, model: Model, folder: Path | str) -> None:
         """UserError: the folder is none of `megatron-bit prepare`, is damaged, or has no validation split."""
         self._model, self.manifest = model, load_manifest(folder)
+        self.manifest.need_vocabulary("`evaluate`")
         self._split = self.manifest.split("validation")
         self._same = model.tokenizer_sha256 == self.manifest.tokenizer_sha256
         self._bytes = self._tokens = 0  # of what was tokenized again

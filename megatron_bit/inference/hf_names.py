@@ -63,6 +63,7 @@ class Source:
         self.step = int(meta["step"])
         self.noise_table: dict[str, Any] | None = meta.get("noise_table")
         self.manifest: Manifest = load_manifest(data or config.data.path, check_files=False)
+        self.manifest.need_vocabulary("a model that generates or is converted")
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"
@@ -88,7 +89,7 @@ class Source:
 
     def parts(self) -> list[Part]:
         """All weights, a layer's side by side."""
-        return list(_parts(self.config.model))
+        return list(_parts(self.config))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) of all parts, one at a time, and a BitLM's code table at the end.
@@ -117,7 +118,8 @@ def _read(reader: Reader, part: Part, state: str) -> Tensor:
     return whole if part.cut is None else part.cut(whole)
 
 
-def _parts(m: ModelConfig) -> Iterator[Part]:
+def _parts(config: Config) -> Iterator[Part]:
+    m = config.model
     d, softmax = m.hidden_size, m.head.kind == "softmax"
     if softmax:
         yield _tokens(m, "model.embed_tokens.weight", "embedding.table.weight")
@@ -135,7 +137,7 @@ def _parts(m: ModelConfig) -> Iterator[Part]:
     if softmax:
         yield _tokens(m, "lm_head.weight", "head.logits.weight")
     else:
-        yield from _block_head(m)
+        yield from _block_head(m, estimate=config.diffusion.self_condition > 0)
 
 
 def _same(name: str, logical: str, *shape: int) -> Part:
@@ -149,7 +151,7 @@ def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
     return Part(name, (size, d), logical, (m.padded_vocab_size, d), lambda whole: whole[:size])
 
 
-def _block_head(m: ModelConfig) -> Iterator[Part]:
+def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
     same, d, h, w = _same, m.hidden_size, m.head, m.head.hidden_size
     yield same("head.position", "head.position", m.block_size, w)
     for end in ("", "_last") if m.block_size > 1 else ("",):
@@ -161,6 +163,8 @@ def _block_head(m: ModelConfig) -> Iterator[Part]:
         yield same("head.stages", "head.stage", len(m.group_sizes), w)
     else:
         yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
+        if estimate:
+            yield same("head.estimate_proj.weight", "head.estimate.weight", w, m.bits)
         for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
             yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
             yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
@@ -256,6 +260,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "sigma_kind": d.noise,
         "sigma_masses": noise.masses.tolist() if isinstance(noise, EntropyRate) else None,
         "condition_drop": d.condition_drop,
+        "self_condition": d.self_condition > 0,
         "initializer_range": m.init_std,
     }
 

@@ -11,11 +11,20 @@ from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import denoising_loss
-from megatron_bit.diffusion.noise import TRAIN, bit_flips, build_noise, gaussian, kept_conditions, stratified_levels
+from megatron_bit.diffusion.noise import (
+    CONDITION,
+    ESTIMATE,
+    TRAIN,
+    bit_flips,
+    build_noise,
+    chosen,
+    gaussian,
+    stratified_levels,
+)
 from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
-from megatron_bit.model.codec import Codec
+from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.embedding import BitEmbedding
 from megatron_bit.model.head import DenoisingHead
 
@@ -23,7 +32,7 @@ from megatron_bit.model.head import DenoisingHead
 class BitInput(ModelChunk):
     """Bits -> embedding -> backbone layers: what every model over bits begins with. The head is a subclass's."""
 
-    def __init__(self, config: Config, place: Place, codec: Codec) -> None:
+    def __init__(self, config: Config, place: Place, codec: Codec | RawCodec) -> None:
         super().__init__(config, place)
         self.codec = codec
         self.bit_groups = BitGroups(config.model.group_sizes)
@@ -43,7 +52,7 @@ class BitInput(ModelChunk):
         length, k, most = tokens.shape[1], self.settings.model.block_size, self.settings.diffusion.context_noise
         first, last = self._bounds(length)
         inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
-        bits = self.codec.encode(inputs.t())
+        bits = self.codec.encode(inputs.transpose(0, 1))
         if most and sample is not None:
             seed, blocks = self.settings.train.seed, (last - first) // k
             bits = torch.where(bit_flips(seed, sample, first // k, blocks, k, bits.shape[-1], most), -bits, bits)
@@ -59,8 +68,9 @@ class BitInput(ModelChunk):
         if not drop:
             return hidden
         first, last = self._bounds(batch.tokens.shape[1])
-        keep = kept_conditions(self.settings.train.seed, batch.sample, first // k, (last - first) // k, drop)
-        return hidden * keep.repeat_interleave(k, dim=0)[..., None]
+        blocks = (last - first) // k
+        dropped = chosen(self.settings.train.seed, CONDITION, batch.sample, first // k, blocks, 1, drop)
+        return hidden * ~dropped.repeat_interleave(k, dim=0)
 
     def of_samples(self, nats: Tensor, batch: TokenBatch) -> BoundOutput:
         """Bounds of whole samples from those of this rank's tokens, float32 [s, b]."""
@@ -78,7 +88,7 @@ class BitInput(ModelChunk):
 class BitLM(BitInput):
     """The bits of a block denoised together."""
 
-    def __init__(self, config: Config, place: Place, codec: Codec) -> None:
+    def __init__(self, config: Config, place: Place, codec: Codec | RawCodec) -> None:
         super().__init__(config, place, codec)
         self.noise = build_noise(config, place.groups.device)
         self.noise_table = self.noise if isinstance(self.noise, EntropyRate) else None
@@ -94,10 +104,11 @@ class BitLM(BitInput):
         block, blocks, m = first // k, (last - first) // k, d.noise_samples
         log_sigma = self.noise.log_sigma(stratified_levels(seed, TRAIN, batch.sample, block, blocks, m))
         eps = gaussian(seed, TRAIN, batch.sample, block, blocks, m, k, self.settings.model.bits)
-        x = self.codec.encode(batch.tokens[:, first:last].t()).float()[:, :, None, :]
+        x = self.codec.encode(batch.tokens[:, first:last].transpose(0, 1)).float()[:, :, None, :]
         per_token = log_sigma.repeat_interleave(k, dim=0)
         z = x + per_token.exp()[..., None] * eps
-        residual = self.head(z, log_sigma, self.condition(hidden, batch))
+        shown = chosen(seed, ESTIMATE, batch.sample, block, blocks, m, d.self_condition) if d.self_condition else None
+        residual = self.head(z, log_sigma, self.condition(hidden, batch), shown)
         terms = denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
         loss = terms.loss.mean() / self.shards
         metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))
@@ -111,7 +122,7 @@ class BitLM(BitInput):
         assert self.head is not None
         config, head = self.settings, self.head
         first, last = self._bounds(batch.tokens.shape[1])
-        x = self.codec.encode(batch.tokens[:, first:last].t()).float()[:, :, None, :]
+        x = self.codec.encode(batch.tokens[:, first:last].transpose(0, 1)).float()[:, :, None, :]
         nats = token_bound(
             lambda z, log_sigma: head(z, log_sigma, hidden),
             self.posterior,

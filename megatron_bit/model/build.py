@@ -12,7 +12,7 @@ from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.bitlm import BitLM
 from megatron_bit.model.chain import ChainLM
 from megatron_bit.model.chunk import ModelChunk, Place
-from megatron_bit.model.codec import Codec
+from megatron_bit.model.codec import build_codec
 from megatron_bit.model.init import initialize
 from megatron_bit.model.layers import sum_partial_grads
 from megatron_bit.model.softmax import SoftmaxLM
@@ -27,6 +27,7 @@ def build_model(
 
     Args:
         eos_id: the end-of-document token, for a softmax head.
+        vocab_size: of the data; 0 for raw records.
         learned: int8 [V, B], the table of a learned code (`model.code=semantic`).
 
     Raises:
@@ -41,7 +42,7 @@ def build_model(
         check_vocabulary(config)
         make = functools.partial(SoftmaxLM, eos_id=eos_id)
     else:
-        codec = Codec(config.model.code, vocab_size, config.model.bits, learned).to(groups.device)
+        codec = build_codec(config.model, vocab_size, learned).to(groups.device)
         make = functools.partial(ChainLM if config.model.head.kind == "chain" else BitLM, codec=codec)
     mcore = transformer_config(config, groups)
     chunks = []

@@ -22,7 +22,7 @@ from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.model.attention import RotaryEmbedding
 from megatron_bit.model.bitlm import BitInput
 from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
-from megatron_bit.model.codec import Codec
+from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.head import BlockHead
 from megatron_bit.model.layers import PARTIAL, init_device, look_up, value_table
 
@@ -66,7 +66,7 @@ class ChainHead(BlockHead):
 class ChainLM(BitInput):
     """A BitLM with a chain head."""
 
-    def __init__(self, config: Config, place: Place, codec: Codec) -> None:
+    def __init__(self, config: Config, place: Place, codec: Codec | RawCodec) -> None:
         super().__init__(config, place, codec)
         self.head = ChainHead(config, place.mcore, place.groups.tp, self.bit_groups) if place.last else None
 
@@ -83,6 +83,6 @@ class ChainLM(BitInput):
         """float32 [s, b]."""
         assert self.head is not None
         first, last = self._bounds(tokens.shape[1])
-        index = self.bit_groups.index(self.codec.encode(tokens.t()))
+        index = self.bit_groups.index(self.codec.encode(tokens.transpose(0, 1)))
         known = torch.arange(first, last, device=tokens.device) > 0
         return self.head(index[first:last], index.roll(1, 0)[first:last], known, hidden).sum(-1)

@@ -18,7 +18,7 @@ from megatron_bit.parallel.groups import Groups
 class TokenBatch(NamedTuple):
     """One micro-batch on the device."""
 
-    tokens: Tensor  # int64 [b, S]
+    tokens: Tensor  # int64 [b, S]; raw records: uint8 [b, S, ceil(B / 8)]
     sample: Tensor  # int64 [b], global sample indices: the key of the noise
 
 

@@ -9,6 +9,7 @@ import torch
 from mbit_kernels.decode import nearest_token
 from torch import Tensor, nn
 
+from megatron_bit.config import ModelConfig
 from megatron_bit.data.codes import load_code
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
@@ -38,14 +39,32 @@ CODES: dict[str, Callable[[int, int], Tensor]] = {"binary": _binary, "gray": _gr
 
 
 def learned_table(code: str, manifest: Manifest, bits: int) -> Tensor | None:
-    """int8 [V, B]: the table of a code that is learned, from the data folder; None if it is one of CODES.
+    """int8 [V, B]: the table of a code that is learned, from the data folder; None if it is one of CODES, or raw.
 
     Raises:
-        UserError: the vocabulary does not fit, or the folder has no such code (the error says what makes it), or a
-            damaged or foreign one.
+        UserError: the data is of another kind, the vocabulary does not fit, or the folder has no such code (the error
+            says what makes it), or a damaged or foreign one.
     """
+    check_records(manifest, code, bits)
+    if code == "raw":
+        return None
     check_fit(manifest.vocab_size, bits)
     return None if code in CODES else torch.from_numpy(load_code(manifest, bits).table)
+
+
+def check_records(manifest: Manifest, code: str, bits: int) -> None:
+    """UserError if one of data and model is of raw records and the other is not, or of other ones."""
+    there = manifest.raw_bits
+    if there and (code, bits) != ("raw", there):
+        raise UserError(
+            f"{manifest.folder} holds records of {there} bits, and model.code is {code} with {bits} bits; set "
+            f"model.code=raw model.bits={there}"
+        )
+    if code == "raw" and not there:
+        raise UserError(
+            f"model.code is raw, and {manifest.folder} holds tokens of a vocabulary; make records with `megatron-bit "
+            f"prepare --raw-bits {bits}`, or set model.code=binary"
+        )
 
 
 def check_fit(vocab_size: int, bits: int) -> None:
@@ -55,6 +74,32 @@ def check_fit(vocab_size: int, bits: int) -> None:
             f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits "
             f"make {2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
         )
+
+
+def build_codec(config: ModelConfig, vocab_size: int, learned: Tensor | None = None) -> Codec | RawCodec:
+    """The code that a configuration asks for; `learned` as of `Codec`. Raises UserError as `Codec` does."""
+    if config.code == "raw":
+        return RawCodec(config.bits)
+    return Codec(config.code, vocab_size, config.bits, learned)
+
+
+class RawCodec(nn.Module):
+    """Records as they are: bit j of a token is bit 7 - j % 8 of its byte j // 8, the highest bit first."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    @property
+    def fingerprint(self) -> str:
+        """What stands for the table that there is none of."""
+        return hashlib.sha256(f"raw/{self.bits}".encode()).hexdigest()
+
+    def encode(self, records: Tensor) -> Tensor:
+        """uint8 [..., ceil(B / 8)] to int8 [..., B] bits of -1 and +1."""
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=records.device)
+        bits = (records[..., None] >> shifts) & 1
+        return bits.flatten(-2)[..., : self.bits].to(torch.int8) * 2 - 1
 
 
 class Codec(nn.Module):

@@ -165,25 +165,44 @@ class DenoisingHead(BlockHead):
         super().__init__(config, mcore, tp_group, posterior.outputs)
         w = config.model.head.hidden_size
         self.input = linear(mcore, config.model.bits, w)
+        self.estimate = linear(mcore, config.model.bits, w) if config.diffusion.self_condition else None
         self.values = None
         if isinstance(posterior, GroupPosterior):
             self.values = value_table(mcore, posterior.groups, w)
         self.posterior: BitPosterior | GroupPosterior = posterior
         self.noise_level = NoiseLevelEmbedding(mcore, w)
 
-    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, shown: Tensor | None = None) -> Tensor:
         """
         Args:
             z: float32 [s, b, M, B], noised bits x + sigma eps.
             log_sigma: float32 [n, b, M], one level a block, n = s / K.
             hidden: [s, b, D], the backbone's states.
+            shown: bool [n, b, M], which evaluations see the head's own estimate; None: all, if it takes one.
 
         Returns:
             [s, b, M, outputs], what `posterior.logits` takes.
         """
-        dtype = self.input.weight.dtype
-        sigma = log_sigma.exp().repeat_interleave(self.block_size, dim=0)[..., None]
+        if self.estimate is None:
+            return self.evaluate(z, log_sigma, hidden, None)
+        with torch.no_grad():
+            logits = self.posterior.logits(self.evaluate(z, log_sigma, hidden, None), z, self._sigma(log_sigma))
+            estimate = self.posterior.mean(logits)
+            if shown is not None:
+                estimate = estimate * shown.repeat_interleave(self.block_size, dim=0)[..., None]
+        return self.evaluate(z, log_sigma, hidden, estimate)
+
+    def _sigma(self, log_sigma: Tensor) -> Tensor:
+        """[n, b, M] to sigma of every token, [s, b, M, 1]."""
+        return log_sigma.exp().repeat_interleave(self.block_size, dim=0)[..., None]
+
+    def evaluate(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None) -> Tensor:
+        """As `forward`, once; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is known."""
+        dtype, sigma = self.input.weight.dtype, self._sigma(log_sigma)
         x = self.input((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
+        if estimate is not None:
+            assert self.estimate is not None
+            x = x + self.estimate(estimate.to(dtype))
         if self.values is not None:
             assert isinstance(self.posterior, GroupPosterior)
             likely = self.posterior.likely(z, sigma)  # the mean embedding of the values that the noisy bits allow

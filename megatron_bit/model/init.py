@@ -56,7 +56,7 @@ def _std(name: str, config: Config) -> float:
         return 1.0
     if name.startswith("head.noise_level."):
         return 1.0 / math.sqrt(FREQUENCIES if name.endswith("fc1.weight") else m.head.hidden_size)
-    if name in ("embedding.fc1.weight", "head.input.weight"):
+    if name in ("embedding.fc1.weight", "head.input.weight", "head.estimate.weight"):
         return 1.0 / math.sqrt(m.bits)
     if _RESIDUAL.search(name):
         layers = m.head.num_layers if name.startswith("head.") else m.num_layers

@@ -44,7 +44,13 @@ def embedding_flops(config: Config) -> float:
 
 def train_flops(config: Config) -> float:
     """FLOPs of forward and backward (twice the forward) for one token; recomputation is not counted, as in MFU."""
-    return 3.0 * (config.model.num_layers * layer_flops(config) + head_flops(config) + embedding_flops(config))
+    layers, head = config.model.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
+    return 3.0 * (layers + head + embedding_flops(config))
+
+
+def head_passes(config: Config) -> float:
+    """Work of the head in training, in forward and backward passes: a forward pass more makes the first estimate."""
+    return 4.0 / 3.0 if config.diffusion.self_condition else 1.0
 
 
 FREQUENCIES = 128  # sinusoidal features of the noise level
@@ -62,7 +68,8 @@ def split_layers(config: Config, num_chunks: int) -> list[int]:
     chunk, the more even one wins. Only the last chunk may be without layers (the head is its work), and not even that
     under a softmax head: one matrix cannot be cut into the optimizer's four groups (optim/groups.py).
     """
-    layer, head, embedding = layer_flops(config), head_flops(config), embedding_flops(config)
+    layer, embedding = layer_flops(config), embedding_flops(config)
+    head = head_passes(config) * head_flops(config)
     total = config.model.num_layers
     if num_chunks == 1:
         return [total]

@@ -40,7 +40,7 @@ def pipeline(
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     chunks = list(chunks)
-    micro_batch, length = batches[0].tokens.shape
+    micro_batch, length = batches[0].tokens.shape[:2]
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),

@@ -97,6 +97,7 @@ def test_variants_under_tp_and_pp(
         {"diffusion.context_noise": 0.5},
         {"diffusion.condition_drop": 0.4},
         {"diffusion.condition_drop": 0.4, "model.head.kind": "chain", "model.group_bits": 4},
+        {"diffusion.self_condition": 0.5, "model.group_bits": 4},
     ],
     ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()),
 )

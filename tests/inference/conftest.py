@@ -49,9 +49,12 @@ VARIANTS = {
     "k4": Variant({
         "model.block_size": 4, "model.attention": "block_causal", "model.num_kv_heads": 1, "model.code": "random",
         "model.num_layers": 2, "diffusion.log_mean": -0.7, "diffusion.sigma_min": 0.15,
-        "diffusion.condition_drop": 0.3,
+        "diffusion.condition_drop": 0.3, "diffusion.self_condition": 0.5,
     }),
-    "groups": Variant({**_ODD, "model.group_bits": 4, "model.head.prior": False, "diffusion.condition_drop": 0.3}),
+    "groups": Variant({
+        **_ODD, "model.group_bits": 4, "model.head.prior": False, "diffusion.condition_drop": 0.3,
+        "diffusion.self_condition": 0.5,
+    }),
     "direct": Variant({**_ODD, "model.group_bits": 6, "diffusion.parameterization": "direct"}),
     "chain": Variant(
         {

@@ -25,7 +25,12 @@ from megatron_bit.inference.convert import to_hf
 VOCAB_SIZE, SAMPLES = 421, 12
 HEADS: dict[str, dict[str, Any]] = {
     "bits": {},
-    "groups": {"model.group_bits": 5, "diffusion.noise": "entropy_rate"},
+    "groups": {
+        "model.group_bits": 5,
+        "diffusion.noise": "entropy_rate",
+        "diffusion.condition_drop": 0.2,
+        "diffusion.self_condition": 0.5,
+    },
     "chain": {"model.head.kind": "chain", "model.group_bits": 5},
     "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
 }
@@ -214,7 +219,19 @@ def test_the_command(
 ) -> None:
     tasks, file = _tasks(tmp_path), tmp_path / "report.json"
     words = [runs["groups"], "--samples", 4, "--tolerance", 9, "--texts", 2, "--tokens", 9, "--steps", 3]
-    words += ["--scorer", folders["uniform"], "--tasks", "lambada", "blimp", "--tasks-data", tasks, "--limit", 2]
+    words += [
+        "--guidance",
+        2,
+        "--scorer",
+        folders["uniform"],
+        "--tasks",
+        "lambada",
+        "blimp",
+        "--tasks-data",
+        tasks,
+        "--limit",
+        2,
+    ]
     code, out, err = command(*words, "--out", file)
     assert (code, err) == (0, "")
     for part in ("nats/token", "bits/byte", "unigram entropy", "distinct-3", "generated", "real", "chance", "0.500"):
@@ -223,7 +240,7 @@ def test_the_command(
     code, text, err = command(*words, "--json")
     assert (code, err) == (0, "") and json.loads(text) == json.loads(file.read_text())
     report = json.loads(text)
-    assert report["head"] == "diffusion" and report["samples"]["how"] == {"steps": 3}
+    assert report["head"] == "diffusion" and report["samples"]["how"] == {"steps": 3, "guidance": 2.0}
     assert [task["items"] for task in report["tasks"]] == [2, 2]
 
 
@@ -252,6 +269,9 @@ def test_mistakes(
         ([chain, "--no-likelihood", "--samples", 4, *scored], "--samples has no use without --likelihood"),
         ([chain, "--tolerance", 0.1], "--tolerance is about noise, and the likelihood of a chain head has none"),
         ([chain, *scored, "--steps", 4], "steps means nothing to a chain head"),
+        ([chain, *scored, "--guidance", 2], "guidance 2 needs a model trained with diffusion.condition_drop above 0"),
+        ([runs["groups"], *scored, "--guidance", -1], "--guidance -1.0 has to be 0 (without the backbone) or above"),
+        ([runs["softmax"], *scored, "--guidance", 2], "guidance means nothing to a softmax head"),
         ([runs["softmax"], *scored, "--sampler", "ode"], "sampler means nothing to a softmax head"),
         ([bits, *scored, "--sampler", "magic"], "--sampler magic does not exist"),
         ([runs["softmax"], *scored, "--tokens", 40], "more than the 36"),

@@ -43,14 +43,18 @@ def by_the_trainer(ours, prompt, count, seed, sequence, guidance=None):
         window = torch.tensor([ids[first * k :] + [0] * k])
         hidden = ours.hidden(window)[0, -k:, None]
         z = grid[0].exp() * noise.gaussian(seed, noise.SAMPLING, torch.tensor([sequence]), blocks, 1, 1, k, m.bits)
+        estimate = torch.zeros_like(z) if ours.config.diffusion.self_condition else None
         with torch.no_grad():
             for now, after in zip(grid, [*grid[1:].tolist(), None], strict=True):
-                outputs = ours.model.head(z, now.expand(1, 1, 1), hidden)
+                level = now.expand(1, 1, 1)
+                outputs = ours.model.head.evaluate(z, level, hidden, estimate)
                 if guidance is not None:
-                    outputs = (1 - guidance) * ours.model.head(z, now.expand(1, 1, 1), 0 * hidden) + guidance * outputs
+                    other = ours.model.head.evaluate(z, level, 0 * hidden, estimate)
+                    outputs = (1 - guidance) * other + guidance * outputs
                 odds = posterior_logits(outputs, z, now.exp())
+                x_hat = torch.tanh(odds / 2)
+                estimate = None if estimate is None else x_hat  # of the step before
                 if after is not None:
-                    x_hat = torch.tanh(odds / 2)
                     z = x_hat + (after - now).exp() * (z - x_hat)
         ids += nearest_token(odds[:, 0, 0], ours.model.codec.table).tolist()
     return ids[begin : begin + count]

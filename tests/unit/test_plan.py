@@ -17,14 +17,15 @@ from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.plan import describe, memory_per_rank, parameter_counts, render
 
 SOFTMAX = ["model.head.kind=softmax", "model.block_size=1", "model.vocab_size=4096"]
-GROUPS, CHAIN = ["model.group_bits=6"], ["model.head.kind=chain", "model.group_bits=8"]
+JOINT = ["model.head.kind=diffusion", "model.group_bits=6", "diffusion.self_condition=0.5"]
+BITS = ["model.head.kind=diffusion", "model.group_bits=1"]
 SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"]
 
 
 @pytest.mark.parametrize("preset", ["laptop", "125m"])
 @pytest.mark.parametrize(
     "extra",
-    [[], ["train.precision=fp32"], ["parallel.recompute=full"], ["model.qk_norm=false"], SOFTMAX, GROUPS, CHAIN],
+    [[], ["train.precision=fp32"], ["parallel.recompute=full"], ["model.qk_norm=false"], SOFTMAX, JOINT, BITS],
     ids=lambda extra: ",".join(extra),
 )
 def test_parameters_and_activations(preset: str, extra: list[str]) -> None:

@@ -68,6 +68,7 @@ class BitLMConfig(PretrainedConfig):
         sigma_kind: str = "lognormal",
         sigma_masses: Sequence[float] | None = None,
         condition_drop: float = 0.0,
+        self_condition: bool = False,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +101,7 @@ class BitLMConfig(PretrainedConfig):
         self.sigma_kind = sigma_kind  # lognormal, logistic or entropy_rate
         self.sigma_masses = None if sigma_masses is None else list(sigma_masses)  # of equal bins of ln sigma, measured
         self.condition_drop = condition_drop  # how often training hid the states from the head: above 0 guidance works
+        self.self_condition = self_condition  # the head takes its own estimate of the clean bits as one more input
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
@@ -645,6 +647,8 @@ class BitLMHead(nn.Module):
             self.stages = nn.Parameter(torch.zeros(len(config.group_sizes), size))
         else:
             self.in_proj = nn.Linear(config.bits, size, bias=False)
+            if config.self_condition:
+                self.estimate_proj = nn.Linear(config.bits, size, bias=False)
             self.noise_embed = BitLMNoiseEmbedding(size)
         if grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), size))
@@ -658,8 +662,10 @@ class BitLMHead(nn.Module):
         self.final_modulation = nn.Linear(size, 2 * size)
         self.out_proj = nn.Linear(size, outputs, bias=False)
 
-    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None = None) -> Tensor:
         """z float32 [b, n, M, K, B], noisy bits; log_sigma float32 [b, n, M]; hidden [b, n, K, D].
+
+        estimate: float32 [b, n, M, K, B], what an evaluation before took the clean bits for (`self_condition`).
 
         Returns:
             [b, n, M, K, outputs]: what context and the other bits add to what a group's own noisy bits say.
@@ -667,6 +673,8 @@ class BitLMHead(nn.Module):
         sigma = log_sigma.exp()[..., None, None]
         dtype = self.in_proj.weight.dtype
         x = self.in_proj((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
+        if estimate is not None:
+            x = x + self.estimate_proj(estimate.to(dtype))
         if self.posterior.groups:
             x = x + self.posterior.likely(z, sigma).flatten(-2).to(dtype) @ self.values
         context = self.of_block("condition", hidden)[:, :, None]  # [b, n, 1, K, W]
@@ -780,8 +788,16 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         states = self._states(ids, lead)
         logits = None
         if noisy_bits is not None and log_sigma is not None:
-            logits = self.head(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)))
+            logits = self._evaluate(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)))
         return BitLMOutput(last_hidden_state=states, logits=logits)
+
+    def _evaluate(self, z: Tensor, log_sigma: Tensor, states: Tensor) -> Tensor:
+        """The head's answer to noisy bits alone: what it sees of its own estimate is made of them, as in validation."""
+        outputs = self.head(z, log_sigma, states)
+        if not self.config.self_condition:
+            return outputs
+        logits = self.posterior.logits(outputs, z, log_sigma.exp()[..., None, None])
+        return self.head(z, log_sigma, states, self.posterior.mean(logits))
 
     @torch.no_grad()
     def score(
@@ -832,14 +848,14 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         log_sigma = self.noise.log_sigma(stratified_levels(seed, VALIDATION, sequence, block, noise_samples))
         sigma = log_sigma.exp()[..., None, None]
         z = x + sigma * gaussian(seed, VALIDATION, sequence, block, noise_samples, k, bits)
-        logits = self.posterior.logits(self.head(z, log_sigma, states), z, sigma)
+        logits = self.posterior.logits(self._evaluate(z, log_sigma, states), z, sigma)
         error = self.posterior.squared_error(logits, x).sum(-1)  # [b, n, M, K]
         integral = (error / (sigma.square() * self.noise.density(log_sigma)[..., None, None]).squeeze(-1)).mean(2)
 
         lowest = torch.full_like(log_sigma[..., :1], math.log(self.noise.sigma_min))
         sigma = lowest.exp()[..., None, None]
         z = x + sigma * gaussian(seed, RECONSTRUCTION, sequence, block, 1, k, bits)
-        logits = self.posterior.logits(self.head(z, lowest, states), z, sigma)
+        logits = self.posterior.logits(self._evaluate(z, lowest, states), z, sigma)
         reconstruction = self.posterior.cross_entropy(logits, x).sum(-1).squeeze(2)  # [b, n, K]
         return integral + reconstruction + bits / (2.0 * self.noise.sigma_max**2)
 
@@ -933,14 +949,23 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         def noise(i: int) -> Tensor:
             return gaussian(settings.seed, SAMPLING, sequence, block[:, None], 1, k, bits, i)
 
+        estimate = torch.zeros_like(noise(0)) if self.config.self_condition else None  # of the evaluation before
+
         def logits(z: Tensor, log_sigma: Tensor) -> Tensor:
             level = log_sigma.expand(len(z), 1, 1)
-            outputs = self.head(z, level, states)
+            outputs = self.head(z, level, states, estimate)
             if settings.guidance != 1.0:
-                outputs = _guide(outputs, self.head(z, level, torch.zeros_like(states)), settings.guidance)
+                other = self.head(z, level, torch.zeros_like(states), estimate)
+                outputs = _guide(outputs, other, settings.guidance)
             return self.posterior.logits(outputs, z, log_sigma.exp())
 
-        z = SAMPLERS[settings.sampler](lambda z, log_sigma: self.posterior.mean(logits(z, log_sigma)), noise, grid)
+        def denoised(z: Tensor, log_sigma: Tensor) -> Tensor:
+            nonlocal estimate
+            mean = self.posterior.mean(logits(z, log_sigma))
+            estimate = mean if self.config.self_condition else None
+            return mean
+
+        z = SAMPLERS[settings.sampler](denoised, noise, grid)
         final = logits(z, grid[-1])[:, 0, 0]
         return self.posterior.token_scores(final, self.model.code_table).argmax(-1)
 

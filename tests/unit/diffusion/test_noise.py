@@ -7,14 +7,15 @@ import torch
 
 from megatron_bit.config import DiffusionConfig
 from megatron_bit.diffusion.noise import (
+    CONDITION,
     RECONSTRUCTION,
     SAMPLING,
     TRAIN,
     VALIDATION,
     NoiseDistribution,
     bit_flips,
+    chosen,
     gaussian,
-    kept_conditions,
     stratified_levels,
 )
 
@@ -161,18 +162,24 @@ def test_bits_of_the_context_flip_as_often_as_asked():
         assert abs(float((centred * other).mean())) < 4 * 0.16 / math.sqrt(flips.numel())
 
 
-def test_kept_conditions():
-    """As many as asked for, blocks and samples apart from each other, and the same however the work is cut."""
+def test_chosen():
+    """As many as asked for, blocks, samples and levels apart, and the same however the work is cut."""
     sample = torch.arange(2**32 - 150, 2**32 + 150)
-    kept = kept_conditions(SEED, sample, 0, 200, 0.3)
-    assert kept.shape == (200, 300) and kept.dtype == torch.bool
-    assert abs(kept.float().mean() - 0.7) < 4 * (0.21 / kept.numel()) ** 0.5
-    for part in (kept.float().mean(0), kept.float().mean(1)):
-        assert (part - 0.7).abs().max() < 4.5 * (0.21 / (kept.numel() / len(part))) ** 0.5
-    for other in (kept.roll(1, 0), kept.roll(1, 1), kept_conditions(SEED + 1, sample, 0, 200, 0.3)):
-        assert abs((kept.float() - 0.7).mul(other.float() - 0.7).mean()) < 4 * 0.21 / kept.numel() ** 0.5
-    assert torch.equal(kept_conditions(SEED, sample[140:160], 50, 30, 0.3), kept[50:80, 140:160])
-    assert kept_conditions(SEED, sample, 0, 200, 0.0).all()
-    assert (kept | ~kept_conditions(SEED, sample, 0, 200, 0.6)).all(), "who drops at 0.3 drops at 0.6"
-    flips = bit_flips(SEED, sample, 0, 200, 1, 1, 1.0)[..., 0]
-    assert abs((kept.float() - 0.7).mul(flips.float() - flips.float().mean()).mean()) < 0.01
+
+    def pick(probability, seed=SEED, stream=CONDITION, sample=sample, first=0, blocks=100):
+        return chosen(seed, stream, sample, first, blocks, 3, probability)
+
+    taken = pick(0.3)
+    assert taken.shape == (100, 300, 3) and taken.dtype == torch.bool
+    assert abs(taken.float().mean() - 0.3) < 4 * (0.21 / taken.numel()) ** 0.5
+    for dims in ((1, 2), (0, 2), (0, 1)):
+        part = taken.float().mean(dims)
+        assert (part - 0.3).abs().max() < 4.5 * (0.21 / (taken.numel() / len(part))) ** 0.5
+    rolled = (taken.roll(1, dim) for dim in range(3))
+    for other in (*rolled, pick(0.3, seed=SEED + 1), pick(0.3, stream=TRAIN)):
+        assert abs((taken.float() - 0.3).mul(other.float() - 0.3).mean()) < 4 * 0.21 / taken.numel() ** 0.5
+    assert torch.equal(pick(0.3, sample=sample[140:160], first=50, blocks=30), taken[50:80, 140:160])
+    assert not pick(0.0).any() and pick(1.0).all()
+    assert (pick(0.6) | ~taken).all(), "who is chosen at 0.3 is at 0.6"
+    flips = bit_flips(SEED, sample, 0, 100, 1, 1, 1.0)[..., 0]
+    assert abs((taken[..., 0].float() - 0.3).mul(flips.float() - flips.float().mean()).mean()) < 0.01

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_bit.diffusion.noise import kept_conditions
+from megatron_bit.diffusion.noise import CONDITION, ESTIMATE, chosen
+from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import build_optimizer
@@ -16,7 +17,11 @@ VOCAB_SIZE = 1999
 
 
 def batch(config, size=3, first=2**32 - 1, seed=0):
-    tokens = torch.randint(0, VOCAB_SIZE, (size, config.data.seq_length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB_SIZE, (size, config.data.seq_length), generator=generator)
+    if config.model.code == "raw":
+        shape = (size, config.data.seq_length, -(-config.model.bits // 8))
+        tokens = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return TokenBatch(tokens, torch.arange(first, first + size))  # crosses into the index's high word
 
 
@@ -75,12 +80,60 @@ def test_condition_drop(groups, reference, make_config, make_model, kind, block_
     overrides = (f"model.head.kind={kind}", "model.group_bits=4", "diffusion.condition_drop=0.4")
     config = make_config(block_size, 5, *overrides)
     data = batch(config)
-    kept = kept_conditions(config.train.seed, data.sample, 0, 5, 0.4)
-    assert 0 < kept.sum() < kept.numel() and len(kept.unique(dim=0)) > 1 and len(kept.unique(dim=1)) > 1
+    dropped = chosen(config.train.seed, CONDITION, data.sample, 0, 5, 1, 0.4)[..., 0]
+    assert 0 < dropped.sum() < dropped.numel() and len(dropped.unique(dim=0)) > 1 and len(dropped.unique(dim=1)) > 1
     compare(groups, reference, make_model, config)
     model, plain = make_model(config), make_model(make_config(block_size, 5, *overrides[:2]))
     assert (model(data).loss - plain(data).loss).abs() > 1e-4
     assert torch.equal(model.eval()(data).metrics, plain.eval()(data).metrics)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("group_bits", [1, 4])
+def test_self_condition(groups, reference, make_config, make_model, group_bits, block_size):
+    """Shown to some evaluations in training, to all in validation; without it the estimate is not looked at."""
+    overrides = (f"model.group_bits={group_bits}", "diffusion.condition_drop=0.3")
+    config = make_config(block_size, 5, *overrides, "diffusion.self_condition=0.4")
+    data = batch(config)
+    shown = chosen(config.train.seed, ESTIMATE, data.sample, 0, 5, config.diffusion.noise_samples, 0.4)
+    assert 0 < shown.sum() < shown.numel()
+    assert all(len(shown.unique(dim=dim)) > 1 for dim in range(3))
+    compare(groups, reference, make_model, config)
+
+    model, plain = make_model(config), make_model(make_config(block_size, 5, *overrides))
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if n != "head.estimate.weight"})
+    assert (model(data).loss - plain(data).loss).abs() > 1e-5
+    assert (model.eval()(data).loss - plain.eval()(data).loss).abs() > 1e-5
+    with torch.no_grad():
+        model.head.estimate.weight.zero_()
+    assert torch.equal(model.train()(data).loss, plain.train()(data).loss)
+    assert torch.equal(model.eval()(data).metrics, plain.eval()(data).metrics)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.bits=11",),
+        ("model.bits=70", "model.group_bits=7", "diffusion.self_condition=0.5"),
+        ("model.bits=256", "model.group_bits=8", "model.head.kind=chain"),
+    ],
+)
+def test_records(groups, reference, make_config, make_model, overrides):
+    compare(groups, reference, make_model, make_config(3, 5, "model.code=raw", *overrides))
+
+
+def test_a_record_is_its_bits(make_config, make_model):
+    """The same model over ids and over records of the same bits."""
+    ids, raw = make_config(3, 5, "model.bits=11"), make_config(3, 5, "model.bits=11", "model.code=raw")
+    data = batch(ids)
+    words = data.tokens << 5  # 11 bits at the front of 2 bytes
+    records = torch.stack((words >> 8, words & 255), dim=-1).to(torch.uint8)
+    assert torch.equal(make_model(ids)(data).loss, make_model(raw)(data._replace(tokens=records)).loss)
+
+
+def test_self_condition_is_of_a_denoising_head_alone(make_config):
+    with pytest.raises(UserError, match=r"^diffusion.self_condition 0.5 needs a head that denoises, and .* is chain"):
+        make_config(3, 5, "model.head.kind=chain", "diffusion.self_condition=0.5")
 
 
 def compare(groups, reference, make_model, config):
