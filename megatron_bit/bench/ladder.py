@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bit.config import Config
@@ -21,6 +22,7 @@ class Rung:
     overrides: tuple[str, ...]
     headline: bool = False
     text: bool = False
+    extra: bool = False  # run with --all-rungs alone
 
     @property
     def slug(self) -> str:
@@ -52,14 +54,14 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     ]
     rungs += [
         Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
-        Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random")),
+        Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random"), extra=True),
         Rung("chain K=4 g=4 semantic", chain(4, 4, *semantic)),
         Rung("chain K=4 g=1 semantic", chain(4, 1, *semantic)),
-        Rung("chain K=4 g=8 semantic, window 1", (*four, "model.head.window=1")),
-        Rung("chain K=4 g=8 semantic, window 4", (*four, "model.head.window=4")),
-        Rung("chain K=4 g=8 semantic, window 16", (*four, "model.head.window=16")),
-        Rung("chain K=4 g=8 semantic, no prior", (*four, "model.head.prior=false")),
-        Rung("chain K=4 g=8 semantic, block-causal", (*four, "model.attention=block_causal")),
+        Rung("chain K=4 g=8 semantic, window 1", (*four, "model.head.window=1"), extra=True),
+        Rung("chain K=4 g=8 semantic, window 4", (*four, "model.head.window=4"), extra=True),
+        Rung("chain K=4 g=8 semantic, window 16", (*four, "model.head.window=16"), extra=True),
+        Rung("chain K=4 g=8 semantic, no prior", (*four, "model.head.prior=false"), extra=True),
+        Rung("chain K=4 g=8 semantic, block-causal", (*four, "model.attention=block_causal"), extra=True),
         Rung("chain K=4 g=8 semantic, head of 1 layer", (*four, "model.head.num_layers=1")),
         Rung("chain K=4 g=8 semantic, head of 2 layers", (*four, "model.head.num_layers=2")),
         Rung("chain K=4 g=8 semantic, head of 4 layers", (*four, "model.head.num_layers=4")),
@@ -71,8 +73,8 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
         Rung("diffusion K=4 g=8 semantic, self-conditioning", (*eight, "diffusion.self_condition=0.5")),
         Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic)),
-        Rung("diffusion K=4 g=4 semantic", joint(4, 4, *semantic)),
-        Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce")),
+        Rung("diffusion K=4 g=4 semantic", joint(4, 4, *semantic), extra=True),
+        Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce"), extra=True),
         Rung("diffusion K=4 g=1 semantic, direct", joint(4, 1, *semantic, "diffusion.parameterization=direct")),
     ]
     for k in (1, 2, 4, 8):
@@ -80,6 +82,16 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
             Rung(f"diffusion K={k} g=1 {code}", joint(k, 1, f"model.code={code}")) for code in ("binary", "semantic")
         ]
     return rungs
+
+
+def select(rungs: Sequence[Rung], only: Sequence[str], all_rungs: bool) -> list[Rung]:
+    """Those with a part of their name in `only`, or without it all but the extra ones. UserError if there is none."""
+    if not only:
+        return [rung for rung in rungs if all_rungs or not rung.extra]
+    found = [rung for rung in rungs if any(part in rung.name for part in only)]
+    if not found:
+        raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in rungs)}")
+    return found
 
 
 def fit_width(config: Config, target: Config) -> Config:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder, other_parameters
+from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder, other_parameters, select
 from megatron_bit.config import Config, load_config
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
@@ -76,7 +76,8 @@ def main(
     seeds: int,
     jobs: int,
     only: Sequence[str],
-    extra: Sequence[str],
+    all_rungs: bool,
+    settings: Sequence[str],
     as_json: bool,
 ) -> int:
     """Train what is not there yet, and write OUT/quality.md and OUT/quality.json."""
@@ -86,12 +87,10 @@ def main(
     manifest.need_vocabulary("`bench quality`")
     bits = max(1, (manifest.vocab_size - 1).bit_length())
     common = (*SIZES[budget], f"data.path={folder}", f"model.bits={bits}", f"train.steps={steps or STEPS[budget]}")
-    common = (*common, *extra)
+    common = (*common, *settings)
     target = load_config(preset="laptop", overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
     every = ladder(bits, target.model.num_layers + target.model.head.num_layers)
-    rungs = [rung for rung in every if not only or any(part in rung.name for part in only)]
-    if not rungs:
-        raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in every)}")
+    rungs = select(every, only, all_rungs)
     if any("model.code=semantic" in rung.overrides for rung in rungs):
         _learn_code(folder, bits)
     work = [(rung, seed) for rung in rungs for seed in range(seeds if rung.headline else 1)]

@@ -120,6 +120,7 @@ def bench_quality(
     seeds: int = 1,
     jobs: int | None = None,
     only: tuple[str, ...] = (),
+    all_rungs: bool = False,
     json: bool = False,
 ) -> int:
     """Train a ladder of small models that differ in one switch each, and compare them with the softmax peer.
@@ -136,6 +137,7 @@ def bench_quality(
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
         only: rungs whose name contains one of these.
+        all_rungs: also the rungs that say little more than others; half an hour is too short for them on two cores.
         json: print JSON.
     """
     from megatron_bit.bench import quality
@@ -144,7 +146,7 @@ def bench_quality(
         if value is not None and value < 1:
             raise UserError(f"{option} {value} has to be at least 1")
     jobs = jobs or (os.cpu_count() or 1 if budget == "small" else 1)
-    return quality.main(budget, out, data, steps, seeds, jobs, only, args, json)
+    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json)
 
 
 def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:

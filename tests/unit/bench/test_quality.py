@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder
+from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, select
 from megatron_bit.bench.quality import SIZES, Result, main, render
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
@@ -69,10 +69,21 @@ def test_table_holds_mean_range_and_distance():
     assert f"- {chain}: one two" in table
 
 
+def test_which_rungs_run():
+    rungs = ladder(10, 6)
+    default = select(rungs, (), False)
+    assert select(rungs, (), True) == rungs and len(default) < len(rungs)
+    assert {f"{kind} K={k} g=" for kind in ("chain", "diffusion") for k in (1, 2, 4, 8)} <= {
+        rung.name[: rung.name.index("g=") + 2] for rung in default if "g=" in rung.name
+    }
+    windows = select(rungs, ("window",), False)
+    assert [rung.name.split()[-1] for rung in windows] == ["1", "4", "16"] and not set(windows) & set(default)
+
+
 def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two rungs through the real command; the second start finds them finished."""
     extra = ["evaluate.samples=8", "data.seq_length=32", "model.bits=9"]
-    arguments = ("small", tmp_path / "q", tiny_data, 2, 1, 2, ["AR", "g=8 binary"], extra, True)
+    arguments = ("small", tmp_path / "q", tiny_data, 2, 1, 2, ["AR", "g=8 binary"], False, extra, True)
     main(*arguments)
     first = json.loads(capsys.readouterr().out)
     assert [r["rung"] for r in first["results"]] == ["AR softmax", "chain K=4 g=8 binary"]
@@ -83,4 +94,4 @@ def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, c
     assert [r["nats"] for r in again["results"]] == [r["nats"] for r in first["results"]]
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "q" / "runs").rglob("*.jsonl")}
     with pytest.raises(UserError, match="is no rung of the ladder"):
-        main("small", tmp_path / "q", tiny_data, 2, 1, 2, ["nothing"], extra, True)
+        main("small", tmp_path / "q", tiny_data, 2, 1, 2, ["nothing"], False, extra, True)
