@@ -1,4 +1,7 @@
-"""`megatron-bit bench generate`: tokens a second against transformers' Llama of the same shape, in one run."""
+"""`megatron-bit bench generate`: tokens a second against softmax models of the same backbone, in one run.
+
+Two of them, with transformers' cache: what `convert` makes of a run with `model.head.kind=softmax`, and a Llama.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
 from megatron_bit.config import Config
 from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
-from megatron_bit.inference.hf_names import model_arguments
+from megatron_bit.inference.hf_names import model_arguments, softmax_config
+
+PEERS = ("softmax peer", "Llama")
 
 
 def main(
@@ -30,13 +35,14 @@ def main(
     repeats: int,
     as_json: bool,
 ) -> int:
-    """Time both models, untrained (speed does not depend on the weights), in turn; print medians and ratios."""
+    """Time all models, untrained (speed does not depend on the weights), in turn; print medians and ratios."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
     transformers_logging.set_verbosity_error()
-    bitlm, llama = _bitlm(config, vocab_size), _llama(config, vocab_size)
-    models: tuple[Any, Any] = (bitlm, llama)
-    for model in models:
+    bitlm: Any = _bitlm(config, vocab_size)
+    peer_config = softmax_config(config.with_vocab_size(vocab_size))
+    peers = dict(zip(PEERS, (_causal(peer_config), _causal(_llama(peer_config))), strict=True))
+    for model in (bitlm, *peers.values()):
         model.to(device=device, dtype=dtype)
     rows = []
     for batch in batches:
@@ -48,9 +54,10 @@ def main(
             name: lambda how=how, ids=ids: bitlm.generate(ids, max_new_tokens=tokens, eos_token_id=[], **how)
             for name, how in ways.items()
         }
-        runs["Llama"] = lambda ids=ids: llama.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        )
+        for name, peer in peers.items():
+            runs[name] = lambda ids=ids, peer=peer: peer.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+            )
         rows += _measure(runs, batch, tokens, repeats, device)
     result = {
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
@@ -59,7 +66,7 @@ def main(
         f"{config.model.head.kind} head {config.model.head.num_layers} of {config.model.head.hidden_size}, "
         f"{len(config.model.group_sizes)} groups of bits, vocabulary {vocab_size}; "
         f"prompt {prompt}, {tokens} new tokens",
-        "parameters": {"BitLM": _count(bitlm), "Llama": _count(llama)},
+        "parameters": {name: _count(model) for name, model in {"BitLM": bitlm, **peers}.items()},
         "rows": rows,
     }
     print(json.dumps(result, indent=1) if as_json else _table(result))
@@ -72,21 +79,17 @@ def _bitlm(config: Config, vocab_size: int) -> BitLMForCausalLM:
     return model
 
 
-def _llama(config: Config, vocab_size: int) -> Any:
-    m = config.model
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=m.hidden_size,
-            intermediate_size=m.ffn_hidden_size,
-            num_hidden_layers=m.num_layers,
-            num_attention_heads=m.num_heads,
-            num_key_value_heads=m.num_kv_heads,
-            max_position_embeddings=config.data.seq_length,
-        )
-    ).eval()
+def _causal(config: Any) -> Any:
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     return model
+
+
+def _llama(peer: Any) -> LlamaConfig:
+    """Of the same shape as the peer, without what else it has."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (*names, "num_key_value_heads", "max_position_embeddings")
+    return LlamaConfig(**{name: getattr(peer, name) for name in names})
 
 
 def _measure(
@@ -105,16 +108,20 @@ def _measure(
     rows = []
     for name, values in seconds.items():
         rates = [batch * tokens / value for value in values]
-        ratios = [there / here for here, there in zip(values, seconds["Llama"], strict=True)]
+        ratios = {peer: [there / here for here, there in zip(values, seconds[peer], strict=True)] for peer in PEERS}
         rows.append(
             {
                 "batch": batch,
                 "model": name,
-                "tokens_per_second": {"median": statistics.median(rates), "min": min(rates), "max": max(rates)},
-                "over_llama": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+                "tokens_per_second": _spread(rates),
+                "times": {peer: _spread(ratio) for peer, ratio in ratios.items()},
             }
         )
     return rows
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _count(model: torch.nn.Module) -> int:
@@ -124,11 +131,10 @@ def _count(model: torch.nn.Module) -> int:
 def _table(result: dict[str, Any]) -> str:
     parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
     lines = [result["machine"], result["model"], f"parameters: {parameters}", ""]
-    lines.append(f"{'batch':>5}  {'model':16} {'tokens/s':>28}  {'times Llama, pair by pair':>26}")
+    lines.append(f"{'batch':>5}  {'model':16} {'tokens/s':>24}" + "".join(f"  {f'times {peer}':>18}" for peer in PEERS))
     for row in result["rows"]:
-        rate, ratio = row["tokens_per_second"], row["over_llama"]
-        lines.append(
-            f"{row['batch']:>5}  {row['model']:16} {rate['median']:>10.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
-            f"  {ratio['median']:>10.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-        )
+        cells = [(row["tokens_per_second"], 1, 24), *((row["times"][peer], 2, 18) for peer in PEERS)]
+        texts = [(f"{v['median']:.{d}f} ({v['min']:.{d}f}-{v['max']:.{d}f})", width) for v, d, width in cells]
+        first, *rest = (f"{text:>{width}}" for text, width in texts)
+        lines.append(f"{row['batch']:>5}  {row['model']:16} {first}" + "".join(f"  {text}" for text in rest))
     return "\n".join(lines)

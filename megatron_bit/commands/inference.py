@@ -183,12 +183,12 @@ def bench_generate(
     repeats: int = 5,
     json: bool = False,
 ) -> int:
-    """Time generation against transformers' Llama of the same shape, in turn. Both are untrained.
+    """Time generation against softmax models of the same backbone, in turn. All are untrained.
 
     Args:
         args: a YAML file and key=value pairs.
         preset: the model to time.
-        vocab_size: of both models.
+        vocab_size: of all models.
         batch: batch sizes.
         steps: denoising steps a block to try, of a diffusion head; default 8 16 32.
         tokens: new tokens of each text.

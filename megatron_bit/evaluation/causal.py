@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.models import Model
-from megatron_bit.inference.hf_names import Source, WeightsOf, llama_arguments, training_dtype
+from megatron_bit.inference.hf_names import Source, WeightsOf, softmax_config, training_dtype
 
 LONGEST = 2048  # tokens of a row for a model that takes more, or does not say: what a row costs grows with its square
 
@@ -103,9 +103,9 @@ def _draw(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
 def from_checkpoint(path: Path, checkpoint: Path, data: str | None, weights: WeightsOf) -> CausalModel:
     """A softmax run of ours as the Qwen3 or Llama that `convert` would make of it, in memory."""
     source = Source(checkpoint, data, weights)
-    kind, tokenizer = "Qwen3" if source.config.model.qk_norm else "Llama", Tokenizer(source.manifest.tokenizer_path)
-    config = getattr(transformers, f"{kind}Config")(**llama_arguments(source.config))
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(training_dtype(source.config))
+    tokenizer = Tokenizer(source.manifest.tokenizer_path)
+    model = transformers.AutoModelForCausalLM.from_config(softmax_config(source.config))
+    model = model.to(training_dtype(source.config))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in source.tensors():

@@ -21,7 +21,7 @@ from mbit_data.tokenizer import Tokenizer
 
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder
-from megatron_bit.inference.hf_names import CODE_TABLE, Source, WeightsOf, llama_arguments, model_arguments
+from megatron_bit.inference.hf_names import CODE_TABLE, Source, WeightsOf, model_arguments, softmax_config
 from megatron_bit.inference.safetensors_stream import Spec, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,9 +132,8 @@ def _write_llama(source: Source, folder: Path, common: dict[str, Any], tokenizer
     import transformers
     from tokenizers.processors import TemplateProcessing
 
-    kind, eos = "Qwen3" if source.config.model.qk_norm else "Llama", common["eos_token_id"]
-    arguments = {**llama_arguments(source.config), **common, "bos_token_id": eos}
-    made = getattr(transformers, f"{kind}Config")(**arguments, architectures=[f"{kind}ForCausalLM"])
+    eos = common["eos_token_id"]
+    made = softmax_config(source.config, **common, bos_token_id=eos)
     made.rope_theta = source.config.model.rope_base  # where transformers 4 looks for it; 5 has rope_parameters
     made.save_pretrained(folder)
     generation = transformers.GenerationConfig(

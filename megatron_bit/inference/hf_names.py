@@ -265,10 +265,15 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
     }
 
 
-def llama_arguments(config: Config) -> dict[str, object]:
-    """Keyword arguments of transformers' LlamaConfig and Qwen3Config, for a softmax model."""
-    m = config.model
-    return {
+def softmax_config(config: Config, **more: Any) -> Any:
+    """What a softmax model is in transformers: a Qwen3Config, or a LlamaConfig without norms of queries and keys.
+
+    The vocabulary has to be known. more: further keyword arguments of it.
+    """
+    import transformers
+
+    m, kind = config.model, "Qwen3" if config.model.qk_norm else "Llama"
+    arguments = {
         "vocab_size": m.vocab_size,
         "hidden_size": m.hidden_size,
         "intermediate_size": m.ffn_hidden_size,
@@ -281,7 +286,9 @@ def llama_arguments(config: Config) -> dict[str, object]:
         "rope_theta": m.rope_base,
         "tie_word_embeddings": False,
         "initializer_range": m.init_std,
+        "architectures": [f"{kind}ForCausalLM"],
     }
+    return getattr(transformers, f"{kind}Config")(**{**arguments, **more})
 
 
 def training_dtype(config: Config) -> torch.dtype:

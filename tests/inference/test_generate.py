@@ -171,7 +171,7 @@ def test_guidance_of_the_head_s_outputs_before_they_become_probabilities(name, g
         calls = calls[len(it.model.config.group_sizes) :]  # the prompt's are not guided
     for (given, said), (other, without) in zip(calls[::2], calls[1::2], strict=True):
         assert torch.equal(given[1 if chain else 0], other[1 if chain else 0]) and given[2].any()
-        assert not other[2].any() and (not chain or other[3] is None)
+        assert not other[2].any() and (not chain or other[4] is None)
         assert not torch.equal(said, without)
 
 

@@ -680,7 +680,7 @@ class BitLMHead(nn.Module):
         context = self.of_block("condition", hidden)[:, :, None]  # [b, n, 1, K, W]
         condition = F.silu(self.noise_embed(log_sigma)[:, :, :, None] + context)
         rows = (x + context + self.position).flatten(0, 2)  # [b n M, K, W]
-        out = self._layers(rows, condition.flatten(0, 2)).view(*z.shape[:-1], -1)
+        out = self._layers(rows, self._modulation(condition.flatten(0, 2))).view(*z.shape[:-1], -1)
         return out + self.of_block("prior", hidden)[:, :, None] if self.config.head_prior else out
 
     def stage(
@@ -688,6 +688,7 @@ class BitLMHead(nn.Module):
         stage: int,
         known: Tensor,
         context: Tensor,
+        modulation: tuple[Tensor, Tensor],
         prior: Tensor | None,
         place: Tensor,
         position: Tensor,
@@ -697,37 +698,48 @@ class BitLMHead(nn.Module):
 
         Args:
             known: [b, s, W], embeddings of the token before and of the groups before this one.
+            modulation: this stage's of `modulations`.
             context, prior: [b, s, W] and [b, s, outputs], what `of_block` says of the states.
             place: int64 [s], each token's place in its block.
             position: int64 [b, s], in the text; below 0 is padding and seen by nobody.
             past: for each layer what this stage has of the tokens before; takes these in.
         """
         groups = len(self.config.group_sizes)
-        rows, condition = known + context + self.position[place], F.silu(self.stages[stage] + context)
         weight = self.out_proj.weight.unflatten(0, (groups, -1))[stage]
-        logits = self._layers(rows, condition, weight, position, past)
+        logits = self._layers(known + context + self.position[place], modulation, weight, position, past)
         if prior is not None:
             logits = logits + prior.unflatten(-1, (groups, -1))[..., stage, :]
         return logits[..., : 2 ** self.config.group_sizes[stage]].float().log_softmax(-1)
 
+    def modulations(self, context: Tensor, stages: slice) -> list[tuple[Tensor, Tensor]]:
+        """Each stage's modulation of the layers and of the last norm, [b, s, 6 W] and [b, s, 2 W], for `stage`.
+
+        They do not depend on what is drawn: a block's are made at once, with one reading of the weights.
+        """
+        layers, last = self._modulation(F.silu(self.stages[stages, None, None] + context))
+        return list(zip(layers, last, strict=True))
+
+    def _modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        return self.modulation(condition), self.final_modulation(condition)
+
     def _layers(
         self,
         rows: Tensor,
-        condition: Tensor,
+        modulation: tuple[Tensor, Tensor],
         weight: Tensor | None = None,
         position: Tensor | None = None,
         past: list[list[Tensor]] | None = None,
     ) -> Tensor:
-        """rows and condition [r, s, W] to outputs [r, s, outputs] (by the rows `weight` of the projection)."""
-        modulation = self.modulation(condition).chunk(6, dim=-1)
+        """rows [r, s, W] and their modulation to outputs [r, s, outputs] (by the rows `weight` of the projection)."""
+        each, last = modulation[0].chunk(6, dim=-1), modulation[1]
         slide: tuple[Any, ...] = ()
         if position is not None:
             head_dim = self.config.head_hidden_size // self.config.head_num_attention_heads
             slide = (*_rope(position, head_dim, self.config.rope_theta, rows.dtype), position)
         for i, layer in enumerate(self.layers):
             own = (*slide, None if past is None else past[i]) if slide else ()
-            rows = layer(rows, modulation, *own)
-        shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
+            rows = layer(rows, each, *own)
+        shift, gain = last.chunk(2, dim=-1)
         return F.linear(_modulate(rows, shift, gain), self.out_proj.weight if weight is None else weight)
 
     def of_block(self, name: str, hidden: Tensor) -> Tensor:
@@ -1180,7 +1192,8 @@ class _Chain:
         own = _look_up(self.head.values, values)
         known, nats = self._before(ids.roll(1, 1), position > 0), torch.zeros(ids.shape, device=ids.device)
         for stage, past in enumerate(self.past):
-            log_p = self.head.stage(stage, known, context, prior, place, position, past)
+            (modulation,) = self.head.modulations(context, slice(stage, stage + 1))
+            log_p = self.head.stage(stage, known, context, modulation, prior, place, position, past)
             nats = nats - log_p.gather(-1, values[..., stage, None]).squeeze(-1)
             known = known + own[..., stage, :]
         return nats
@@ -1207,17 +1220,23 @@ class _Chain:
         uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
         before = tokens[:, -1:] if tokens.shape[1] else torch.zeros(b, 1, dtype=torch.int64, device=device)
         free, nothing = [[[*layer] for layer in stage] for stage in self.past], torch.zeros_like(context[:, :1])
+        modulations, guided = self.head.modulations(context, slice(None)), settings.guidance != 1.0
+        unconditional = self.head.modulations(nothing, slice(None)) if guided else []
         ids: list[Tensor] = []
         for i in range(k):
             here, known = slice(i, i + 1), self._before(before, position[:, i : i + 1] > 0)
             left = torch.ones(b, len(self.table), dtype=torch.bool, device=device)  # tokens that can still come
             for stage in range(groups):
                 place, rest = torch.tensor([i], device=device), None if prior is None else prior[:, here]
+                layers, last = modulations[stage]
                 log_p = self.head.stage(
-                    stage, known, context[:, here], rest, place, position[:, here], self.past[stage]
+                    stage, known, context[:, here], (layers[:, here], last[:, here]), rest, place, position[:, here],
+                    self.past[stage],
                 )[:, 0]  # fmt: skip
-                if settings.guidance != 1.0:  # the same of log-probabilities as of logits, but for a constant
-                    other = self.head.stage(stage, known, nothing, None, place, position[:, here], free[stage])[:, 0]
+                if guided:  # the same of log-probabilities as of logits, but for a constant
+                    other = self.head.stage(
+                        stage, known, nothing, unconditional[stage], None, place, position[:, here], free[stage]
+                    )[:, 0]
                     log_p = _guide(log_p, other, settings.guidance).log_softmax(-1)
                 count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
                 count.scatter_add_(1, self.table[:, stage].expand(b, -1), left.int())
