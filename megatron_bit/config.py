@@ -301,6 +301,10 @@ class CheckpointConfig(Section):
     """Write while training goes on, which waits only for the copy out of the device. The last save is waited for."""
     initial: bool = False
     """Also save the untrained model, as step 0; it is never deleted."""
+    mirror: str = ""
+    """A URL (what fsspec reads: s3://bucket/run, gs://..., file:///...) that every checkpoint is copied to in the
+    background, and from which a start fetches the newest if the run folder has none as new. One URL for each run.
+    Copies are kept as `keep` and `keep_every` say; at the end the newest has to be there."""
 
 
 class LogConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
 from megatron_bit.checkpoint.init_from import init_from
 from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, newest_undamaged
+from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
@@ -24,7 +26,7 @@ from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
-from megatron_bit.run_folder import claim, identity, record_start
+from megatron_bit.run_folder import claim, compare, identity, record_start
 from megatron_bit.run_lock import RunLock
 from megatron_bit.state import TrainState
 from megatron_bit.trainer import Trainer
@@ -58,9 +60,15 @@ def build(config: Config, groups: Groups) -> Trainer:
     mine = identity(config, manifest, chunks[0].code_table)
     lock = RunLock(Path(config.run))
     on_rank0(functools.partial(claim, config, mine, lock))
+    mirror = None
+    if config.checkpoint.mirror:
+        mirror = Mirror(config.checkpoint.mirror, config.checkpoint.keep, config.checkpoint.keep_every)
+        on_rank0(functools.partial(_fetch, mirror, Path(config.run) / "checkpoints", mine))
     start = time.perf_counter()
     checkpoint = newest_undamaged(Path(config.run) / "checkpoints", groups)
     verified = time.perf_counter() - start
+    if mirror is not None and checkpoint is not None:
+        on_rank0(functools.partial(mirror.catch_up, checkpoint))
     meta = on_rank0(functools.partial(record_start, config, mine, checkpoint))
     config = config.with_vocab_size(manifest.vocab_size)  # not before: RUN/config.yaml is what was asked for
     optimizer = build_optimizer(config, chunks, groups)
@@ -81,7 +89,7 @@ def build(config: Config, groups: Groups) -> Trainer:
         begin = f"continuing {checkpoint} at step {state.step}{took}" if checkpoint else "a new run"
         begin += f" from {taken}" if taken else ""
         print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
-    callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback())
+    callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback(mirror))
     return Trainer(config, groups, manifest, optimizer, state, callbacks, mine, lock)
 
 
@@ -89,6 +97,13 @@ def open_data(config: Config) -> Manifest:
     """The manifest, its files checked once by rank 0."""
     on_rank0(functools.partial(_check_data, config))
     return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
+
+
+def _fetch(mirror: Mirror, root: Path, mine: dict[str, Any]) -> None:
+    mirror.open()
+    line = mirror.fetch_newer(root, mine, compare)
+    if line:
+        print(line, flush=True)
 
 
 def open_code(config: Config, manifest: Manifest) -> Tensor | None:

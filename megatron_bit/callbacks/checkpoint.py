@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.writer import CheckpointWriter
 from megatron_bit.model.chunk import noise_tables
 from megatron_bit.trainer import Callback, Trainer
@@ -10,10 +11,15 @@ from megatron_bit.trainer import Callback, Trainer
 class CheckpointCallback(Callback):
     """Saves in the background, and marks a finished run; the last save of a start is waited for."""
 
+    def __init__(self, mirror: Mirror | None) -> None:
+        """mirror: opened on rank 0, if the configuration names one."""
+        self._mirror = mirror
+
     def start(self, trainer: Trainer) -> None:
         c = trainer.config.checkpoint
         patience = 0.9 * 60 * trainer.config.parallel.timeout_minutes  # the others wait for us in a collective
-        self._writer = CheckpointWriter(trainer.run / "checkpoints", c.keep, c.keep_every, patience, trainer.groups)
+        root = trainer.run / "checkpoints"
+        self._writer = CheckpointWriter(root, c.keep, c.keep_every, patience, trainer.groups, self._mirror)
         self._mark(trainer)  # continued with nothing left to do
         if c.initial and trainer.state.step == 0:
             self._save(trainer)
@@ -27,7 +33,10 @@ class CheckpointCallback(Callback):
             self._save(trainer)
         if trainer.stopping:
             writer.wait(required=True)
+            if not trainer.preempted:  # no time for that; the next start catches up
+                writer.finish()
             self._mark(trainer)
+        writer.tell()
         trainer.votes = writer.votes
 
     def _save(self, trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +193,18 @@ def remove(folder: Path) -> None:
     shutil.rmtree(deleted, ignore_errors=True)
 
 
-def prune(root: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep`, those at multiples of `keep_every` (0: none) and the untrained one."""
-    for folder in complete(root)[:-keep]:
-        step = step_of(folder)
-        if step == 0 or (keep_every and step % keep_every == 0):
-            continue
-        remove(folder)
+def superfluous(names: Sequence[str], keep: int, keep_every: int) -> list[str]:
+    """Of checkpoints' names, oldest first: all but the newest `keep`, those at multiples of `keep_every` (0: none) and
+    the untrained one."""
+    steps = {name: step_of(Path(name)) for name in names[:-keep]}
+    return [name for name, step in steps.items() if step and not (keep_every and step % keep_every == 0)]
+
+
+def prune(root: Path, keep: int, keep_every: int, needed: Collection[Path] = ()) -> None:
+    """Delete what is superfluous and not needed."""
+    for name in superfluous([folder.name for folder in complete(root)], keep, keep_every):
+        if root / name not in needed:
+            remove(root / name)
 
 
 def names(folders: Sequence[Path]) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bit.checkpoint import folder as folders
+from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.save import Snapshot, snapshot, write_rank
 from megatron_bit.errors import UserError
 from megatron_bit.optim.optimizer import Optimizer
@@ -35,13 +36,17 @@ class Votes(NamedTuple):
 class CheckpointWriter:
     """At most one save in flight. All ranks call `start`, `poll` and `wait` at the same steps."""
 
-    def __init__(self, root: Path, keep: int, keep_every: int, patience: float, groups: Groups) -> None:
+    def __init__(
+        self, root: Path, keep: int, keep_every: int, patience: float, groups: Groups, mirror: Mirror | None
+    ) -> None:
         """
         Args:
             root: folder of the checkpoints, seen by all ranks.
             keep, keep_every: which older ones stay (folder.prune).
             patience: seconds to wait for a write that has to end before the run can go on.
+            mirror: where rank 0 has committed checkpoints copied to.
         """
+        self._mirror = mirror
         self._root, self._keep, self._keep_every = root, keep, keep_every
         self._patience, self._groups = patience, groups
         self._buffers: dict[str, Tensor] = {}
@@ -118,6 +123,24 @@ class CheckpointWriter:
             return
         self._done()
 
+    def finish(self) -> None:
+        """Wait for the copy of the last save; UserError on all ranks if it failed."""
+        if self._mirror is not None:
+            on_rank0(self._mirrored)
+
+    def _mirrored(self) -> None:
+        assert self._mirror is not None
+        try:
+            self._mirror.finish(self._patience)
+        finally:
+            self.tell()
+
+    def tell(self) -> None:
+        """Rank 0: print what the mirror has to say."""
+        if self._mirror is not None:
+            for line in self._mirror.news():
+                print(line, flush=True)
+
     @property
     def _temporary(self) -> Path:
         return self._final.with_suffix(folders.TEMPORARY)
@@ -177,7 +200,9 @@ class CheckpointWriter:
         self._thread.join()  # it has said its last word
         self._state, self._failures = "idle", 0
         if self._groups.rank == 0:
-            folders.prune(self._root, self._keep, self._keep_every)
+            if self._mirror is not None:
+                self._mirror.put(self._final)
+            folders.prune(self._root, self._keep, self._keep_every, self._mirror.needed if self._mirror else ())
             print(f"saved {self._final} in {self._seconds:.1f} s (training waited {self._stall:.2f} s)", flush=True)
 
     def _report(self, error: UserError, required: bool = False) -> None:
