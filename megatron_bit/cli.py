@@ -14,6 +14,19 @@ from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import bench_prepare, inspect, prepare, verify
 from megatron_bit.commands.evaluation import evaluate
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
+from megatron_bit.commands.slurm import (
+    cancel,
+    chain,
+    cluster,
+    cluster_boot,
+    cluster_crash,
+    cluster_down,
+    cluster_up,
+    logs,
+    resume,
+    status,
+    submit,
+)
 from megatron_bit.commands.training import bench_quality, bench_step, config, demo, doctor, train
 from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, Stopped, UserError
 
@@ -44,6 +57,13 @@ COMMANDS = {
     "data": data,
     "checkpoint": checkpoint,
     "bench": bench,
+    "submit": submit,
+    "chain": chain,
+    "status": status,
+    "logs": logs,
+    "cancel": cancel,
+    "resume": resume,
+    "cluster": cluster,
     "config": config,
     "doctor": doctor,
     "demo": demo,
@@ -56,6 +76,7 @@ GROUPS = {
         "diff": checkpoint_diff,
         "rm": checkpoint_rm,
     },
+    "cluster": {"up": cluster_up, "down": cluster_down, "crash": cluster_crash, "boot": cluster_boot},
     "bench": {"step": bench_step, "quality": bench_quality, "generate": bench_generate, "prepare": bench_prepare},
 }
 
@@ -96,7 +117,7 @@ def _dispatch(argv: list[str]) -> int:
     else:
         group, prog = COMMANDS, "megatron-bit"
         about = "Pretrain language models that write tokens as bits, K at a time."
-    if argv and argv[0] in ("train", "step"):
+    if argv and argv[0] in ("train", "step", "submit", "chain", "resume"):
         argv = _positional_first(argv)
     return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv)
 

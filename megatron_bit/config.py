@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -404,7 +404,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
-        tree = _read_yaml(Path(path))
+        instead = f"give a YAML file, or --preset {'|'.join(preset_names())}"
+        tree = read_yaml(Path(path), "configuration", instead)
         named = tree.pop("preset", None)
         preset = preset or named
         layers.append((str(path), tree))
@@ -423,20 +424,38 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
 
 def config_from_dict(tree: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:
     """Validate a plain tree; UserError with one line on the first thing that is wrong."""
+    return validated(Config, tree, origin or {})
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(section: type[S], tree: Mapping[str, Any], origin: Mapping[str, str], prefix: str = "") -> S:
+    """`tree` as a `section`, whose keys a message shows behind `prefix`; UserError on the first thing that is wrong.
+
+    Args:
+        origin: where the dotted keys were set.
+    """
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         problems = error.errors()
         first = problems[0]
         key = ".".join(str(part) for part in first["loc"])
-        source = _origin(key, origin or {})
+        source = _origin(key, origin)
         message = first["msg"].removeprefix("Value error, ")
         value = first.get("input")
         if first["type"] == "value_error":  # a check between keys: the message names them
-            where = f"{key}: " if key else ""
+            where = f"{prefix}{key}: " if key else ""
             text = f"{where}{message}"
+        elif first["type"] == "extra_forbidden":
+            names = [name for name, _ in leaves(section)]
+            close = difflib.get_close_matches(key, names, n=1) or names
+            where = f" ({source})" if source else ""
+            text = f"{prefix}{key}{where} is no key here; did you mean {' or '.join(prefix + name for name in close)}?"
         else:
-            text = f"{key} = {value!r}{f' ({source})' if source else ''}: {message[:1].lower()}{message[1:]}"
+            where = f" ({source})" if source else ""
+            text = f"{prefix}{key} = {value!r}{where}: {message[:1].lower()}{message[1:]}"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(text + more) from None
 
@@ -446,25 +465,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
-    except FileNotFoundError:
-        raise UserError(
-            f"configuration {path} does not exist; give a YAML file, or --preset {'|'.join(preset_names())}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"configuration {path} has to be a mapping of keys, not {type(tree).__name__}")
-    return tree
-
-
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.constructor.BaseConstructor):
     """Refuses a key that is given twice; YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -479,6 +480,33 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class SafeYaml(_UniqueKeys, yaml.SafeLoader):
+    """Numbers are numbers, true is true."""
+
+
+class TextYaml(_UniqueKeys, yaml.BaseLoader):
+    """Every value is the text that stands there."""
+
+
+def read_yaml(
+    path: Path, what: str, instead: str, loader: type[SafeYaml] | type[TextYaml] = SafeYaml
+) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError, which calls it `what`, and says `instead` if it does not exist."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # both are safe
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist; {instead}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not tree:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{what} {path} has to be a mapping of keys, not {type(tree).__name__}")
+    return tree
 
 
 def _parse_override(item: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_bit.callbacks.checkpoint import CheckpointCallback
 from megatron_bit.callbacks.evaluate import EvaluateCallback
+from megatron_bit.callbacks.heartbeat import HeartbeatCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
 from megatron_bit.checkpoint.init_from import init_from
@@ -89,7 +90,10 @@ def build(config: Config, groups: Groups) -> Trainer:
         begin = f"continuing {checkpoint} at step {state.step}{took}" if checkpoint else "a new run"
         begin += f" from {taken}" if taken else ""
         print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
-    callbacks = (PreemptCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback(mirror))
+    # the heartbeat first: a step is done before what follows it is, and a hang there is one after that step
+    callbacks = (
+        PreemptCallback(), HeartbeatCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback(mirror),
+    )  # fmt: skip
     return Trainer(config, groups, manifest, optimizer, state, callbacks, mine, lock)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from pathlib import Path
@@ -82,6 +83,7 @@ def train(
         return run_local(["train", *args, *(["--preset", preset] if preset else [])], nproc)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the first step there is nothing to save
         signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
+    faulthandler.register(signal.SIGUSR2)  # a rank that hangs says where: the launcher's watchdog asks all of them
     # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatron_bit import train as job

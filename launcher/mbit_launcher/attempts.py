@@ -1,0 +1,198 @@
+"""Attempts of a submission: their record, and whether another one follows. Decides from files alone; job.sh asks SLURM.
+
+    python -m mbit_launcher.attempts begin SUBMISSION ATTEMPT JOB NODES       exit code 0: go, 3: nothing to do
+    python -m mbit_launcher.attempts end SUBMISSION ATTEMPT STATUS STATE ASKED
+        exit code 0: over, 1: over and failed, 85: once more
+
+STATUS is srun's exit code, STATE the job's in squeue, ASKED 1 if SLURM (or STOP) asked the attempt to save and leave.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.config import Config
+from megatron_bit.errors import EXIT_PREEMPTED
+
+from . import heartbeats
+from .failures import first_failure
+from .submission import Submission, append_line, read_lines
+
+OVER, FAILED, NOTHING_TO_DO, AGAIN = 0, 1, 3, EXIT_PREEMPTED
+BAD_NODES_IN_A_ROW = 3  # then it is the profile that asks too much, and not the nodes
+HUNG, BAD_NODES = "hung", "bad_nodes"  # files in the attempt's log folder: what watch.py and preflight.py have found
+
+
+@dataclass
+class Attempt:
+    attempt: str  # "JOB.RESTART"
+    job: str
+    nodes: str
+    begin: float
+    from_step: int
+    end: float | None = None
+    step: int | None = None  # the furthest that it got to
+    outcome: str | None = None
+    """finished, stop_at, stopped (STOP file), asked (time limit, preemption: saved), crashed, hung, preflight (a bad
+    node), taken (SLURM had ended the job: scancel, or a node was lost), lost (it never said how it ended)"""
+    reason: str = ""
+    again: bool = True  # whether another attempt follows
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome in ("crashed", "hung")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known when an attempt has ended."""
+
+    step: int
+    finished: bool = False
+    stop_at: bool = False  # train.stop_at is reached
+    stop_file: bool = False
+    taken: str = ""  # the job's state, if SLURM does not run it any more
+    asked: bool = False
+    hung: str = ""  # what the watchdog saw
+    bad_nodes: str = ""  # what the preflight check found
+    status: int = 0
+    error: str = ""  # the first failing rank's own words
+
+
+def decide(history: Sequence[Attempt], facts: Facts, max_restarts: int) -> tuple[str, str, bool]:
+    """(outcome, reason, whether another attempt follows) of the attempt after `history`."""
+    if facts.finished:
+        return "finished", "all steps are done", False
+    if facts.stop_file:
+        return "stopped", f"a STOP file; saved at step {facts.step}" if facts.asked else "a STOP file", False
+    if facts.stop_at:
+        return "stop_at", f"step {facts.step} is train.stop_at", False
+    if facts.taken:
+        return "taken", f"SLURM ended it ({facts.taken}): scancel, or a lost node", True
+    if facts.bad_nodes:
+        outcome, reason = "preflight", facts.bad_nodes
+    elif facts.hung:
+        outcome, reason = "hung", facts.hung
+    elif facts.asked:
+        outcome, reason = "asked", f"time limit or preemption; step {facts.step}"
+    else:
+        what = facts.error or f"the step ended with exit code {facts.status}, and no rank said why"
+        outcome, reason = "crashed", f"after step {facts.step}: {what}"
+    if outcome in ("crashed", "hung") and any(a.failed and a.step == facts.step for a in history):
+        return outcome, f"{reason}; the second time after step {facts.step}, so not tried again", False
+    row = BAD_NODES_IN_A_ROW - 1
+    if outcome == "preflight" and len(history) >= row and all(a.outcome == "preflight" for a in history[-row:]):
+        return outcome, f"{reason}; {row + 1} times in a row: is the profile right?", False
+    if len(history) >= max_restarts:
+        return outcome, f"{reason}; max_restarts {max_restarts} reached", False
+    return outcome, reason, True
+
+
+def read(path: Path) -> list[Attempt]:
+    """The attempts in attempts.jsonl, in order; one that was begun and not ended has no outcome."""
+    found: dict[str, Attempt] = {}
+    for record in read_lines(path):
+        if record["attempt"] in found:
+            vars(found[record["attempt"]]).update(record)
+        else:
+            found[record["attempt"]] = Attempt(**record)
+    return list(found.values())
+
+
+def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:
+    """Write down that an attempt begins, and how the one before has ended, if it could not say so itself."""
+    history = read(submission.attempts)
+    if history and history[-1].outcome is None:
+        last = history[-1]
+        step = _furthest(submission.run, last.attempt, last.from_step)
+        _end(submission, last.attempt, step, "lost", f"a node was lost, or SLURM took it, at step {step}", True)
+    profile, config = submission.profile(), submission.config()
+    why = ""
+    if _finished(submission.run, config):
+        why = "finished: all steps are done"
+    elif (submission.run / "STOP").exists():
+        why = f"{submission.run / 'STOP'} is there; `megatron-bit resume` removes it"
+    elif history and not history[-1].again:
+        why = f"ended for good: {history[-1].reason}"
+    elif len(history) > profile.max_restarts:
+        why = f"max_restarts {profile.max_restarts} reached"
+    if why:
+        _say(f"nothing to do: {why}")
+        return NOTHING_TO_DO
+    step = _newest(submission.run)
+    append_line(submission.attempts, asdict(Attempt(attempt, job, nodes, time.time(), step)))
+    _say(f"attempt {attempt} ({len(history)} before it) on {nodes}, from step {step}")
+    return OVER
+
+
+def end(submission: Submission, attempt: str, status: int, state: str, asked: bool) -> int:
+    """Write down how an attempt ended, and decide whether another one follows."""
+    history = read(submission.attempts)
+    this = next(a for a in history if a.attempt == attempt)
+    run, config, logs = submission.run, submission.config(), submission.logs / attempt
+    failure = first_failure(logs)
+    stop_at = config.train.stop_at
+    facts = Facts(
+        step=_furthest(run, attempt, this.from_step),
+        finished=_finished(run, config),
+        stop_at=stop_at is not None and _newest(run) >= stop_at,
+        stop_file=(run / "STOP").exists(),
+        taken="" if state == "RUNNING" else state or "no longer there",
+        asked=asked,
+        hung=_text(logs / HUNG),
+        bad_nodes=_text(logs / BAD_NODES),
+        status=status,
+        error=str(failure) if failure else "",
+    )
+    before = [a for a in history if a.attempt != attempt]
+    outcome, reason, again = decide(before, facts, submission.profile().max_restarts)
+    _end(submission, attempt, facts.step, outcome, reason, again)
+    if again:
+        return AGAIN
+    return OVER if outcome in ("finished", "stopped", "stop_at") else FAILED
+
+
+def _end(submission: Submission, attempt: str, step: int, outcome: str, reason: str, again: bool) -> None:
+    record: dict[str, Any] = {"attempt": attempt, "end": time.time(), "step": step}
+    append_line(submission.attempts, {**record, "outcome": outcome, "reason": reason, "again": again})
+    _say(f"attempt {attempt}: {outcome}: {reason}")
+
+
+def _newest(run: Path) -> int:
+    """Step of the newest complete checkpoint; 0 without one."""
+    found = complete(run / "checkpoints")
+    return step_of(found[-1]) if found else 0
+
+
+def _finished(run: Path, config: Config) -> bool:
+    """A marker alone may be of an earlier, shorter training of the same folder."""
+    return (run / "FINISHED").exists() and _newest(run) >= config.train.steps
+
+
+def _furthest(run: Path, attempt: str, least: int) -> int:
+    return max([least, *(beat.step for beat in heartbeats.read(run, attempt))])
+
+
+def _text(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(errors="replace").split())
+    except OSError:
+        return ""
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    what, folder, *words = sys.argv[1:]
+    if what == "begin":
+        sys.exit(begin(Submission(Path(folder)), *words))
+    attempt, status, state, asked = words
+    sys.exit(end(Submission(Path(folder)), attempt, int(status), state, asked == "1"))

@@ -1,0 +1,145 @@
+# ---------------------------------------------------------------- the same for every job from here on
+# Starts one attempt, waits for it, and goes back into the queue until the run is finished. What to do is decided by
+# modules of mbit_launcher, from files in the run folder; this script talks to SLURM and passes signals on.
+set -uo pipefail  # no -e: what fails is looked at
+
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || submission=${submissions[$SLURM_ARRAY_TASK_ID]}
+attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+logs=$submission/logs/$attempt
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+nodes=$(IFS=,; echo "${hosts[*]}")
+
+export SLURM_EXPORT_ENV=ALL  # sbatch got --export=NONE, which would empty the environment of srun's tasks, too
+export MASTER_ADDR=${hosts[0]}
+export MASTER_PORT=$(( 20000 + SLURM_JOB_ID % 10000 ))  # below the ephemeral ports; two jobs on a host differ
+threads=$(( ${SLURM_CPUS_PER_TASK:-1} / ranks_per_node ))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
+export MBIT_ATTEMPT=$attempt PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export PYTHONSAFEPATH=1  # `python -m` would put the working folder on sys.path, and a checkout has a folder kernels/
+
+say() { echo "$(date '+%F %T') $*"; }
+
+each_node=(--ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append "${container[@]}")
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || each_node+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+here=()  # in front of what runs on this node alone
+(( ${#container[@]} == 0 )) || here=(srun --overlap --nodes=1 --ntasks=1 "--nodelist=$SLURMD_NODENAME" "${container[@]}")
+launcher() { "${here[@]}" "$python" -m "mbit_launcher.$1" "${@:2}"; }
+
+# bash's `wait` returns early when a trap has run: wait until the process is gone.
+wait_for() {
+    local status
+    while true; do
+        status=0
+        wait "$1" || status=$?
+        kill -0 "$1" 2>/dev/null || return "$status"
+    done
+}
+
+# What the one task of each node runs: torchrun, whose ranks write RUN/slurm/.../rank-00003.NODE.log.
+#
+# The ranks have to get signals; torchrun must not, it dies of USR1 and takes the ranks with it. What a signal to a
+# SLURM step reaches depends on the cluster: with proctrack/cgroup only the task, this shell; with proctrack/linuxproc
+# or pgid every process below it. Both are covered:
+# - torchrun is started with USR1 and USR2 ignored; the ranks inherit that until they install their own handlers.
+# - this shell passes signals on to the children of its own torchrun. These are the ranks, by parent, so that no other
+#   job of yours on this node can be meant. A rank that gets USR1 twice only sets its flag twice.
+# Once asked to stop, the ranks save and exit with 85, of which torchrun makes a failure: it is none, so return 0, or
+# --kill-on-bad-exit would kill the nodes that are still writing.
+on_node() {
+    local agent asked=0 status=0
+    trap '' USR1 USR2
+    # shellcheck disable=SC2016  # for the shell of each rank
+    "$python" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
+        --nproc-per-node="$ranks_per_node" --rdzv-backend=static --master-addr="$MASTER_ADDR" \
+        --master-port="$MASTER_PORT" --max-restarts=0 --no-python \
+        bash -c 'exec "$@" >>"$(printf "%s/rank-%05d.%s.log" "$0" "$RANK" "$SLURMD_NODENAME")" 2>&1' "$logs" \
+        "$python" -m megatron_bit train "$submission/config.yaml" &
+    agent=$!
+    trap 'asked=1; pkill -USR1 -P "$agent"' USR1
+    trap 'asked=1; pkill -TERM -P "$agent"' TERM  # scancel and preemption: save as well, if the cluster leaves the time
+    trap 'pkill -USR2 -P "$agent"; sleep 3; pkill -KILL -P "$agent"' USR2  # they hang: stacks, and the end
+    wait_for "$agent" || status=$?
+    (( asked )) || return "$status"
+}
+
+# Back into the queue, without the nodes that are known to be bad.
+again() {
+    if (( ! requeue )); then
+        say "the next job of the chain goes on"
+        exit 0
+    fi
+    [[ $state == RUNNING ]] || exit 1  # cancelled, or requeued by SLURM itself
+    trap '' TERM  # requeue ends this script; it has one thing left to do
+    local bad
+    bad=$(sed 's/#.*//; s/[[:space:]].*//; /^$/d' "$cordon" 2>/dev/null | sort -u | paste -sd,)
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        say "this cluster does not requeue jobs: use \`megatron-bit chain\`"
+        exit 1
+    fi
+    [[ -z $bad ]] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
+    sleep 600
+}
+
+# Write down how the attempt ended ($1: exit code of its step), and leave or go back into the queue.
+finish() {
+    local verdict=0
+    for _ in 1 2 3 4 5; do
+        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break
+        sleep 2
+    done
+    launcher attempts end "$submission" "$attempt" "$1" "$state" "$stopping" || verdict=$?
+    (( verdict == 85 )) && again
+    exit "$verdict"
+}
+
+stopping=0 step='' state=''
+stop() {
+    (( stopping )) && return
+    stopping=1
+    say "asked to stop: the ranks save"
+    [[ -n $step ]] || return
+    kill -USR1 "$step" 2>/dev/null  # srun passes USR1 on to its tasks
+    # If they hang, the job has to be back in the queue before SLURM ends it at its limit.
+    { sleep "$last_call"; say "the ranks have not stopped in $last_call s"; kill -KILL "$step"; } &
+}
+trap stop USR1
+trap 'stopping=1' TERM  # scancel and preemption tell the steps themselves; stay alive to see what to do
+
+# Ends the attempt if it hangs, and asks it to stop if there is a file STOP.
+watchdog() {
+    local verdict=0
+    launcher watch "$submission" "$attempt" || verdict=$?
+    case $verdict in
+        3) kill -USR2 "$step"; sleep 20; kill -KILL "$step" ;;
+        4) kill -USR1 $$ ;;
+        *) say "the watchdog has ended with $verdict: hangs and STOP are not seen" ;;
+    esac
+}
+
+launcher attempts begin "$submission" "$attempt" "$SLURM_JOB_ID" "$nodes"
+case $? in
+    0) ;;
+    3) exit 0 ;;
+    *) exit 1 ;;
+esac
+mkdir -p "$logs"
+
+if (( preflight_seconds )); then
+    timeout "$preflight_seconds" srun "${each_node[@]}" \
+        "$python" -m mbit_launcher.preflight node "$submission" "$attempt" "$(date +%s.%N)" &
+    wait_for $!
+    launcher preflight judge "$submission" "$attempt" "$nodes" || finish 1
+fi
+(( stopping )) && finish 0
+
+export submission logs python ranks_per_node
+# shellcheck disable=SC2016  # "$@" is for the shell on the node
+srun "${each_node[@]}" "${srun_options[@]}" "--output=${logs//%/%%}/node-%N.log" \
+    bash -c "set -uo pipefail; $(declare -f wait_for on_node); on_node" &
+step=$!
+watchdog &
+guard=$!
+status=0
+wait_for "$step" || status=$?
+pkill -P "$guard"; kill "$guard" 2>/dev/null
+finish "$status"

@@ -1,0 +1,179 @@
+"""What one `submit` leaves in the run folder, and where: everything that the job needs, and what it was made from.
+
+RUN/slurm/0000/            the first submission, then 0001 ...
+    job.sbatch             what was submitted
+    config.yaml            the resolved configuration: the one file that the job gets
+    cluster.yaml           the resolved profile
+    code.json, code.diff   version, git commit, and what was changed since that commit
+    jobs.jsonl             the jobs: {"job": "12", "time": ...}
+    attempts.jsonl         how each attempt of the jobs began and ended (attempts.py)
+    logs/job-12.log        what job.sbatch says
+    logs/12.0/             attempt 0 of job 12: nodes and ranks
+RUN/slurm/cordon           nodes that failed a check, unless the profile names another file
+RUN/STOP                   made by you, or by `cancel`: save and end for good
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_bit import __version__
+from megatron_bit.config import Config, load_config, to_yaml
+from megatron_bit.errors import UserError
+from megatron_bit.files import write_atomic
+
+from .profile import ClusterProfile, load_profile
+
+
+class Submission:
+    """The folder of one submission."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def run(self) -> Path:
+        return self.folder.parents[1]
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "job.sbatch"
+
+    @property
+    def attempts(self) -> Path:
+        return self.folder / "attempts.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    def config(self) -> Config:
+        return load_config(self.folder / "config.yaml")
+
+    def profile(self) -> ClusterProfile:
+        return load_profile(self.folder / "cluster.yaml")
+
+    def cordon(self, profile: ClusterProfile) -> Path:
+        return Path(profile.cordon) if profile.cordon else self.run / "slurm" / "cordon"
+
+    def jobs(self) -> list[str]:
+        """Numbers of its jobs, in the order in which they run."""
+        return [record["job"] for record in read_lines(self.folder / "jobs.jsonl")]
+
+    def log_of(self, job: str) -> Path:
+        """What the script of a job says."""
+        for record in read_lines(self.folder / "jobs.jsonl"):
+            if record["job"] == job:
+                return Path(record["log"])
+        return self.logs / f"job-{job}.log"
+
+    def add_job(self, job: str, log: Path) -> None:
+        append_line(self.folder / "jobs.jsonl", {"job": job, "time": time.time(), "log": str(log)})
+
+
+def submissions(run: Path) -> list[Submission]:
+    """Of a run, oldest first."""
+    return [Submission(path.parent) for path in sorted((run / "slurm").glob("[0-9]*/config.yaml"))]
+
+
+def newest(run: Path) -> Submission:
+    """The newest submission of a run; UserError if it has none."""
+    found = submissions(run)
+    if not found:
+        what = "was never submitted" if run.is_dir() else "does not exist"
+        raise UserError(f"run folder {run} {what}; `megatron-bit submit CONFIG.yaml --cluster CLUSTER.yaml run={run}`")
+    return found[-1]
+
+
+def create(config: Config, profile: ClusterProfile) -> Submission:
+    """A new folder with configuration, profile and the state of the code; the script is still to come.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    root = Path(config.run) / "slurm"
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in root.iterdir() if p.name.isdigit()), default=-1) + 1
+        folder = root / f"{number:04d}"
+        (folder / "logs").mkdir(parents=True)
+        code, diff = code_state()
+        write_atomic(folder / "code.json", json.dumps(code, indent=1).encode())
+        write_atomic(folder / "code.diff", diff.encode())
+        plain = profile.model_dump(mode="json", exclude_none=True)
+        write_atomic(folder / "cluster.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+        write_atomic(folder / "config.yaml", to_yaml(config).encode())
+    return Submission(folder)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """UserError for what the disk says."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.EDQUOT, errno.ENOSPC)
+        advice = "make room (`megatron-bit checkpoint rm`), or choose another run=... folder"
+        raise UserError(
+            f"run folder {folder.parent} cannot be written: {error.strerror} ({error.filename or folder})"
+            + (f"; {advice}" if full else "")
+        ) from None
+
+
+def code_state() -> tuple[dict[str, Any], str]:
+    """(version, commit, whether files were changed; the diff against that commit) of the code that submits."""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments],
+                capture_output=True, check=False, timeout=30, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+    state: dict[str, Any] = {"version": __version__, "code": str(root), "commit": None}
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()) != root:  # installed from a wheel, perhaps below somebody else's repository
+        return state, ""
+    untracked = (git("ls-files", "--others", "--exclude-standard") or "").splitlines()
+    diff = git("diff", "--binary", "HEAD") or ""
+    state |= {"commit": (git("rev-parse", "HEAD") or "").strip(), "changed": bool(diff), "untracked": untracked[:100]}
+    return state, diff
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; none if it is not there. A last line that is cut is left out."""
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a record, on the disk when this returns. Raises OSError."""
+    with open(path, "a+b") as file:
+        if file.tell() and path.read_bytes()[-1:] != b"\n":  # a crash has cut the line before
+            file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,190 @@
+"""Check a run on the login node, write down what it is made of, and hand it to SLURM. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.config import Config
+from megatron_bit.errors import UserError
+from megatron_bit.files import write_atomic
+from megatron_bit.plan import describe
+from megatron_bit.run_folder import resolve
+
+from . import slurm
+from .preflight import cordoned
+from .profile import ClusterProfile
+from .render import check_path, render
+from .submission import Submission, create, newest, submissions, writing
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that SLURM has accepted."""
+
+    job: str
+    run: Path
+
+
+def prepare(config: Config, profile: ClusterProfile) -> Config:
+    """The configuration as the job will get it: checked against nodes and GPUs, every path absolute.
+
+    Raises:
+        UserError: degrees that do not fit nodes x GPUs, too little memory by the planner's estimate, data that is not
+            there, a run that is finished already.
+    """
+    run = Path(config.run).absolute()
+    check_path(run)
+    if not config.data.path:
+        raise UserError(
+            "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
+        )
+    data = Path(config.data.path).absolute()
+    if not (data / "manifest.json").exists():
+        raise UserError(f"data.path {data} has no manifest.json: `megatron-bit prepare INPUT --out {data}` makes one")
+    start = config.train.init_from
+    if start is not None and Path(start).exists():
+        start = str(Path(start).absolute())
+    config = config.model_copy(
+        update={
+            "run": str(run),
+            "data": config.data.model_copy(update={"path": str(data)}),
+            "train": config.train.model_copy(update={"init_from": start}),
+        }
+    )
+    try:
+        plan = describe(config, profile.world_size)
+    except UserError as error:
+        raise UserError(f"{profile.nodes} nodes x {profile.ranks} ranks: {error}") from None
+    needed = plan["memory_bytes_per_rank"]["total"] / 2**30
+    if profile.gpu_memory_gib is not None and needed > profile.gpu_memory_gib:
+        raise UserError(
+            f"a rank needs about {needed:.1f} GiB, and cluster.gpu_memory_gib is {profile.gpu_memory_gib:g}: raise "
+            "parallel.tp, parallel.pp, parallel.zero_stage or cluster.nodes, lower train.micro_batch_size, or set "
+            "parallel.recompute=full"
+        )
+    done = complete(run / "checkpoints")
+    if (run / "FINISHED").exists() and done and step_of(done[-1]) >= config.train.steps:
+        raise UserError(
+            f"run {run} is finished: it has done train.steps {config.train.steps}; raise train.steps to go on"
+        )
+    return config
+
+
+def submit(config: Config, profile: ClusterProfile, count: int = 1) -> list[Submitted]:
+    """Submit a run; with `count` above 1 as a chain, each job after the one before, however that one ended.
+
+    Raises:
+        UserError: another job of this run is queued or runs, or SLURM refuses.
+    """
+    config = prepare(config, profile)
+    run = Path(config.run)
+    _check_free(run)
+    submission = create(config, profile)
+    log = submission.logs / "job-%j.log"
+    script = render(profile, [submission], log, cordoned(submission.cordon(profile)), requeue=count == 1)
+    _write(submission, script)
+    found: list[Submitted] = []
+    for _ in range(count):
+        after = (f"--dependency=afterany:{found[-1].job}",) if found else ()
+        job = slurm.sbatch(submission.script, *after)
+        submission.add_job(job, submission.logs / f"job-{job}.log")
+        found.append(Submitted(job, run))
+    return found
+
+
+def sweep(configs: Sequence[Config], profile: ClusterProfile) -> list[Submitted]:
+    """Submit several runs as one job array, a task each. UserError as `submit`."""
+    configs = [prepare(config, profile) for config in configs]
+    for config in configs:
+        _check_free(Path(config.run))
+    made = [create(config, profile) for config in configs]
+    script = render(profile, made, made[0].logs / "job-%A_%a.log", cordoned(made[0].cordon(profile)))
+    for submission in made:
+        _write(submission, script)
+    job = slurm.sbatch(made[0].script)
+    for task, submission in enumerate(made):
+        submission.add_job(f"{job}_{task}", made[0].logs / f"job-{job}_{task}.log")
+    return [Submitted(f"{job}_{task}", submission.run) for task, submission in enumerate(made)]
+
+
+def sweep_configs(
+    target: str | None, overrides: Sequence[str], preset: str | None, sweeps: Sequence[str]
+) -> list[Config]:
+    """A configuration for each combination of the values of `key=a,b,c`, in folders RUN/key=a of their own."""
+    axes = []
+    for item in sweeps:
+        key, equals, values = item.partition("=")
+        if not equals or not key or not all(values.split(",")):
+            raise UserError(f"--sweep {item!r} is not key=value,value,...; write for example optim.lr=1e-3,3e-4")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    root = Path(resolve(target, tuple(overrides), preset).run)
+    configs = []
+    for pairs in itertools.product(*axes):
+        name = re.sub(r"[^\w.=+,-]", "_", ",".join(pairs))
+        configs.append(resolve(target, (*overrides, *pairs, f"run={root / name}"), preset))
+    folders = [config.run for config in configs]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--sweep {' '.join(sweeps)} has the same value twice")
+    return configs
+
+
+def preview(configs: Sequence[Config], profile: ClusterProfile, requeue: bool) -> str:
+    """The script that would be submitted; nothing is written."""
+    made = []
+    for config in configs:
+        root = Path(prepare(config, profile).run) / "slurm"
+        made.append(Submission(root / f"{len(submissions(root.parent)):04d}"))
+    log = made[0].logs / ("job-%j.log" if len(made) == 1 else "job-%A_%a.log")
+    return render(profile, made, log, cordoned(made[0].cordon(profile)), requeue)
+
+
+def resume(run: Path, config: Config, profile: ClusterProfile) -> list[Submitted]:
+    """Submit a run again that has stopped; removes its STOP file. UserError if it is still queued or runs."""
+    _check_free(run)
+    with writing(run / "slurm"):
+        (run / "STOP").unlink(missing_ok=True)
+    return submit(config, profile)
+
+
+def cancel(run: Path, now: bool) -> str:
+    """End the jobs of a run's newest submission: those that run save first, unless `now`. Returns what was done."""
+    submission = newest(run)
+    live = slurm.jobs(submission.jobs())
+    if not live:
+        return f"{run}: no job of it is queued or runs"
+    running = [job for job in live.values() if job.state == "RUNNING"]
+    waiting = [job.id for job in live.values() if job.state != "RUNNING"]
+    if now or not running:
+        slurm.scancel(list(live))
+        return f"{run}: cancelled {', '.join(live)}"
+    with writing(run / "slurm"):
+        (run / "STOP").touch()
+    if waiting:
+        slurm.scancel(waiting)
+    names = ", ".join(job.id for job in running)
+    more = f"; cancelled {', '.join(waiting)}" if waiting else ""
+    return f"{run}: job {names} saves and ends within seconds (--now does not wait for it){more}"
+
+
+def _check_free(run: Path) -> None:
+    """Two jobs of one run would wait for each other's lock: at most one submission is under way."""
+    for submission in reversed(submissions(run)):
+        live = slurm.jobs(submission.jobs())
+        if live:
+            job = next(iter(live.values()))
+            raise UserError(
+                f"job {job.id} of run {run} is {job.state}: wait for it, or end it with `megatron-bit cancel {run}`; "
+                "several jobs one after another are made at once (`megatron-bit chain N`)"
+            )
+        return
+
+
+def _write(submission: Submission, script: str) -> None:
+    with writing(submission.folder):
+        write_atomic(submission.script, script.encode())
+        submission.script.chmod(0o755)

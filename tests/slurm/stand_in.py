@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Stands in for `python` of a job: torchrun and the trainer without torch, in milliseconds; all else is the real one.
+
+What the launcher does with SLURM does not depend on what is trained. It leaves what the trainer leaves (heartbeats,
+complete checkpoints, FINISHED) and obeys the same signals. The environment variable STAND_IN says what goes wrong:
+    crash@7     rank 1 raises an error in step 7, each time
+    hang@7      rank 1 stops moving in step 7, the first time
+    slow        does not save when it is asked to
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+SECONDS_A_STEP = 0.2
+
+
+def torchrun(words):
+    """Start the ranks of this node; as torchrun, end with 1 when one of them fails."""
+    options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    command = words[words.index("--no-python") + 1 :]
+    count, first = int(options["nproc-per-node"]), int(options["node-rank"]) * int(options["nproc-per-node"])
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(first + i), "LOCAL_RANK": str(i)})
+        for i in range(count)
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks):
+            for rank in ranks:
+                rank.terminate()
+            time.sleep(0.5)
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.05)
+    return int(any(rank.returncode for rank in ranks))
+
+
+def train(path):
+    """Steps of nothing, with everything that the launcher looks at."""
+    import faulthandler
+    import json
+    from pathlib import Path
+
+    asked = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(1))
+    faulthandler.register(signal.SIGUSR2)
+    from megatron_bit.checkpoint.folder import complete, step_folder, step_of
+    from megatron_bit.config import load_config
+
+    config = load_config(path)
+    run, rank, mode = Path(config.run), int(os.environ["RANK"]), os.environ.get("STAND_IN", "")
+    found = complete(run / "checkpoints")
+    first = step = step_of(found[-1]) if found else 0
+    beats = run / "heartbeats" / f"rank-{rank:05d}"
+    beats.parent.mkdir(parents=True, exist_ok=True)
+
+    def beat(ended=False):
+        record = {
+            "rank": rank,
+            "host": os.environ["SLURMD_NODENAME"],
+            "attempt": os.environ["MBIT_ATTEMPT"],
+            "step": step,
+        }
+        partial = beats.with_name(f".{beats.name}")
+        partial.write_text(json.dumps({**record, "done": step - first, "time": time.time(), "ended": ended}))
+        partial.replace(beats)
+
+    def save():
+        if rank == 0:
+            folder = step_folder(run / "checkpoints", step)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "COMMITTED").touch()
+
+    beat()
+    print(f"stand-in {config.run}: at step {step}", flush=True)
+    while step < config.train.steps:
+        time.sleep(SECONDS_A_STEP)
+        if rank == 1 and mode == f"crash@{step + 1}":
+            raise RuntimeError(f"planted in step {step + 1}")
+        if rank == 1 and mode == f"hang@{step + 1}" and not (run / "hung-once").exists():
+            (run / "hung-once").touch()
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            time.sleep(3600)
+        if mode.startswith("hang@") and f"hang@{step + 1}" == mode and first == 0:
+            time.sleep(3600)  # the others wait for it in a collective
+        step += 1
+        beat()
+        if step % config.checkpoint.every == 0:
+            save()
+        if asked and mode != "slow":
+            save()
+            beat(ended=True)
+            return 85
+    save()
+    if rank == 0:
+        (run / "FINISHED").touch()
+    beat(ended=True)
+    return 0
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        sys.exit(torchrun(words[2:]))
+    real = os.environ["REAL_PYTHON"]
+    if words[:3] == ["-m", "megatron_bit", "train"]:
+        os.execv(real, [real, __file__, "train", words[3]])  # the packages are the real one's
+    if words[:1] == ["train"]:
+        sys.exit(train(words[1]))
+    os.execv(real, [real, *words])
