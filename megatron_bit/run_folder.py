@@ -5,6 +5,9 @@ RUN/starts/0000.yaml    resolved configuration of every start
 RUN/identity.json       what may not change: model, data, order of samples
 RUN/checkpoints/        complete checkpoints
 RUN/log.jsonl           one record a step
+RUN/validation.jsonl    one record a validation
+RUN/rolled_back.jsonl   records of steps that were done again, because the run died before it had saved them
+RUN/heartbeats/         how far each rank is
 RUN/FINISHED            there when train.steps are done
 RUN/lock                held by the job that trains it
 """
@@ -24,6 +27,7 @@ from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.run_lock import RunLock
+from megatron_bit.run_log import roll_back
 
 YOUNGER = {"diffusion.self_condition above 0": False}  # what runs have that were made before a key
 
@@ -82,6 +86,7 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
         resolved = to_yaml(config).encode()
         write_atomic(run / "starts" / f"{len(list((run / 'starts').iterdir())):04d}.yaml", resolved)
         write_atomic(run / "config.yaml", resolved)
+        roll_back(run, 0 if meta is None else meta["state"]["step"])
     except OSError as error:
         raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
     return meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_bit.optim.optimizer import build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.links import check_links
 from megatron_bit.run_folder import claim, compare, identity, record_start
 from megatron_bit.run_lock import RunLock
 from megatron_bit.state import TrainState
@@ -42,6 +44,10 @@ def main(config: Config) -> int:
     _check_path(config)  # before the groups: rank 0 must not leave while others still connect to it
     groups = process_groups.init(config)
     try:
+        if "MBIT_ATTEMPT" in os.environ:  # a job of the launcher: job.sh
+            said = check_links(groups)
+            if groups.rank == 0:
+                print(said, flush=True)
         trainer = build(config, groups)
         trainer.fit()
     except RuntimeError as error:

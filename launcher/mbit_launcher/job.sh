@@ -77,7 +77,7 @@ again() {
         exit 1
     fi
     [[ -z $bad ]] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
-    sleep 600
+    exit 0
 }
 
 # Write down how the attempt ended ($1: exit code of its step), and leave or go back into the queue.
@@ -92,7 +92,7 @@ finish() {
     exit "$verdict"
 }
 
-stopping=0 step='' state=''
+stopping=0 step='' patience='' guard='' state=''
 stop() {
     (( stopping )) && return
     stopping=1
@@ -101,6 +101,7 @@ stop() {
     kill -USR1 "$step" 2>/dev/null  # srun passes USR1 on to its tasks
     # If they hang, the job has to be back in the queue before SLURM ends it at its limit.
     { sleep "$last_call"; say "the ranks have not stopped in $last_call s"; kill -KILL "$step"; } &
+    patience=$!
 }
 trap stop USR1
 trap 'stopping=1' TERM  # scancel and preemption tell the steps themselves; stay alive to see what to do
@@ -141,5 +142,7 @@ watchdog &
 guard=$!
 status=0
 wait_for "$step" || status=$?
-pkill -P "$guard"; kill "$guard" 2>/dev/null
+for helper in $guard $patience; do
+    pkill -P "$helper"; kill "$helper" 2>/dev/null
+done
 finish "$status"

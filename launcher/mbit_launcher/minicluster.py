@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=0,sched_min_interval=0
 SwitchType=switch/none
+GresTypes=gpu
 MpiDefault=none
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
@@ -73,7 +75,7 @@ PreemptMode=REQUEUE
 """
 _NODE = (
     "NodeName=n{i} NodeHostname=n{i} NodeAddr=127.0.1.{i} Port={port} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
-    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN\n"
+    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN\n"
 )
 _PARTITIONS = """\
 PartitionName=train Nodes=n[1-{nodes}] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 Default=YES
@@ -100,8 +102,8 @@ def missing() -> str | None:
     return None
 
 
-def up(folder: Path, nodes: int = 3, cpus: int = 8, with_parent: bool = False) -> Path:
-    """Start a cluster of `nodes` nodes with `cpus` pretended cores each; returns its slurm.conf.
+def up(folder: Path, nodes: int = 3, cpus: int = 8, gpus: int = 0, with_parent: bool = False) -> Path:
+    """Start a cluster of `nodes` nodes, which pretend to have `cpus` cores and `gpus` GPUs; returns its slurm.conf.
 
     Args:
         folder: the cluster's own; made if it is not there.
@@ -124,7 +126,7 @@ def up(folder: Path, nodes: int = 3, cpus: int = 8, with_parent: bool = False) -
         raise UserError(f"a cluster runs in {folder}; `megatron-bit cluster down {folder}` ends it")
     for name in ("state", "log", "spool"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    _configure(folder, nodes, cpus)
+    _configure(folder, nodes, cpus, gpus)
     command = [
         "unshare", "--pid", "--fork", "--kill-child", "--mount-proc",
         sys.executable, "-P", "-m", "mbit_launcher.minicluster_init", str(folder), str(nodes),
@@ -200,15 +202,19 @@ def running(folder: Path) -> psutil.Process | None:
     return process if alive else None
 
 
-def _configure(folder: Path, nodes: int, cpus: int) -> None:
+def _configure(folder: Path, nodes: int, cpus: int, gpus: int) -> None:
     if not (folder / "munge.key").exists():
         descriptor = os.open(folder / "munge.key", os.O_WRONLY | os.O_CREAT, 0o600)
         with open(descriptor, "wb") as file:
             file.write(os.urandom(128))
     ports = _free_ports(nodes + 1)
     conf = _CONF.format(folder=folder, port=ports[0])
-    conf += "".join(_NODE.format(i=i, port=ports[i], cpus=cpus) for i in range(1, nodes + 1))
+    conf += "".join(_NODE.format(i=i, port=ports[i], cpus=cpus, gpus=gpus) for i in range(1, nodes + 1))
     (folder / "slurm.conf").write_text(conf + _PARTITIONS.format(nodes=nodes))
+    for gpu in range(gpus):  # SLURM wants device files: these are /dev/null by another name
+        if not (folder / f"nvidia{gpu}").exists():
+            os.mknod(folder / f"nvidia{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/nvidia[0-{gpus - 1}]\n" if gpus else "")
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     here = Path("/etc/hosts").read_text().rstrip("\n")
     (folder / "hosts").write_text("\n".join([here, *(f"127.0.1.{i} n{i}" for i in range(1, nodes + 1))]) + "\n")

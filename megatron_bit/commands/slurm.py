@@ -158,7 +158,7 @@ def cluster() -> int:
     raise UserError("`megatron-bit cluster` needs a command; see `megatron-bit cluster --help`")
 
 
-def cluster_up(folder: Folder, nodes: int = 3, cpus: int = 8) -> int:
+def cluster_up(folder: Folder, nodes: int = 3, cpus: int = 8, gpus: int = 0) -> int:
     """Start a SLURM cluster on this machine, with nodes that can crash. Needs root, and SLURM installed.
 
     Partition `train` is preempted by partition `high`. Requeued jobs are back in seconds, not minutes.
@@ -167,12 +167,14 @@ def cluster_up(folder: Folder, nodes: int = 3, cpus: int = 8) -> int:
         folder: where it keeps its files; a short path.
         nodes: how many.
         cpus: cores that each node pretends to have.
+        gpus: GPUs that each node pretends to have.
     """
     from mbit_launcher.minicluster import up
 
-    if cpus < 1:
-        raise UserError(f"--cpus {cpus} has to be at least 1")
-    conf = up(folder, nodes, cpus)
+    for option, value, least in (("--cpus", cpus, 1), ("--gpus", gpus, 0)):
+        if value < least:
+            raise UserError(f"{option} {value} has to be at least {least}")
+    conf = up(folder, nodes, cpus, gpus)
     print(f"{nodes} nodes are up; for SLURM's commands and ours:\nexport SLURM_CONF={conf}")
     return 0
 

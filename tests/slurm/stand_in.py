@@ -22,10 +22,9 @@ def torchrun(words):
     options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
     command = words[words.index("--no-python") + 1 :]
     count, first = int(options["nproc-per-node"]), int(options["node-rank"]) * int(options["nproc-per-node"])
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, "RANK": str(first + i), "LOCAL_RANK": str(i)})
-        for i in range(count)
-    ]
+    world = str(count * int(options["nnodes"]))
+    environments = [{**os.environ, "RANK": str(first + i), "WORLD_SIZE": world} for i in range(count)]
+    ranks = [subprocess.Popen(command, env=environment) for environment in environments]
     signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks):
@@ -45,9 +44,10 @@ def train(path):
     from pathlib import Path
 
     asked = []
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.append(1))
+    signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
     faulthandler.register(signal.SIGUSR2)
+    from mbit_launcher import heartbeats
+
     from megatron_bit.checkpoint.folder import complete, step_folder, step_of
     from megatron_bit.config import load_config
 
@@ -69,6 +69,15 @@ def train(path):
         partial.write_text(json.dumps({**record, "done": step - first, "time": time.time(), "ended": ended}))
         partial.replace(beats)
 
+    def meet(ranks, at):
+        """Wait until these ranks have done step `at` in this attempt: a collective."""
+        while sum(b.step >= at and b.rank in ranks for b in heartbeats.read(run, os.environ["MBIT_ATTEMPT"])) < len(
+            ranks
+        ):
+            time.sleep(0.05)
+
+    everyone = range(int(os.environ["WORLD_SIZE"]))
+
     def save():
         if rank == 0:
             folder = step_folder(run / "checkpoints", step)
@@ -78,15 +87,15 @@ def train(path):
     beat()
     print(f"stand-in {config.run}: at step {step}", flush=True)
     while step < config.train.steps:
+        meet(everyone, step)
         time.sleep(SECONDS_A_STEP)
         if rank == 1 and mode == f"crash@{step + 1}":
             raise RuntimeError(f"planted in step {step + 1}")
         if rank == 1 and mode == f"hang@{step + 1}" and not (run / "hung-once").exists():
             (run / "hung-once").touch()
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             time.sleep(3600)
-        if mode.startswith("hang@") and f"hang@{step + 1}" == mode and first == 0:
-            time.sleep(3600)  # the others wait for it in a collective
+        if rank != 1:
+            meet([1], step + 1)  # who waits for rank 1 has not done the step before it has
         step += 1
         beat()
         if step % config.checkpoint.every == 0:
@@ -95,6 +104,7 @@ def train(path):
             save()
             beat(ended=True)
             return 85
+    meet(everyone, step)
     save()
     if rank == 0:
         (run / "FINISHED").touch()

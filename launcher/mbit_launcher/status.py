@@ -1,0 +1,239 @@
+"""How runs are doing: one table, from squeue, the run folders, and sacct where the cluster keeps accounts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.config import load_config
+from megatron_bit.errors import UserError
+
+from . import attempts, heartbeats, slurm
+from .submission import Submission, submissions
+
+_DEPTH = 3  # folders below the given one in which runs are looked for: a sweep is runs/NAME/key=value
+_TAIL_BYTES = 64 * 1024
+_PACE_STEPS = 50
+
+
+@dataclass
+class Status:
+    """One run. Times are in seconds; None is what is not known."""
+
+    run: str
+    job: str | None = None
+    state: str = "not submitted"
+    step: int = 0
+    steps: int | None = None  # train.steps
+    tokens: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    restarts: int = 0
+    nodes: str = ""
+    time_left: str | None = None  # of the job, as squeue writes it
+    eta: float | None = None  # of the run, at the pace of the last steps
+    checkpoint: int | None = None  # step of the newest complete one
+    checkpoint_age: float | None = None
+    reason: str = ""  # why it waits, and why the last attempt ended
+
+
+def main(folders: Sequence[Path], as_json: bool) -> int:
+    """Print the table of `megatron-bit status`; UserError if a folder is not there."""
+    runs = [run for folder in folders for run in find(folder)]
+    rows = collect(list(dict.fromkeys(runs)))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    elif rows:
+        print(table(rows), end="")
+    else:
+        print(f"no runs in {', '.join(map(str, folders))}")
+    return 0
+
+
+def find(folder: Path) -> list[Path]:
+    """The run that a folder is, or those below it; UserError if it does not exist."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give run folders, or folders that hold them")
+    return list(_runs(folder, _DEPTH))
+
+
+def _runs(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / "identity.json").exists() or submissions(folder):
+        yield folder
+    elif depth:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                yield from _runs(path, depth - 1)
+
+
+def collect(runs: Sequence[Path]) -> list[Status]:
+    """What is known of each run; one call of squeue for all of them."""
+    made = {run: found[-1] for run in runs if (found := submissions(run))}
+    ids = {run: submission.jobs() for run, submission in made.items()}
+    every = [job for jobs in ids.values() for job in jobs]
+    problem = ""
+    try:
+        live = slurm.jobs(every)
+    except UserError as error:  # no SLURM here: the folders still say a lot
+        live, problem = {}, str(error)
+    gone = [jobs[-1] for jobs in ids.values() if jobs and not any(job in live for job in jobs)]
+    accounts = slurm.ended(gone) if not problem else {}
+    return [_status(run, made.get(run), ids.get(run, []), live, accounts, problem) for run in runs]
+
+
+def _status(
+    run: Path,
+    submission: Submission | None,
+    ids: Sequence[str],
+    live: dict[str, slurm.Job],
+    accounts: dict[str, str],
+    problem: str,
+) -> Status:
+    row = Status(run=str(run))
+    done = complete(run / "checkpoints")
+    if done:
+        row.checkpoint, row.checkpoint_age = (
+            step_of(done[-1]),
+            round(time.time() - (done[-1] / "COMMITTED").stat().st_mtime),
+        )
+    records = _tail(run / "log.jsonl")
+    if records:
+        last = records[-1]
+        row.step, row.tokens, row.loss = last["step"], last["tokens"], last["loss"]
+        row.tokens_per_second = last["tokens_per_second"]
+    config = (submission.folder if submission else run) / "config.yaml"
+    if config.exists():
+        row.steps = load_config(config).train.steps
+    if submission is None:
+        row.state = "finished" if (run / "FINISHED").exists() else row.state
+        return row
+    history = attempts.read(submission.attempts)
+    row.restarts = max(0, len(history) - 1)
+    job = next((live[i] for i in ids if i in live), None)
+    row.job = job.id if job else (ids[-1] if ids else None)
+    if history:
+        beats = heartbeats.read(run, history[-1].attempt)
+        row.step = max((beat.step for beat in beats), default=row.step)
+        if job and job.state == "RUNNING" and history[-1].outcome is None:
+            row.state = "running" if beats else "starting"
+    ended = next((attempt for attempt in reversed(history) if attempt.outcome), None)
+    reasons = [f"{ended.outcome}: {ended.reason}"] if ended else []
+    if job is None:
+        row.state, why = _over(row, ended, accounts.get(row.job or "", ""), bool(history), problem)
+        reasons = [why] if why else reasons
+    else:
+        row.nodes, row.time_left = job.nodes, job.left
+        if row.state not in ("running", "starting"):
+            row.state = job.state.lower()
+        if job.state == "PENDING":
+            reasons.insert(0, f"waits for {job.reason}")
+        pace = [record["seconds"] for record in records[-_PACE_STEPS:]]
+        if row.state == "running" and pace and row.steps:
+            row.eta = round(sum(pace) / len(pace) * max(0, row.steps - row.step))
+    row.reason = "; ".join(reasons)
+    return row
+
+
+def _over(row: Status, ended: attempts.Attempt | None, account: str, begun: bool, problem: str) -> tuple[str, str]:
+    """(state, reason) of a run of which SLURM has no job any more."""
+    states = {"finished": "finished", "stop_at": "stopped", "stopped": "stopped"}
+    if ended is not None and not ended.again:
+        return states.get(ended.outcome or "", "failed"), f"{ended.outcome}: {ended.reason}"
+    if problem:
+        return "unknown", problem
+    if account:
+        return account.split()[0].lower(), f"SLURM: {account}"
+    how = "its job was cancelled or ended by SLURM" if begun else "its job has ended before it began"
+    return "ended", f"{how}; `megatron-bit resume {row.run}` goes on"
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last records of a log; a line that is cut is left out."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+_HEADS = (
+    "run", "job", "state", "step", "tokens", "loss", "tokens/s", "restarts", "left", "ETA", "checkpoint", "reason",
+)  # fmt: skip
+
+
+def table(rows: Sequence[Status]) -> str:
+    """The rows for a person; on a terminal the last column is cut to its width."""
+    heads = (
+        "run",
+        "job",
+        "state",
+        "step",
+        "tokens",
+        "loss",
+        "tokens/s",
+        "restarts",
+        "left",
+        "ETA",
+        "checkpoint",
+        "reason",
+    )
+    cells = [heads, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADS) - 1)]
+    limit = shutil.get_terminal_size().columns if os.isatty(1) else None
+    lines = ("  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in cells)
+    return "".join(f"{line[:limit].rstrip()}\n" for line in lines)
+
+
+def _cells(row: Status) -> tuple[str, ...]:
+    here = f"{os.getcwd()}/"
+    checkpoint = "-" if row.checkpoint is None else f"{row.checkpoint} ({duration(row.checkpoint_age or 0)} ago)"
+    return (
+        row.run.removeprefix(here),
+        row.job or "-",
+        row.state,
+        f"{row.step}/{row.steps}" if row.steps else str(row.step),
+        count(row.tokens),
+        "-" if row.loss is None else f"{row.loss:.4f}",
+        count(row.tokens_per_second),
+        str(row.restarts),
+        row.time_left or "-",
+        "-" if row.eta is None else duration(row.eta),
+        checkpoint,
+        row.reason,
+    )
+
+
+def count(value: float | None) -> str:
+    """1234567 as 1.23M."""
+    if value is None:
+        return "-"
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def duration(seconds: float) -> str:
+    """3725 as 1:02:05, and days in front of it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}-" if days else "") + f"{hours}:{minutes:02d}:{rest:02d}"

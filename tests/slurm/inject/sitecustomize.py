@@ -1,0 +1,53 @@
+"""Imported by every Python of a job whose PYTHONPATH has this folder: the real trainer, watched and disturbed.
+
+Every rank appends what it trains on to RUN/consumed/rank-00000.jsonl, a line a step. MBIT_TEST_PACE: seconds that a
+step takes longer. MBIT_TEST_HANG=1@7: rank 1 hangs in step 7, once.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "megatron_bit.trainer":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def both(module):
+            execute(module)
+            _watch(module.Trainer)
+
+        spec.loader.exec_module = both
+        return spec
+
+
+def _watch(trainer_class):
+    plain, rank = trainer_class.train_step, int(os.environ["RANK"])
+    pace, hang = float(os.environ.get("MBIT_TEST_PACE", 0)), os.environ.get("MBIT_TEST_HANG", "")
+
+    def train_step(self, batches):
+        run, step = Path(self.config.run), self.state.step + 1
+        time.sleep(pace)
+        if hang == f"{rank}@{step}" and not (run / "hung-once").exists():
+            (run / "hung-once").touch()
+            while True:
+                time.sleep(1)  # planted_hang
+        plain(self, batches)
+        folder = run / "consumed"
+        folder.mkdir(exist_ok=True)
+        samples = [batch.sample.tolist() for batch in batches]
+        with open(folder / f"rank-{rank:05d}.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+
+    trainer_class.train_step = train_step
+
+
+if "RANK" in os.environ:
+    sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,202 @@
+"""The real trainer, 2 nodes x 2 ranks under gloo, through everything that happens to a run on a cluster."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from on_cluster import HERE, Run, command, slurm
+
+STEPS = 24
+Real = Callable[..., Run]
+START = 150  # seconds in which an attempt has begun to train, also on a busy machine
+
+
+@pytest.fixture(scope="module")
+def real(cluster: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Real:
+    """real(name, environment, profile keys, settings) -> a tiny run of TP=2 x DP=2."""
+    root = tmp_path_factory.mktemp("real")
+
+    def make(
+        name: str, settings: dict[str, Any] | None = None, pace: float = 0.0, hang: str = "", **profile: Any
+    ) -> Run:
+        tree = {
+            "parallel.tp": 2,
+            "train.steps": STEPS,
+            "train.micro_batch_size": 2,
+            "checkpoint.every": 5,
+            "checkpoint.keep": 100,
+            "log.every": 1,
+            "data.path": str(tiny_data),
+            **(settings or {}),
+        }
+        environment = {"PYTHONPATH": str(HERE / "inject"), "MBIT_TEST_PACE": str(pace), "MBIT_TEST_HANG": hang}
+        keys = {"partition": "train", "nodes": 2, "ranks_per_node": 2, "time": "30", "save_seconds": 60}
+        mine = {"python": sys.executable, "environment": environment, "preflight": {"min_free_gib": "0.1"}}
+        config: dict[str, Any] = {}
+        for key, value in {**tiny_runs.SETTINGS, **tree}.items():
+            *sections, leaf = key.split(".")
+            node = config
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[leaf] = value
+        return Run(root / name, config, {**keys, **mine, "exclude": "n[1-5]", **profile})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(real: Real) -> Run:
+    """A run that nothing happens to, in a folder whose name bash and SLURM could misread."""
+    run = real('it\'s "undisturbed" & 100% $HOME')
+    run.submit()
+    assert run.wait_until_over(START) == ["finished"], run.everything()
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(real: Real) -> Run:
+    """A run that meets its time limit of a minute twice, in the background of the other tests."""
+    # 100 steps of at least 1 s: more than one attempt can do, less than three
+    long = {"train.steps": 100, "checkpoint.every": 1000}
+    run = real("limited", long, pace=1.0, time="1", save_seconds=15, exclude="n[3-7]")
+    run.submit()
+    return run
+
+
+def consumed(run: Run, steps: int = STEPS) -> list[list[Any]]:
+    """What each rank trained on in each step, as it was done last: [rank][step]."""
+    result = []
+    for rank in range(4):
+        lines = (run.folder / "consumed" / f"rank-{rank:05d}.jsonl").read_text().splitlines()
+        by_step = {record["step"]: record["samples"] for record in map(json.loads, lines)}
+        assert sorted(by_step) == list(range(1, steps + 1))
+        result.append([by_step[step] for step in sorted(by_step)])
+    return result
+
+
+def every_sample_once(run: Run, steps: int = STEPS) -> None:
+    """Of the steps that the final weights come from: TP ranks share samples, DP ranks divide them."""
+    ranks = consumed(run, steps)
+    assert ranks[0] == ranks[1] and ranks[2] == ranks[3]
+    flat = [sample for rank in (ranks[0], ranks[2]) for step in rank for batch in step for sample in batch]
+    assert sorted(flat) == list(range(steps * tiny_runs.SETTINGS["train.global_batch_size"]))
+
+
+def log(run: Run) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["tokens"], r["loss"]) for r in records]
+
+
+def same(run: Run, other: Run) -> None:
+    """Bit for bit: weights and moments, losses, and what every rank consumed, each step once."""
+    for state in ("param", "exp_avg", "exp_avg_sq"):
+        a, b = (tiny_runs.read_state(r.folder / "checkpoints" / f"step-{STEPS:08d}", state) for r in (run, other))
+        assert tiny_runs.worst(a, b) == (0.0, tiny_runs.worst(a, b)[1]), state
+    assert log(run) == log(other)
+    assert [step for step, *_ in log(run)] == list(range(1, STEPS + 1))
+    assert consumed(run) == consumed(other)
+    every_sample_once(run)
+
+
+def test_finishes(undisturbed: Run) -> None:
+    every_sample_once(undisturbed)
+    assert (undisturbed.folder / "FINISHED").exists()
+    row = undisturbed.status()
+    assert row["state"] == "finished" and row["step"] == row["steps"] == row["checkpoint"] == STEPS
+    assert row["tokens"] == STEPS * 8 * 36 and row["loss"] > 0 and row["restarts"] == 0
+    text = command("logs", undisturbed.folder)
+    assert "all-reduce of 4 MiB over 4 ranks" in text and f"step {STEPS}/{STEPS}" in text
+    assert "preflight: 2 nodes are fit: n6, n7" in text
+    code = json.loads((undisturbed.folder / "slurm/0000/code.json").read_text())
+    assert code["commit"] is None or len(code["commit"]) == 40
+
+
+def test_preempted_ends_bit_identical(real: Real, undisturbed: Run) -> None:
+    run = real("preempted", pace=0.3)
+    run.submit()
+    run.wait(lambda r: r.step() >= 4, START)
+    high = ("--partition=high", "--nodes=2", "--nodelist=n6,n7", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm("sbatch", *high)
+    assert run.wait_until_over(START) == ["asked", "finished"], run.everything()
+    first, second = run.attempts()
+    assert 4 <= first["step"] < STEPS and second["from_step"] == first["step"]
+    lines = (run.folder / "consumed" / "rank-00000.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS  # nothing was done twice
+    same(run, undisturbed)
+
+
+def test_survives_a_killed_node_three_times(real: Real, undisturbed: Run, cluster: Path) -> None:
+    from mbit_launcher import minicluster
+
+    draw = random.Random(7)
+    run = real("killed", pace=0.4, exclude="n[1-2],n[6-7]")
+    run.submit()
+    killed: list[tuple[int, str]] = []
+    for _ in range(3):
+        after = len(killed)
+        start = run.wait(lambda r: len(r.attempts()) > after and r.step() >= 0 and r.attempts()[-1], START)  # noqa: B023
+        target = draw.randint(start["from_step"] + 1, min(start["from_step"] + 8, STEPS - 2))
+        run.wait(lambda r: r.step() >= target, START)  # noqa: B023
+        node = draw.choice(run.nodes())
+        minicluster.crash(cluster, node)
+        killed.append((target, node))
+        run.wait(lambda r: len(r.attempts()) > len(killed) or r.attempts()[-1]["outcome"], START)
+        minicluster.boot(cluster, node)
+    outcomes = run.wait_until_over(START)
+    assert outcomes[-1] == "finished" and len(outcomes) == 4, (killed, outcomes)
+    assert set(outcomes[:3]) <= {"lost", "crashed", "taken"}
+    same(run, undisturbed)
+    row = run.status()
+    assert row["state"] == "finished" and row["restarts"] == 3
+
+
+def test_a_hung_rank_is_found(real: Real, undisturbed: Run) -> None:
+    run = real("hung", hang="2@8", hang_timeout=15)
+    run.submit()
+    assert run.wait_until_over(START) == ["hung", "finished"], run.everything()
+    hung = run.attempts()[0]
+    assert "no rank has done a step for hang_timeout 15 s; the last was 7" in hung["reason"]
+    folder = run.folder / "slurm/0000/logs" / hung["attempt"]
+    stacks = {int(path.name[5:10]): path.read_text() for path in folder.glob("rank-*.log")}
+    assert sorted(stacks) == [0, 1, 2, 3]
+    assert all("most recent call first" in text and "in train_step" in text for text in stacks.values())
+    assert "inject/sitecustomize.py" in stacks[2].split("most recent call first")[-1].split("\n")[1]
+    assert "hung: no rank has done a step" in run.log()
+    same(run, undisturbed)
+
+
+def test_a_stop_file_stops_it(real: Real, undisturbed: Run) -> None:
+    run = real("stopped", pace=0.5)
+    run.submit()
+    run.wait(lambda r: r.step() >= 3, START)
+    (run.folder / "STOP").touch()
+    assert run.wait_until_over(START) == ["stopped"]
+    step = run.attempts()[0]["step"]
+    row = run.status()
+    assert row["state"] == "stopped" and row["checkpoint"] == step < STEPS and "STOP" in row["reason"]
+    assert not run.live()
+    text = command("logs", run.folder)
+    assert f"a STOP file; saved at step {step}" in text
+
+
+def test_a_time_limit_met_twice(limited: Run) -> None:
+    outcomes = limited.wait_until_over(300)
+    assert outcomes[:2] == ["asked", "asked"] and outcomes[-1] == "finished", limited.everything()
+    for before, after in zip(limited.attempts(), limited.attempts()[1:], strict=False):
+        assert before["step"] > before["from_step"] and after["from_step"] == before["step"]
+    every_sample_once(limited, 100)
+    assert [step for step, *_ in log(limited)] == list(range(1, 101))
+
+
+def test_status_shows_all_of_them(undisturbed: Run, limited: Run) -> None:
+    rows = command("status", limited.folder.parent).splitlines()
+    assert rows[0].split()[:4] == ["run", "job", "state", "step"]
+    assert len(rows) >= 3
+    assert any('it\'s "undisturbed"' in row and f"{STEPS}/{STEPS}" in row for row in rows)
