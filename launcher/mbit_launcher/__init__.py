@@ -1,1 +1,1 @@
-"""Start a run: on this machine now, on SLURM later."""
+"""Start a run: on this machine, or on a SLURM cluster."""

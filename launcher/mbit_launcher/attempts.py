@@ -26,6 +26,7 @@ from .submission import Submission, append_line, read_lines
 
 OVER, FAILED, NOTHING_TO_DO, AGAIN = 0, 1, 3, EXIT_PREEMPTED
 BAD_NODES_IN_A_ROW = 3  # then it is the profile that asks too much, and not the nodes
+FRUITLESS_IN_A_ROW = 5  # ended by SLURM before the first step: the limit is too short
 HUNG, BAD_NODES = "hung", "bad_nodes"  # files in the attempt's log folder: what watch.py and preflight.py have found
 
 
@@ -86,6 +87,10 @@ def decide(history: Sequence[Attempt], facts: Facts, max_restarts: int) -> tuple
         outcome, reason = "crashed", f"after step {facts.step}: {what}"
     if outcome in ("crashed", "hung") and any(a.failed and a.step == facts.step for a in history):
         return outcome, f"{reason}; the second time after step {facts.step}, so not tried again", False
+    row = FRUITLESS_IN_A_ROW - 1
+    last = history[-row:]
+    if outcome == "asked" and len(last) == row and all(a.outcome == "asked" and a.step == facts.step for a in last):
+        return outcome, f"{reason}; no step done in {row + 1} attempts: is cluster.time too short?", False
     row = BAD_NODES_IN_A_ROW - 1
     if outcome == "preflight" and len(history) >= row and all(a.outcome == "preflight" for a in history[-row:]):
         return outcome, f"{reason}; {row + 1} times in a row: is the profile right?", False

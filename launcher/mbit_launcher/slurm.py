@@ -120,6 +120,12 @@ def scancel(ids: Sequence[str]) -> None:
 
 # words of SLURM's message: what to change, and what of sinfo shows the possible values
 _ADVICE: tuple[tuple[str, str, str], ...] = (
+    (
+        "violates",
+        "a limit of your account or QoS is reached (`sacctmgr show qos`, `squeue --me`): lower cluster.nodes or "
+        "cluster.time, or wait until jobs have ended",
+        "",
+    ),
     ("invalid partition", "cluster.partition can be one of", "%R"),
     ("invalid account", "set cluster.account to one of yours (`sacctmgr show associations user=$USER`)", ""),
     ("invalid qos", "set cluster.qos to one of your account's (`sacctmgr show qos`)", ""),
@@ -143,12 +149,6 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     ("unrecognized option", "this SLURM is too old for it: leave that key out of the profile", ""),
     ("unable to contact", "the controller does not answer (`scontrol ping`): try later, or set SLURM_CONF", ""),
     ("establish", "this machine belongs to no cluster: set SLURM_CONF, or call this on a login node", ""),
-    (
-        "limit",
-        "a limit of your account or QoS is reached (`sacctmgr show qos`, `squeue --me`): lower cluster.nodes or "
-        "cluster.time, or wait until jobs have ended",
-        "",
-    ),
     (
         "quota",
         "the disk quota is used up: remove checkpoints (`megatron-bit checkpoint rm`) or choose another run=",

@@ -13,7 +13,7 @@ import pytest
 import tiny_runs
 from on_cluster import HERE, Run, command, slurm
 
-STEPS = 24
+STEPS, LONG = 24, 45
 Real = Callable[..., Run]
 START = 150  # seconds in which an attempt has begun to train, also on a busy machine
 
@@ -24,7 +24,7 @@ def real(cluster: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp("real")
 
     def make(
-        name: str, settings: dict[str, Any] | None = None, pace: float = 0.0, hang: str = "", **profile: Any
+        name: str, settings: dict[str, Any] | None = None, pace: float | str = 0.0, hang: str = "", **profile: Any
     ) -> Run:
         tree = {
             "parallel.tp": 2,
@@ -62,10 +62,10 @@ def undisturbed(real: Real) -> Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(real: Real) -> Run:
-    """A run that meets its time limit of a minute twice, in the background of the other tests."""
-    # 100 steps of at least 1 s: more than one attempt can do, less than three
-    long = {"train.steps": 100, "checkpoint.every": 1000}
-    run = real("limited", long, pace=1.0, time="1", save_seconds=15, exclude="n[3-7]")
+    """A run that meets its time limit twice, in the background of the other tests: SLURM looks every 30 s."""
+    # USR1 comes 60 to 90 s after the start: less than 20 steps each of the first two attempts, the rest in the third
+    long = {"train.steps": LONG, "checkpoint.every": 1000}
+    run = real("limited", long, pace="5,5,0", time="2", save_seconds=30, exclude="n[3-7]")
     run.submit()
     return run
 
@@ -187,12 +187,11 @@ def test_a_stop_file_stops_it(real: Real, undisturbed: Run) -> None:
 
 
 def test_a_time_limit_met_twice(limited: Run) -> None:
-    outcomes = limited.wait_until_over(300)
-    assert outcomes[:2] == ["asked", "asked"] and outcomes[-1] == "finished", limited.everything()
+    assert limited.wait_until_over(300) == ["asked", "asked", "finished"], limited.everything()
     for before, after in zip(limited.attempts(), limited.attempts()[1:], strict=False):
         assert before["step"] > before["from_step"] and after["from_step"] == before["step"]
-    every_sample_once(limited, 100)
-    assert [step for step, *_ in log(limited)] == list(range(1, 101))
+    every_sample_once(limited, LONG)
+    assert [step for step, *_ in log(limited)] == list(range(1, LONG + 1))
 
 
 def test_status_shows_all_of_them(undisturbed: Run, limited: Run) -> None:

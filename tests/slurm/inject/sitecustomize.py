@@ -1,7 +1,7 @@
 """Imported by every Python of a job whose PYTHONPATH has this folder: the real trainer, watched and disturbed.
 
 Every rank appends what it trains on to RUN/consumed/rank-00000.jsonl, a line a step. MBIT_TEST_PACE: seconds that a
-step takes longer. MBIT_TEST_HANG=1@7: rank 1 hangs in step 7, once.
+step takes longer, in the first attempt, the second and so on: 5,5,0. MBIT_TEST_HANG=1@7: rank 1 hangs in step 7, once.
 """
 
 import importlib.abc
@@ -30,7 +30,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _watch(trainer_class):
     plain, rank = trainer_class.train_step, int(os.environ["RANK"])
-    pace, hang = float(os.environ.get("MBIT_TEST_PACE", 0)), os.environ.get("MBIT_TEST_HANG", "")
+    paces, hang = os.environ["MBIT_TEST_PACE"].split(","), os.environ.get("MBIT_TEST_HANG", "")
+    pace = float(paces[min(int(os.environ["MBIT_ATTEMPT"].partition(".")[2]), len(paces) - 1)])
 
     def train_step(self, batches):
         run, step = Path(self.config.run), self.state.step + 1

@@ -97,7 +97,8 @@ cordon: /shared/cordon
 """
     script = _script(_profile(tmp_path, text), tmp_path / "run")
     header = """--partition=p1 --account=a1 --qos=q1 --nodes=3 --time=5:00 --gpus-per-node=4 --cpus-per-task=32
-        --mem=100G --exclusive --exclude=n[7-8] --switches=1@5:00 --segment=2 --constraint=h100 --signal=B:USR1@200 --requeue"""
+        --mem=100G --exclusive --exclude=n[7-8] --switches=1@5:00 --segment=2 --constraint=h100
+        --signal=B:USR1@200 --requeue"""
     settings = (
         "srun_options=(--cpu-bind=none)",
         "ranks_per_node=4",

@@ -1,0 +1,56 @@
+"""What SLURM refuses is said in one line that names what to change: by the real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from on_cluster import command
+
+REFUSED = {
+    "partition=gpu": ("invalid partition specified: gpu", "cluster.partition can be one of high, train"),
+    "nodes=99": ("lower cluster.nodes; nodes of each partition: high 7, train 7",),
+    "gpus_per_node=9": ("GPUs", "gpu:2"),
+    "memory=900G": ("cluster.memory", "4000"),
+    "cpus_per_node=100": ("cpus_per_node",),
+    "exclude=n[1-7]": ("cluster.exclude",),
+    "exclude=m9": ("names nodes that are not there; nodes: n[1-7]",),
+    "sbatch=[--reservation=mine]": ("--reservation",),
+    "sbatch=[--constraint=h100]": ("names what no node has",),
+    "sbatch=[--no-such-option]": ("leave that key out of the profile",),
+    "sbatch=[--begin=never]": ("sbatch refused: ",),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_refused(change: str, stand_in: Any) -> None:
+    run = stand_in(exclude="n[1-3]", ranks_per_node=None, gpus_per_node=2)
+    run.config["train"]["global_batch_size"] = 9 * 8 * 99
+    said = run.submit(f"cluster.{change}", code=2)
+    (line,) = said.splitlines()
+    assert line.startswith("megatron-bit: error: sbatch refused: "), line
+    assert all(part in line for part in REFUSED[change]), line
+    assert not run.live()
+
+
+def test_a_controller_that_does_not_answer(
+    stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Path
+) -> None:
+    run = stand_in()
+    text = (cluster / "slurm.conf").read_text().splitlines()
+    dead = [line if not line.startswith("SlurmctldPort=") else "SlurmctldPort=9" for line in text]
+    (tmp_path / "slurm.conf").write_text("\n".join([*dead, "MessageTimeout=2"]) + "\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    assert "the controller does not answer (`scontrol ping`)" in run.submit(code=2)
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+    assert "set SLURM_CONF" in run.submit(code=2)
+
+
+def test_cluster_commands(cluster: Path) -> None:
+    assert "cluster runs in" in command("cluster", "up", cluster, code=2)
+    assert "has no node 'n99'; it has n1, n2" in command("cluster", "crash", cluster, "n99", code=2)
+    assert "no cluster runs in" in command("cluster", "down", "/tmp/no-such-cluster")
+    assert "its path may have" in command("cluster", "up", "/tmp/a b", code=2)
+    assert "has to be 1 to 64" in command("cluster", "up", "/tmp/mc-none", "--nodes", "65", code=2)
+    assert "needs a command" in command("cluster", code=2)
