@@ -65,6 +65,7 @@ SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 PropagateResourceLimits=NONE
 ReturnToService=2
+EnforcePartLimits=ALL
 JobRequeue=1
 MailProg=/bin/true
 KillWait=5

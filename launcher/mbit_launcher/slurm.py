@@ -133,6 +133,7 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     ("time limit", "lower cluster.time; the longest of each partition:", "%R %l"),
     ("invalid feature", "a --constraint in cluster.sbatch names what no node has; nodes have", "%f"),
     ("node count", "lower cluster.nodes; nodes of each partition:", "%R %D"),
+    ("processors", "lower cluster.nodes or cluster.cpus_per_node; partition, nodes, cores of a node:", "%R %D %c"),
     (
         "generic resource",
         "cluster.gpus_per_node asks for GPUs that are not there; GPUs of each partition's nodes:",
@@ -148,6 +149,7 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     ("invalid node name", "cluster.exclude or the cordon file names nodes that are not there; nodes:", "%N"),
     ("unrecognized option", "this SLURM is too old for it: leave that key out of the profile", ""),
     ("unable to contact", "the controller does not answer (`scontrol ping`): try later, or set SLURM_CONF", ""),
+    ("configuration file", "this machine belongs to no cluster: set SLURM_CONF, or call this on a login node", ""),
     ("establish", "this machine belongs to no cluster: set SLURM_CONF, or call this on a login node", ""),
     (
         "quota",

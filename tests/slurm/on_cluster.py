@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
+NODES = 12
+STEPS, LONG = 24, 45  # of the real runs, and of the one that meets its time limit
 COMMAND = str(Path(sys.executable).parent / "megatron-bit")
 
 
@@ -106,3 +108,11 @@ class Run:
         logs = sorted(self.folder.glob("slurm/*/logs/**/*.log"), key=lambda path: path.stat().st_mtime)
         queue = slurm("squeue")
         return queue + "".join(f"==> {path}\n{path.read_text(errors='replace')[-3000:]}\n" for path in logs)
+
+
+def all_but(*nodes: str) -> str:
+    """For `exclude`: a run on these nodes alone."""
+    return ",".join(f"n{i}" for i in range(1, NODES + 1) if f"n{i}" not in nodes)
+
+
+MakeRun = Callable[..., Run]

@@ -1,17 +1,32 @@
-"""What the job does with SLURM, with a trainer that costs nothing: each end that an attempt can have."""
+"""What the job does with SLURM, with a trainer that costs nothing: each end that an attempt can have.
+
+Most of it is waiting, so the scenarios run at the same time, each in a thread; a test is the end of one.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from on_cluster import Run, command, slurm
+import pytest
+import yaml
+from mbit_launcher import minicluster
+from on_cluster import MakeRun, Run, all_but, command, slurm
+
+SCENARIOS: dict[str, Callable[[MakeRun, Path], None]] = {}
 
 
-def test_finishes_in_a_folder_with_spaces_and_quotes(stand_in: Any) -> None:
-    run = stand_in(name='it\'s a "run" of 100% $HOME `id`/a b', environment={})
-    run.profile["environment"] = {**stand_in().profile["environment"], "ODD": 'it\'s "$HOME" `id`'}
+def scenario(function: Callable[[MakeRun, Path], None]) -> Callable[[MakeRun, Path], None]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+@scenario
+def finishes_in_a_folder_with_spaces_and_quotes(stand_in: MakeRun, cluster: Path) -> None:
+    run = stand_in(name='it\'s a "run" of 100% $HOME `id`/a b')
+    run.profile["environment"]["ODD"] = 'it\'s "$HOME" `id`'
     said = run.submit()
     assert str(run.folder) in said
     assert run.wait_until_over() == ["finished"]
@@ -22,7 +37,8 @@ def test_finishes_in_a_folder_with_spaces_and_quotes(stand_in: Any) -> None:
     assert "finished" in run.submit(code=2)  # there is nothing left to do
 
 
-def test_a_crash_at_the_same_step_twice_is_the_end(stand_in: Any) -> None:
+@scenario
+def a_crash_at_the_same_step_twice_is_the_end(stand_in: MakeRun, cluster: Path) -> None:
     run = stand_in("crash@7")
     run.submit()
     assert run.wait_until_over() == ["crashed", "crashed"]
@@ -37,12 +53,13 @@ def test_a_crash_at_the_same_step_twice_is_the_end(stand_in: Any) -> None:
     assert text.index("RuntimeError: planted in step 7") < text.index("==> job")
 
 
-def test_a_hang_is_ended_with_the_stacks_of_all_ranks(stand_in: Any) -> None:
-    run = stand_in("hang@4", hang_timeout=4)
+@scenario
+def a_hang_is_ended_with_the_stacks_of_all_ranks(stand_in: MakeRun, cluster: Path) -> None:
+    run = stand_in("hang@4", hang_timeout=8)
     run.submit()
     assert run.wait_until_over() == ["hung", "finished"]
     hung = run.attempts()[0]
-    assert "no rank has done a step for hang_timeout 4 s; the last was 3" in hung["reason"]
+    assert "no rank has done a step for hang_timeout 8 s; the last was 3" in hung["reason"]
     logs = sorted((run.folder / "slurm/0000/logs" / hung["attempt"]).glob("rank-*.log"))
     assert len(logs) == 4
     for path in logs:
@@ -50,31 +67,21 @@ def test_a_hang_is_ended_with_the_stacks_of_all_ranks(stand_in: Any) -> None:
         assert "most recent call first" in text and "in train" in text, text
 
 
-def test_preempted_saves_and_comes_back(stand_in: Any) -> None:
-    run = stand_in(steps=30)
+@scenario
+def preempted_saves_and_comes_back(stand_in: MakeRun, cluster: Path) -> None:
+    run = stand_in(steps=30, exclude=all_but("n8", "n9"))
     run.submit()
     run.wait(lambda r: r.step() >= 3)
-    job = slurm(
-        "sbatch",
-        "--parsable",
-        "-p",
-        "high",
-        "-N2",
-        "-w",
-        "n6,n7",
-        "--exclusive",
-        "-o",
-        "/dev/null",
-        "--wrap",
-        "sleep 1",
-    ).strip()
+    high = ("--partition=high", "--nodes=2", "--nodelist=n8,n9", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    job = slurm("sbatch", "--parsable", *high).strip()
     assert run.wait_until_over() == ["asked", "finished"]
     first, second = run.attempts()
     assert second["from_step"] == first["step"] >= 3  # nothing is done twice
     assert slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip() == "COMPLETED"
 
 
-def test_a_save_that_hangs_does_not_keep_it_from_coming_back(stand_in: Any) -> None:
+@scenario
+def a_save_that_hangs_does_not_keep_it_from_coming_back(stand_in: MakeRun, cluster: Path) -> None:
     run = stand_in("slow", steps=80, save_seconds=10, max_restarts=1)
     run.submit()
     run.wait(lambda r: r.step() >= 3)
@@ -88,25 +95,25 @@ def test_a_save_that_hangs_does_not_keep_it_from_coming_back(stand_in: Any) -> N
     assert run.status()["state"] in ("ended", "cancelled")
 
 
-def test_cancel_saves_and_resume_goes_on(stand_in: Any) -> None:
-    run = stand_in(steps=25)
+@scenario
+def cancel_saves_and_resume_goes_on(stand_in: MakeRun, cluster: Path) -> None:
+    run = stand_in(steps=80)
     run.submit()
     run.wait(lambda r: r.step() >= 2)
     assert "is RUNNING" in run.submit(code=2)
     assert "saves and ends" in command("cancel", run.folder)
     assert run.wait_until_over() == ["stopped"]
     stopped = run.attempts()[0]["step"]
-    assert 2 <= stopped < 25 and run.status()["checkpoint"] == stopped
+    assert 2 <= stopped < 80 and run.status()["checkpoint"] == stopped
     assert run.status()["reason"].startswith("stopped: a STOP file; saved at step")
     command("resume", run.folder)
     assert run.wait_until_over() == ["stopped", "finished"]
     assert run.attempts()[1]["from_step"] == stopped and not (run.folder / "STOP").exists()
 
 
-def test_a_lost_node_is_left_behind(stand_in: Any, cluster: Path) -> None:
-    from mbit_launcher import minicluster
-
-    run = stand_in(steps=40, exclude="n[1-2],n[6-7]")
+@scenario
+def a_lost_node_is_left_behind(stand_in: MakeRun, cluster: Path) -> None:
+    run = stand_in(steps=40, exclude=all_but("n3", "n4", "n5"))
     run.submit()
     run.wait(lambda r: r.step() >= 7)
     lost = run.nodes()[1]
@@ -121,32 +128,31 @@ def test_a_lost_node_is_left_behind(stand_in: Any, cluster: Path) -> None:
     assert second["from_step"] >= 5
 
 
-def test_a_bad_node_is_named_and_excluded(stand_in: Any, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text(
-        '#!/bin/sh\n[ "$SLURMD_NODENAME" = n3 ] && used=40000 || used=3\necho "0, $used, 0"\necho "1, 3, [N/A]"\n'
-    )
+@scenario
+def a_bad_node_is_named_and_excluded(stand_in: MakeRun, cluster: Path) -> None:
+    run = stand_in(exclude=all_but("n10", "n11", "n12"), gpus_per_node=2)
+    smi = run.folder.with_name("bin") / "nvidia-smi"
+    smi.parent.mkdir()
+    busy = '[ "$SLURMD_NODENAME" = n10 ] && used=40000 || used=3'
+    smi.write_text(f'#!/bin/sh\n{busy}\necho "0, $used, 0"\necho "1, 3, [N/A]"\n')
     smi.chmod(0o755)
-    run = stand_in(exclude="n[1-2],n[6-7]", gpus_per_node=2)
     run.profile["environment"]["PATH"] = f"{smi.parent}:/usr/bin:/bin"
     run.submit()
     assert run.wait_until_over() == ["preflight", "finished"]
     first, second = run.attempts()
-    assert first["nodes"] == "n3,n4" and second["nodes"] == "n4,n5"
-    assert "node n3: GPU 0 is not idle: 40000 MiB are in use" in first["reason"]
-    assert (run.folder / "slurm" / "cordon").read_text().startswith("n3  # ")
-    assert "--exclude=n[1-2],n[6-7],n3" in command(
-        "submit", "--dry-run", run.folder, "train.steps=99", "--cluster", run.folder / "slurm/0000/cluster.yaml"
-    )
+    assert first["nodes"] == "n10,n11" and second["nodes"] == "n11,n12"
+    assert "node n10: GPU 0 is not idle: 40000 MiB are in use" in first["reason"]
+    assert (run.folder / "slurm" / "cordon").read_text().startswith("n10  # ")
+    assert f"--exclude={run.profile['exclude']},n10\n" in run.submit("--dry-run", "train.steps=99")
 
 
-def test_a_chain_goes_on_where_the_job_before_has_saved(stand_in: Any) -> None:
+@scenario
+def a_chain_goes_on_where_the_job_before_has_saved(stand_in: MakeRun, cluster: Path) -> None:
     run = stand_in(steps=30)
     said = run.submit(verb=("chain", "3"))
     assert said.count(",") >= 2
     run.wait(lambda r: r.step() >= 3)
-    first = run.live()[0].split()[0]
+    (first,) = [line.split()[0] for line in run.live() if "RUNNING" in line]
     slurm("scancel", "--batch", "--signal=USR1", first)
     assert run.wait_until_over() == ["asked", "finished"]
     jobs = [a["job"] for a in run.attempts()]
@@ -154,7 +160,8 @@ def test_a_chain_goes_on_where_the_job_before_has_saved(stand_in: Any) -> None:
     assert run.attempts()[1]["from_step"] == run.attempts()[0]["step"]
 
 
-def test_a_sweep_is_one_array(stand_in: Any) -> None:
+@scenario
+def a_sweep_is_one_array(stand_in: MakeRun, cluster: Path) -> None:
     run = stand_in(steps=3)
     said = run.submit("--sweep", "optim.lr=1e-3,3e-4")
     folders = [run.folder / "optim.lr=1e-3", run.folder / "optim.lr=3e-4"]
@@ -165,13 +172,12 @@ def test_a_sweep_is_one_array(stand_in: Any) -> None:
     assert ids[0].split("_")[0] == ids[1].split("_")[0] and ids[0].endswith("_0") and ids[1].endswith("_1")
     rows = command("status", run.folder).splitlines()
     assert len(rows) == 3 and all("finished" in row for row in rows[1:])
-    import yaml
-
     lr = [yaml.safe_load((f / "slurm/0000/config.yaml").read_text())["optim"]["lr"] for f in folders]
     assert lr == [1e-3, 3e-4]
 
 
-def test_follow_shows_every_rank_over_a_restart(stand_in: Any) -> None:
+@scenario
+def follow_shows_every_rank_over_a_restart(stand_in: MakeRun, cluster: Path) -> None:
     run = stand_in("crash@4")
     run.submit()
     run.wait(lambda r: r.attempts())
@@ -180,3 +186,16 @@ def test_follow_shows_every_rank_over_a_restart(stand_in: Any) -> None:
     assert time.monotonic() - begin > 3
     assert [rank for rank in range(4) if f"rank {rank} n" in text] == [0, 1, 2, 3]
     assert text.count("RuntimeError: planted in step 4") >= 2 or "from step" in text
+
+
+@pytest.fixture(scope="module")
+def under_way(request: pytest.FixtureRequest, stand_in: MakeRun, cluster: Path) -> Iterator[dict[str, Future[None]]]:
+    """The scenarios of all selected tests, by name."""
+    chosen = [name for name in SCENARIOS if any(f"[{name}]" in item.name for item in request.session.items)]
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {name: pool.submit(SCENARIOS[name], stand_in, cluster) for name in chosen}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_job(name: str, under_way: dict[str, Future[None]]) -> None:
+    under_way[name].result(timeout=400)

@@ -4,69 +4,22 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
-from on_cluster import HERE, Run, command, slurm
+from on_cluster import LONG, STEPS, MakeRun, Run, all_but, command, slurm
 
-STEPS, LONG = 24, 45
-Real = Callable[..., Run]
 START = 150  # seconds in which an attempt has begun to train, also on a busy machine
 
 
 @pytest.fixture(scope="module")
-def real(cluster: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Real:
-    """real(name, environment, profile keys, settings) -> a tiny run of TP=2 x DP=2."""
-    root = tmp_path_factory.mktemp("real")
-
-    def make(
-        name: str, settings: dict[str, Any] | None = None, pace: float | str = 0.0, hang: str = "", **profile: Any
-    ) -> Run:
-        tree = {
-            "parallel.tp": 2,
-            "train.steps": STEPS,
-            "train.micro_batch_size": 2,
-            "checkpoint.every": 5,
-            "checkpoint.keep": 100,
-            "log.every": 1,
-            "data.path": str(tiny_data),
-            **(settings or {}),
-        }
-        environment = {"PYTHONPATH": str(HERE / "inject"), "MBIT_TEST_PACE": str(pace), "MBIT_TEST_HANG": hang}
-        keys = {"partition": "train", "nodes": 2, "ranks_per_node": 2, "time": "30", "save_seconds": 60}
-        mine = {"python": sys.executable, "environment": environment, "preflight": {"min_free_gib": "0.1"}}
-        config: dict[str, Any] = {}
-        for key, value in {**tiny_runs.SETTINGS, **tree}.items():
-            *sections, leaf = key.split(".")
-            node = config
-            for section in sections:
-                node = node.setdefault(section, {})
-            node[leaf] = value
-        return Run(root / name, config, {**keys, **mine, "exclude": "n[1-5]", **profile})
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def undisturbed(real: Real) -> Run:
+def undisturbed(real: MakeRun) -> Run:
     """A run that nothing happens to, in a folder whose name bash and SLURM could misread."""
     run = real('it\'s "undisturbed" & 100% $HOME')
     run.submit()
     assert run.wait_until_over(START) == ["finished"], run.everything()
-    return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def limited(real: Real) -> Run:
-    """A run that meets its time limit twice, in the background of the other tests: SLURM looks every 30 s."""
-    # USR1 comes 60 to 90 s after the start: less than 20 steps each of the first two attempts, the rest in the third
-    long = {"train.steps": LONG, "checkpoint.every": 1000}
-    run = real("limited", long, pace="5,5,0", time="2", save_seconds=30, exclude="n[3-7]")
-    run.submit()
     return run
 
 
@@ -118,7 +71,7 @@ def test_finishes(undisturbed: Run) -> None:
     assert code["commit"] is None or len(code["commit"]) == 40
 
 
-def test_preempted_ends_bit_identical(real: Real, undisturbed: Run) -> None:
+def test_preempted_ends_bit_identical(real: MakeRun, undisturbed: Run) -> None:
     run = real("preempted", pace=0.3)
     run.submit()
     run.wait(lambda r: r.step() >= 4, START)
@@ -132,11 +85,11 @@ def test_preempted_ends_bit_identical(real: Real, undisturbed: Run) -> None:
     same(run, undisturbed)
 
 
-def test_survives_a_killed_node_three_times(real: Real, undisturbed: Run, cluster: Path) -> None:
+def test_survives_a_killed_node_three_times(real: MakeRun, undisturbed: Run, cluster: Path) -> None:
     from mbit_launcher import minicluster
 
     draw = random.Random(7)
-    run = real("killed", pace=0.4, exclude="n[1-2],n[6-7]")
+    run = real("killed", pace=0.4, exclude=all_but("n3", "n4", "n5"))
     run.submit()
     killed: list[tuple[int, str]] = []
     for _ in range(3):
@@ -157,7 +110,7 @@ def test_survives_a_killed_node_three_times(real: Real, undisturbed: Run, cluste
     assert row["state"] == "finished" and row["restarts"] == 3
 
 
-def test_a_hung_rank_is_found(real: Real, undisturbed: Run) -> None:
+def test_a_hung_rank_is_found(real: MakeRun, undisturbed: Run) -> None:
     run = real("hung", hang="2@8", hang_timeout=15)
     run.submit()
     assert run.wait_until_over(START) == ["hung", "finished"], run.everything()
@@ -172,7 +125,7 @@ def test_a_hung_rank_is_found(real: Real, undisturbed: Run) -> None:
     same(run, undisturbed)
 
 
-def test_a_stop_file_stops_it(real: Real, undisturbed: Run) -> None:
+def test_a_stop_file_stops_it(real: MakeRun, undisturbed: Run) -> None:
     run = real("stopped", pace=0.5)
     run.submit()
     run.wait(lambda r: r.step() >= 3, START)
@@ -194,8 +147,8 @@ def test_a_time_limit_met_twice(limited: Run) -> None:
     assert [step for step, *_ in log(limited)] == list(range(1, LONG + 1))
 
 
-def test_status_shows_all_of_them(undisturbed: Run, limited: Run) -> None:
-    rows = command("status", limited.folder.parent).splitlines()
+def test_status_shows_all_of_them(undisturbed: Run) -> None:
+    rows = command("status", undisturbed.folder.parent).splitlines()
     assert rows[0].split()[:4] == ["run", "job", "state", "step"]
     assert len(rows) >= 3
     assert any('it\'s "undisturbed"' in row and f"{STEPS}/{STEPS}" in row for row in rows)

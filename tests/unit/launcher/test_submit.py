@@ -99,6 +99,14 @@ def test_refusals_that_the_small_cluster_cannot_make(
     assert "\n" not in str(error.value)
 
 
+def test_a_controller_that_does_not_answer(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _programs(tmp_path / "bin", sbatch="exec sleep 20")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(UserError, match=r"sbatch has not answered for 0.5 s: .*`scontrol ping`"):
+        submit(config, PROFILE)
+
+
 def test_a_full_disk(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
