@@ -27,7 +27,14 @@ import psutil
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 
-NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sinfo": "slurm-client", "munged": "munge"}  # program: package
+NEEDED = {  # program: package
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "srun": "slurm-client",
+    "munged": "munge",
+    "unshare": "util-linux",
+    "pkill": "procps",  # job.sh
+}
 START_SECONDS = 30
 _PR_SET_PDEATHSIG = 1
 _LONGEST = 60  # characters of DIR: a socket below it has 108 at most
@@ -92,10 +99,7 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "a cluster on this machine needs root: its nodes are namespaces with host names of their own"
     probe = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "hostname", "n1"]
-    try:
-        done = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=20)
-    except OSError as error:
-        return f"unshare cannot be started ({error.strerror}); on Debian or Ubuntu: apt-get install util-linux"
+    done = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=20)
     if done.returncode:
         return (
             f"this machine allows no namespaces ({' '.join(done.stderr.split())}): a container without CAP_SYS_ADMIN?"
