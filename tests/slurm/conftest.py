@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,16 @@ import tiny_runs
 
 sys.path.insert(0, str(Path(__file__).parent))  # for on_cluster, which only these tests share
 
-from on_cluster import HERE, LONG, NODES, STEPS, MakeRun, Run, all_but
+from on_cluster import BACKGROUND, CHEAP, DEAR, HERE, NODES, STEPS, MakeRun, Run, Stage, all_but
 
 REQUIRED = "MBIT_REQUIRE_SLURM"  # set by .ci/run: there a cluster that cannot be started is a failure
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path]:
-    """The folder of a cluster with twelve nodes; SLURM_CONF is set to it. It ends with this process, however that does.
+    """The folder of a cluster; SLURM_CONF is set to it. It ends with this process, however that does.
 
-    n1, n2: one run has them for itself. n3 to n5: tests crash them. n8, n9: preempted. n10 to n12: one is called bad.
+    n6 and n7 are for everybody; what disturbs others has nodes of its own.
     """
     from mbit_launcher import minicluster
 
@@ -110,17 +111,16 @@ def real(cluster: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactor
     return make
 
 
-@pytest.fixture(scope="session", autouse=True)
-def limited(request: pytest.FixtureRequest) -> Run | None:
-    """A run that meets its time limit twice, in the background of the other tests: SLURM looks every 30 s.
-
-    It is started with the first test of this folder, whichever that is; None if its own test is not to run.
-    """
-    if not any(item.name == "test_a_time_limit_met_twice" for item in request.session.items):
-        return None
-    real = request.getfixturevalue("real")
-    # USR1 comes 60 to 90 s after the start: less than 20 steps each of the first two attempts, the rest in the third
-    long = {"train.steps": LONG, "checkpoint.every": 1000}
-    run = real("limited", long, pace="5,5,0", time="2", save_seconds=30, exclude=all_but("n1", "n2"))
-    run.submit()
-    return run
+@pytest.fixture(scope="session")
+def under_way(
+    request: pytest.FixtureRequest, cluster: Path, stand_in: MakeRun, real: MakeRun
+) -> Iterator[dict[str, Future[None]]]:
+    """The scenarios of all selected tests, started together, by name."""
+    chosen = {item.callspec.params["scenario"] for item in request.session.items if "under_way" in item.fixturenames}
+    stage, started, pools = Stage(cluster, stand_in, real), {}, []
+    for scenarios, workers in ((BACKGROUND, 1), (CHEAP, len(CHEAP)), (DEAR, 2)):
+        pools.append(ThreadPoolExecutor(max(1, workers)))
+        started |= {name: pools[-1].submit(play, stage) for name, play in scenarios.items() if name in chosen}
+    yield started
+    for pool in pools:  # after Ctrl-C some still run: they end when the cluster does
+        pool.shutdown(wait=False, cancel_futures=True)

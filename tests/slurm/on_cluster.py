@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-NODES = 12
+NODES = 17
 STEPS, LONG = 24, 45  # of the real runs, and of the one that meets its time limit
 COMMAND = str(Path(sys.executable).parent / "megatron-bit")
 
@@ -116,3 +116,34 @@ def all_but(*nodes: str) -> str:
 
 
 MakeRun = Callable[..., Run]
+
+
+@dataclass
+class Stage:
+    """What a scenario plays on."""
+
+    cluster: Path
+    stand_in: MakeRun
+    real: MakeRun
+
+
+Scenario = Callable[[Stage], None]
+# Most of a scenario is waiting for SLURM, so they run at the same time, each in a thread; a test is the end of one.
+CHEAP: dict[str, Scenario] = {}  # stand-in trainers
+DEAR: dict[str, Scenario] = {}  # real ones: two at a time
+BACKGROUND: dict[str, Scenario] = {}  # a real one that has all the time of the others
+
+
+def cheap(function: Scenario) -> Scenario:
+    CHEAP[function.__name__] = function
+    return function
+
+
+def dear(function: Scenario) -> Scenario:
+    DEAR[function.__name__] = function
+    return function
+
+
+def background(function: Scenario) -> Scenario:
+    BACKGROUND[function.__name__] = function
+    return function

@@ -11,13 +11,13 @@ from on_cluster import command
 REFUSED = {
     "partition=gpu": ("cluster.partition can be one of high, train"),
     "nodes=99": (
-        "lower cluster.nodes or cluster.cpus_per_node; partition, nodes, cores of a node: high 12 8, train 12 8",
+        "lower cluster.nodes or cluster.cpus_per_node; partition, nodes, cores of a node: high 17 8, train 17 8",
     ),
     "gpus_per_node=9": ("GPUs", "gpu:2"),
     "memory=900G": ("cluster.memory", "4000"),
     "cpus_per_node=100": ("cpus_per_node",),
-    "exclude=n[1-12]": ("cluster.exclude",),
-    "exclude=m9": ("names nodes that are not there; nodes: n[1-12]",),
+    "exclude=n[1-17]": ("cluster.exclude",),
+    "exclude=m9": ("names nodes that are not there; nodes: n[1-17]",),
     "sbatch=[--reservation=mine]": ("--reservation",),
     "sbatch=[--constraint=h100]": ("names what no node has",),
     "sbatch=[--no-such-option]": ("leave that key out of the profile",),
