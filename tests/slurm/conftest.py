@@ -118,8 +118,8 @@ def under_way(
     """The scenarios of all selected tests, started together, by name."""
     chosen = {item.callspec.params["scenario"] for item in request.session.items if "under_way" in item.fixturenames}
     stage, started, pools = Stage(cluster, stand_in, real), {}, []
-    for scenarios, workers in ((BACKGROUND, 1), (CHEAP, len(CHEAP)), (DEAR, 2)):
-        pools.append(ThreadPoolExecutor(max(1, workers)))
+    for scenarios, workers in ((BACKGROUND, 1), (CHEAP, 4), (DEAR, 2)):
+        pools.append(ThreadPoolExecutor(workers))
         started |= {name: pools[-1].submit(play, stage) for name, play in scenarios.items() if name in chosen}
     yield started
     for pool in pools:  # after Ctrl-C some still run: they end when the cluster does

@@ -129,7 +129,7 @@ class Stage:
 
 Scenario = Callable[[Stage], None]
 # Most of a scenario is waiting for SLURM, so they run at the same time, each in a thread; a test is the end of one.
-CHEAP: dict[str, Scenario] = {}  # stand-in trainers
+CHEAP: dict[str, Scenario] = {}  # stand-in trainers: four at a time
 DEAR: dict[str, Scenario] = {}  # real ones: two at a time
 BACKGROUND: dict[str, Scenario] = {}  # a real one that has all the time of the others
 
