@@ -65,6 +65,7 @@ def test_wheel(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     for name in ("125m", "1b", "8b", "laptop"):
         assert f"megatron_bit/presets/{name}.yaml" in names
+    assert "mbit_launcher/job.sh" in names
     sources = {p.relative_to(ROOT / "megatron_bit").as_posix() for p in (ROOT / "megatron_bit").rglob("*.py")}
     assert {f"megatron_bit/{s}" for s in sources} <= set(names)
     (metadata,) = [n for n in names if n.endswith("entry_points.txt")]

@@ -82,6 +82,7 @@ MESSAGES = {
     f"{FAILED} Invalid account or account/partition combination specified": "cluster.account",
     f"{FAILED} Invalid qos specification": "cluster.qos",
     f"{FAILED} Requested time limit is invalid (missing or exceeds some limit)": "lower cluster.time",
+    "sbatch: fatal: Unable to process configuration file": "belongs to no cluster: set SLURM_CONF",
     "sbatch: error: job_submit.lua: buy more hours": "sbatch refused: job_submit.lua: buy more hours",
     "": "sbatch refused: exit code 1",
 }  # fmt: skip
