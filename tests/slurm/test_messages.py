@@ -9,7 +9,7 @@ import pytest
 from on_cluster import command
 
 REFUSED = {
-    "partition=gpu": ("cluster.partition can be one of high, train"),
+    "partition=gpu": ("cluster.partition can be one of high, train",),
     "nodes=99": ("lower cluster.nodes", "high 17"),
     "gpus_per_node=9": ("GPUs", "gpu:2"),
     "memory=900G": ("cluster.memory", "4000"),
