@@ -8,6 +8,7 @@ complete checkpoints, FINISHED) and obeys the same signals. The environment vari
     slow        does not save when it is asked to
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,7 +25,11 @@ def torchrun(words):
     count, first = int(options["nproc-per-node"]), int(options["node-rank"]) * int(options["nproc-per-node"])
     world = str(count * int(options["nnodes"]))
     environments = [{**os.environ, "RANK": str(first + i), "WORLD_SIZE": world} for i in range(count)]
-    ranks = [subprocess.Popen(command, env=environment) for environment in environments]
+    prctl = ctypes.CDLL(None).prctl  # ranks die with the real torchrun, too
+    ranks = [
+        subprocess.Popen(command, env=environment, preexec_fn=lambda: prctl(1, signal.SIGKILL, 0, 0, 0))
+        for environment in environments
+    ]
     signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks):
