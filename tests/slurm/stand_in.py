@@ -106,6 +106,7 @@ def train(path):
         if step % config.checkpoint.every == 0:
             save()
         if asked and mode != "slow":
+            time.sleep(1.5 * (rank == 0))  # the others have left when it writes
             save()
             beat(ended=True)
             return 85
