@@ -46,6 +46,9 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
     data = Path(config.data.path).absolute()
     if not (data / "manifest.json").exists():
         raise UserError(f"data.path {data} has no manifest.json: `megatron-bit prepare INPUT --out {data}` makes one")
+    mirror = config.checkpoint.mirror
+    if mirror and "://" not in mirror:  # a folder: the job runs in another one than this
+        mirror = str(Path(mirror).absolute())
     start = config.train.init_from
     if start is not None and Path(start).exists():
         start = str(Path(start).absolute())
@@ -54,6 +57,7 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
             "run": str(run),
             "data": config.data.model_copy(update={"path": str(data)}),
             "train": config.train.model_copy(update={"init_from": start}),
+            "checkpoint": config.checkpoint.model_copy(update={"mirror": mirror}),
         }
     )
     try:
@@ -100,6 +104,11 @@ def submit(config: Config, profile: ClusterProfile, count: int = 1) -> list[Subm
 def sweep(configs: Sequence[Config], profile: ClusterProfile) -> list[Submitted]:
     """Submit several runs as one job array, a task each. UserError as `submit`."""
     configs = [prepare(config, profile) for config in configs]
+    mirror = configs[0].checkpoint.mirror
+    if mirror and len(configs) > 1:
+        raise UserError(
+            f"checkpoint.mirror {mirror!r} would be of {len(configs)} runs, and each needs its own; leave it out"
+        )
     for config in configs:
         _check_free(Path(config.run))
     made = [create(config, profile) for config in configs]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mbit_launcher import slurm, status, submission
 from mbit_launcher.profile import ClusterProfile
-from mbit_launcher.submit import preview, submit, sweep_configs
+from mbit_launcher.submit import preview, submit, sweep, sweep_configs
 
 from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
@@ -171,3 +171,10 @@ def test_sweeps(config: Config, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             sweep_configs(None, base, "laptop", [bad])
+
+
+def test_a_sweep_shares_no_mirror(config: Config, tmp_path: Path) -> None:
+    base = (f"run={tmp_path / 'run'}", f"data.path={config.data.path}", "checkpoint.mirror=there")
+    with pytest.raises(UserError, match=r"mirror '/.*there' would be of 2 runs"):
+        sweep(sweep_configs(None, base, "laptop", ["train.seed=1,2"]), PROFILE)
+    assert not (tmp_path / "run").exists()
