@@ -100,7 +100,7 @@ stop() {
     [[ -n $step ]] || return
     kill -USR1 "$step" 2>/dev/null  # srun passes USR1 on to its tasks
     # If they hang, the job has to be back in the queue before SLURM ends it at its limit.
-    { sleep "$last_call"; say "the ranks have not stopped in $last_call s"; kill -KILL "$step"; } &
+    { sleep "$last_call"; say "the ranks have not stopped in $last_call s"; kill -KILL "$step" 2>/dev/null; } &
     patience=$!
 }
 trap stop USR1
