@@ -52,7 +52,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "key_without_section": (["seq_length=3"], ["seq_length", "data.seq_length"]),
     "type": (["train.steps=many"], ["train.steps = 'many'", "command line", "integer"]),
     "choice": (["train.precision=fp8"], ["train.precision = 'fp8'", "'fp32' or 'bf16'"]),
-    "range": (["model.bits=63"], ["model.bits = 63", "62"]),
+    "range": (["model.bits=257"], ["model.bits = 257", "256"]),
     "no_pair": (["train.steps"], ["'train.steps'", "key=value"]),
     "preset": (["--preset", "7b"], ["'7b'", "125m", "laptop"]),
     "json": (["--json"], ["--json", "--dry-run"]),
