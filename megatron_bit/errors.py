@@ -8,6 +8,15 @@ class UserError(Exception):
     """
 
 
+class ShardError(UserError):
+    """A shard that cannot be had or read; `data.on_error=skip` goes on without it."""
+
+    def __init__(self, message: str, sha256: str) -> None:
+        """sha256: of the shard, as the manifest has it."""
+        super().__init__(message)
+        self.sha256 = sha256
+
+
 class LocalUserError(UserError):
     """A UserError that one rank found by itself, such as a damaged shard: that rank prints it, whatever its number."""
 

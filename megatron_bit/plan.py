@@ -144,13 +144,13 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
 
 def _with_vocabulary(config: Config) -> Config:
     """The configuration with the vocabulary that a softmax head has to know: of the data, if there is some."""
-    if config.model.head.kind != "softmax" or (config.model.vocab_size is not None and not config.data.path):
+    if config.model.head.kind != "softmax" or (config.model.vocab_size is not None and not config.data.folders[0]):
         return config
-    if not config.data.path:
+    if not config.data.folders[0]:
         raise UserError(
             "a softmax head is as large as the vocabulary: give data.path=DIR, or for example model.vocab_size=32000"
         )
-    manifest = load_manifest(config.data.path, check_files=False)
+    manifest = load_manifest(config.data.folders[0], check_files=False)
     manifest.need_vocabulary("model.head.kind=softmax")
     return config.with_vocab_size(manifest.vocab_size)
 

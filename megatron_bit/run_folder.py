@@ -23,26 +23,34 @@ from pydantic import ValidationError
 
 from megatron_bit.checkpoint.folder import checkpoints_of, read_meta, sweep
 from megatron_bit.config import Config, ModelConfig, load_config, to_yaml
-from megatron_bit.data.manifest import Manifest
+from megatron_bit.data.corpus import Corpus
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.run_lock import RunLock
 from megatron_bit.run_log import roll_back
 
-YOUNGER = {"diffusion.self_condition above 0": False}  # what runs have that were made before a key
+# what runs have that were made before a key
+YOUNGER = {
+    "diffusion.self_condition above 0": False,
+    "data.document_boundaries": "ignore",
+    "data.align_blocks": False,
+}
 
 
-def identity(config: Config, manifest: Manifest, code: str) -> dict[str, Any]:
+def identity(config: Config, corpus: Corpus, code: str) -> dict[str, Any]:
     """What every start of a run has to share. `code` is the fingerprint of the table of codes."""
+    manifest = corpus.manifest
     return {
         "model": config.model.model_dump(mode="json", exclude={"vocab_size"}),  # which the data has, below
         "diffusion.self_condition above 0": config.diffusion.self_condition > 0,  # an input of the head
         "train.seed": config.train.seed,
         "data.seq_length": config.data.seq_length,
         "data.shuffle_shards": config.data.shuffle_shards,
+        "data.document_boundaries": config.data.document_boundaries,
+        "data.align_blocks": config.data.align_blocks,
         "vocabulary size": manifest.vocab_size,
         "code table": code,
-        "data": manifest.fingerprint,
+        "data": corpus.fingerprint,
         "tokenizer": manifest.tokenizer_sha256,
     }
 
@@ -111,6 +119,7 @@ def compare(there: dict[str, Any], mine: dict[str, Any], where: str) -> None:
     """UserError with the first key of `mine` that is another one `there`, which is said to be at `where`."""
     if not isinstance(there, dict):
         raise UserError(f"{where} has an identity that is not one: {_short(there)}; choose another run=... folder")
+    there = {**YOUNGER, **there}
     if "model" in there:  # a key that is younger than the run has its default there
         with contextlib.suppress(ValidationError):
             there = {**there, "model": ModelConfig.model_validate(there["model"]).model_dump(mode="json")}
@@ -133,4 +142,4 @@ def _prefixed(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 20 else f"{text[:12]}..."
+    return text if len(text) <= 64 else f"{text[:12]}..."  # a hash is shown whole

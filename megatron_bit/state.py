@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -15,6 +15,8 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0  # updates skipped, for non-finite gradients or by the spike guard
     loss_mean: float = 0.0  # running mean of the loss, for the spike guard
+    replaced: int = 0  # samples taken from other shards than their own, which was damaged
+    damaged: list[str] = field(default_factory=list)  # SHA-256 of shards the run goes on without (data.on_error=skip)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,8 @@ from megatron_bit.checkpoint.init_from import init_from
 from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, newest_undamaged
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
-from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
+from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.codec import learned_table
@@ -62,9 +63,10 @@ def main(config: Config) -> int:
 
 def build(config: Config, groups: Groups) -> Trainer:
     """Model, optimizer, data and callbacks, at the newest checkpoint of the run if it has one."""
-    manifest = open_data(config)
+    corpus = open_data(config)
+    manifest = corpus.manifest
     chunks = build_model(config, manifest.vocab_size, groups, manifest.eos_id, open_code(config, manifest))
-    mine = identity(config, manifest, chunks[0].code_table)
+    mine = identity(config, corpus, chunks[0].code_table)
     lock = RunLock(Path(config.run))
     on_rank0(functools.partial(claim, config, mine, lock))
     mirror = None
@@ -100,13 +102,33 @@ def build(config: Config, groups: Groups) -> Trainer:
     callbacks = (
         PreemptCallback(), HeartbeatCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback(mirror),
     )  # fmt: skip
-    return Trainer(config, groups, manifest, optimizer, state, callbacks, mine, lock)
+    return Trainer(config, groups, corpus, optimizer, state, callbacks, mine, lock)
 
 
-def open_data(config: Config) -> Manifest:
-    """The manifest, its files checked once by rank 0."""
-    on_rank0(functools.partial(_check_data, config))
-    return on_every_rank(lambda: load_manifest(config.data.path, check_files=False))  # a node may not have it
+def open_data(config: Config) -> Corpus:
+    """The data, its files checked and its documents' lengths read once by rank 0; the same data on every rank."""
+    block_size = config.model.block_size
+
+    def first() -> tuple[str, list[Tokens]]:
+        corpus = open_corpus(config.data, block_size, check=config.data.on_error == "stop")
+        if config.model.head.kind == "softmax":
+            corpus.manifest.need_vocabulary("model.head.kind=softmax")
+        if config.start_blocks is not None:
+            corpus.manifest.need_vocabulary("data.document_boundaries")
+        return corpus.fingerprint, [source.tokens for source in corpus.sources]
+
+    fingerprint, tokens = on_rank0(first)
+
+    def mine() -> Corpus:  # a node may not have it, or another one
+        corpus = open_corpus(config.data, block_size, check=False, tokens=tokens)
+        if corpus.fingerprint != fingerprint:
+            raise UserError(
+                f"data {', '.join(config.data.folders)} has fingerprint {corpus.fingerprint} here and {fingerprint} on "
+                "rank 0; give every node the same folder"
+            )
+        return corpus
+
+    return on_every_rank(mine)
 
 
 def _fetch(mirror: Mirror, root: Path, mine: dict[str, Any]) -> None:
@@ -124,13 +146,7 @@ def open_code(config: Config, manifest: Manifest) -> Tensor | None:
 
 
 def _check_path(config: Config) -> None:
-    if not config.data.path:
+    if not config.data.folders[0]:
         raise UserError(
             "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
         )
-
-
-def _check_data(config: Config) -> None:
-    manifest = load_manifest(config.data.path)
-    if config.model.head.kind == "softmax":
-        manifest.need_vocabulary("model.head.kind=softmax")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from megatron_bit.checkpoint.writer import Votes
 from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
-from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import UserError
+from megatron_bit.data.corpus import Corpus
+from megatron_bit.errors import ShardError, UserError
 from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.optim.guard import accept
 from megatron_bit.optim.optimizer import Optimizer
@@ -37,6 +38,7 @@ class StepRecord:
     lr: float
     grad_norm: Tensor | float
     skipped: Tensor | bool
+    replaced: int  # samples of the run so far that were not their own shard's, which was damaged
     totals: Tensor  # float32 [5]: loss, bound, ranks that were asked to stop, Votes; summed over all ranks
 
 
@@ -60,7 +62,7 @@ class Trainer:
         self,
         config: Config,
         groups: Groups,
-        manifest: Manifest,
+        corpus: Corpus,
         optimizer: Optimizer,
         state: TrainState,
         callbacks: Sequence[Callback],
@@ -69,7 +71,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.groups = groups
-        self.manifest = manifest
+        self.corpus = corpus
         self.optimizer = optimizer
         self.state = state
         self.callbacks = callbacks
@@ -82,7 +84,7 @@ class Trainer:
         self.votes = Votes()  # what this rank says of a save in flight
         self.heard: tuple[int, Votes] = (0, Votes())  # (step, sums over all ranks), one step after its all-reduce
         self.stream = BatchStream(
-            manifest,
+            corpus,
             "train",
             seq_length=config.data.seq_length,
             seed=config.train.seed,
@@ -92,6 +94,7 @@ class Trainer:
             dp_size=groups.dims.dp,
             shuffle_shards=config.data.shuffle_shards,
             prefetch=config.data.prefetch,
+            start_blocks=config.start_blocks,
         )
 
     @property
@@ -134,9 +137,41 @@ class Trainer:
 
     def _batches(self) -> Iterator[list[Batch]]:
         try:
-            yield from self.stream.steps(self.state.samples)
+            if self.config.data.on_error == "stop":
+                yield from self.stream.steps(self.state.samples)
+            else:
+                yield from self._undamaged()
         except UserError as error:  # a damaged shard: the others may not know, and end with this rank
             raise alone(error) from None
+
+    def _undamaged(self) -> Iterator[list[Batch]]:
+        """Batches without the damaged shards, which all ranks agree on before a window of them is used."""
+        state = self.state
+        while True:
+            for step in self.stream.checked_steps(state.samples, state.damaged):
+                if step.checked and self._agree_on_damage(step.problems):
+                    break  # from this very step on, again
+                state.replaced += self.stream.samples.replaced(
+                    np.arange(state.samples, state.samples + self.config.train.global_batch_size),
+                    frozenset(state.damaged),
+                )
+                yield step.batches
+
+    def _agree_on_damage(self, problems: list[ShardError]) -> bool:
+        """Whether any rank has found a shard damaged; `state.damaged` then has it on all of them. A collective."""
+        found: list[list[tuple[str, str]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(found, [(problem.sha256, str(problem)) for problem in problems])
+        news = {sha256: (rank, text) for rank, said in enumerate(found) for sha256, text in said}
+        for sha256, (rank, text) in news.items():
+            self.state.damaged.append(sha256)
+            if self.groups.rank == 0:
+                print(f"{text}; its samples are replaced from here on (data.on_error=skip; rank {rank})", flush=True)
+        too_many = self.stream.samples.too_many(frozenset(self.state.damaged))
+        if too_many is not None:
+            raise UserError(
+                f"{too_many} are damaged, which data.on_error=skip does not cover; look at disk and network"
+            )
+        return bool(news)
 
     def train_step(self, batches: list[Batch]) -> None:
         """One global batch: forward and backward of this rank's micro-batches, then one update."""
@@ -160,7 +195,9 @@ class Trainer:
         state.samples += config.train.global_batch_size
         state.tokens += config.train.global_batch_size * config.data.seq_length
         optimizer = self.optimizer
-        self.record = StepRecord(state.step, state.tokens, lr, optimizer.grad_norm, optimizer.skipped, totals)
+        self.record = StepRecord(
+            state.step, state.tokens, lr, optimizer.grad_norm, optimizer.skipped, state.replaced, totals
+        )
         self._settled = False
 
     def settle(self) -> None:
@@ -172,7 +209,12 @@ class Trainer:
 
     def to_device(self, batch: Batch) -> TokenBatch:
         """numpy to this rank's device, without waiting for the copy."""
-        tensors = (torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample))
-        if self.groups.device.type == "cuda":
-            tensors = tuple(t.pin_memory() for t in tensors)
-        return TokenBatch(*(t.to(self.groups.device, non_blocking=True) for t in tensors))
+
+        def moved(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(array)
+            if self.groups.device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(self.groups.device, non_blocking=True)
+
+        start = None if batch.start is None else moved(batch.start)
+        return TokenBatch(moved(batch.tokens), moved(batch.sample), start)

@@ -230,12 +230,13 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 class ReferenceModel:
     """BitLM over a dict of leaf tensors (`weights`, by logical name; the given tensors are copied)."""
 
-    def __init__(self, config: Config, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: Config, weights: dict[str, Tensor], eos_id: int = 0) -> None:
+        """eos_id: the token that ends a document."""
         if config.model.code not in ("binary", "gray", "raw"):
             raise ValueError(f"the reference knows binary and gray codes and raw bits, not {config.model.code!r}")
         expected = logical_shapes(config)
         assert {n: tuple(w.shape) for n, w in weights.items()} == expected, set(weights) ^ set(expected)
-        self.config, self.table = config, NoiseTable(config)
+        self.config, self.table, self.eos_id = config, NoiseTable(config), eos_id
         self.drawn: list[tuple[Tensor, Tensor]] = []  # of the table's next update
         self.weights = {n: w.detach().clone().float().requires_grad_() for n, w in weights.items()}
 
@@ -247,6 +248,26 @@ class ReferenceModel:
             tokens = tokens ^ (tokens >> 1)
         shifts = torch.arange(self.config.model.bits - 1, -1, -1)
         return ((tokens[..., None] >> shifts) & 1).float() * 2 - 1
+
+    def starts(self, tokens: Tensor) -> Tensor:
+        """[b, S]: where each token's document begins, for all that a block can know; 0 if it is not to be known."""
+        k, found = self.config.model.block_size, torch.zeros(tokens.shape[:2], dtype=torch.int64)
+        if self.config.data.document_boundaries == "ignore":
+            return found
+        for row, ids in enumerate(tokens.tolist()):
+            begin = 0
+            for p in range(len(ids)):
+                if p % k == 0 and self.eos_id in ids[max(0, p - k) : p]:
+                    begin = p
+                found[row, p] = begin
+        return found
+
+    def same_document(self, tokens: Tensor) -> Tensor | None:
+        """[b, S, S], of two tokens; None if every token may see all documents of its sample."""
+        if self.config.data.document_boundaries != "mask":
+            return None
+        start = self.starts(tokens)
+        return start[:, :, None] == start[:, None, :]
 
     def hidden(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
         """tokens [b, S] to [b, S, D]; row p conditions token p and knows the blocks before p's alone.
@@ -265,11 +286,17 @@ class ReferenceModel:
             else:
                 embedded = F.silu(bits @ w["embedding.fc1.weight"].T) @ w["embedding.fc2.weight"].T
             x = torch.cat((x, self._norm(embedded, "embedding.norm")), dim=1)
-        angle = self._rope_angles(length)
-        mask = None
-        if m.attention == "block_causal":
-            block = torch.arange(length) // m.block_size
+        inside = torch.arange(length) - self.starts(tokens)  # [b, S]
+        if self.config.data.document_boundaries == "mask":
+            rows = [[w["embedding.start"][q] if q < m.block_size else row[p] for p, q in enumerate(places)]
+                    for row, places in zip(x, inside.tolist(), strict=True)]  # fmt: skip
+            x = torch.stack([torch.stack(row) for row in rows])
+        angle = self._rope_angles(length)[inside]  # [b, S, d / 2]
+        same, mask = self.same_document(tokens), None
+        if m.attention == "block_causal" or same is not None:
+            block = torch.arange(length) // (m.block_size if m.attention == "block_causal" else 1)
             mask = block[:, None] >= block
+            mask = mask if same is None else (mask & same)[:, None]
         for i in range(m.num_layers):
             layer = f"backbone.layers.{i}."
             x = x + self._attention(self._norm(x, f"{layer}input_layernorm"), f"{layer}self_attention.", angle, mask)
@@ -344,8 +371,11 @@ class ReferenceModel:
             out = out + (blocks[:, :, -1] @ self.weights[f"head.{name}_last.weight"].T)[:, :, None]
         return out if kept is None else out * kept[:, :, None, None]
 
-    def _head_layers(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x and condition [b, n, M, K, W]; M evaluations of each block, apart from each other."""
+    def _head_layers(self, x: Tensor, condition: Tensor, same: Tensor | None = None) -> Tensor:
+        """x and condition [b, n, M, K, W]; M evaluations of each block, apart from each other.
+
+        same [b, S, S]: whether two tokens of a chain may see each other.
+        """
         m, w = self.config.model, self.weights
         modulation = F.linear(condition, w["head.modulation.weight"], w["head.modulation.bias"]).chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
@@ -358,6 +388,8 @@ class ReferenceModel:
             q, k, v = (y[:, :, :, j] for j in range(3))  # rows head by head: query, key, value
             back = torch.arange(y.shape[1])[:, None] - torch.arange(y.shape[1])
             sees = (back >= 0) & (back < m.head.window) if chain else torch.ones_like(back, dtype=torch.bool)
+            if same is not None:
+                sees = (sees & same)[:, None]
             if chain:
                 inverse = 1.0 / m.rope_base ** (torch.arange(0, q.shape[-1], 2).float() / q.shape[-1])
                 angle = torch.outer(torch.arange(y.shape[1]).float(), inverse)
@@ -475,13 +507,15 @@ class ReferenceModel:
         w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
         values, kept = self.values(self.encode(tokens)), self._kept(sample, tokens.shape[1] // k)
         before = sum(self._look_up("head.previous", [v[:, :-1] for v in values]))
+        same = self.same_document(tokens)
+        if same is not None:  # nothing stands before a document
+            before = before * same.diagonal(-1, 1, 2)[..., None]
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
         total = torch.zeros(tokens.shape[:2])
         for i, (first, last) in enumerate(group_slices(self.config)):
             context = self._of_block("condition", hidden, kept)[:, :, None]
-            features = self._head_layers(known + context, F.silu(w["head.stage"][i] + context))[:, :, 0].flatten(
-                1, 2
-            )  # [b, S, W]
+            condition = F.silu(w["head.stage"][i] + context)
+            features = self._head_layers(known + context, condition, same)[:, :, 0].flatten(1, 2)  # [b, S, W]
             logits = features @ w["head.output.weight"].unflatten(0, (len(values), -1))[i].T
             if self.config.model.head.prior:
                 prior = self._of_block("prior", hidden, kept).flatten(1, 2)
@@ -494,7 +528,7 @@ class ReferenceModel:
 
 def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotary embedding of [b, S, heads, d]: channel i turns with channel i + d / 2."""
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -544,7 +578,7 @@ class ReferenceTrainer:
         o = self.config.optim
         self.optimizer.zero_grad()
         total = torch.zeros(2)
-        for tokens, sample in micro_batches:
+        for tokens, sample, *_ in micro_batches:
             loss, bound = self.model.loss(tokens, sample)
             (loss / len(micro_batches)).backward()
             total += torch.stack((loss.detach(), bound)) / len(micro_batches)

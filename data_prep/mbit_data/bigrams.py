@@ -59,7 +59,7 @@ def count_bigrams(
     size, read, dropped = manifest.vocab_size, 0, 0
     pairs, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for shard in chosen_shards(manifest, split, max_tokens):
-        ids = read_shard(manifest.shard_path(shard), shard.tokens, manifest.dtype, size).astype(np.int64)
+        ids = read_shard(manifest, shard).astype(np.int64)
         new, times = np.unique(ids[:-1] * size + ids[1:], return_counts=True)
         pairs, where = np.unique(np.concatenate((pairs, new)), return_inverse=True)
         counts = np.bincount(where, weights=np.concatenate((counts, times))).astype(np.int64)

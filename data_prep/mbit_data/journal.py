@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mbit_data.options import differences
+from megatron_bit.data.documents import LENGTHS_SUFFIX, lengths_file
 from megatron_bit.data.manifest import SPLITS, Shard
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL, write_atomic
@@ -113,7 +114,7 @@ class Journal:
                 last = entry["last_document"]
             except (ValueError, LookupError, TypeError):
                 break  # the line that was being written
-            if split not in broken and _is_whole(self.path.parent / shard.file, shard):
+            if split not in broken and _is_whole(self.path.parent, shard):
                 self.finished[split].entries.append((shard, last))
             else:
                 broken.add(split)  # the shards behind it begin where it ended
@@ -122,8 +123,10 @@ class Journal:
             self.notes.append(f"{kept} finished shards are kept")
 
     def _remove_others(self, prefix: str) -> None:
-        names = {shard.file for done in self.finished.values() for shard in done.shards}
-        ours = re.compile(rf"({'|'.join(SPLITS)})-{prefix}\d{{6}}\.tar({re.escape(PARTIAL)})?")
+        shards = {shard.file for done in self.finished.values() for shard in done.shards}
+        names = shards | {lengths_file(shard) for shard in shards}
+        endings = f"(\\.tar|{re.escape(LENGTHS_SUFFIX)})({re.escape(PARTIAL)})?"
+        ours = re.compile(rf"({'|'.join(SPLITS)})-{prefix}\d{{6}}{endings}")
         for path in self.path.parent.iterdir():
             if ours.fullmatch(path.name) and path.name not in names:
                 path.unlink()
@@ -133,9 +136,12 @@ def _line(split: str, shard: Shard, last_document: int) -> str:
     return json.dumps({"split": split, "last_document": last_document, "shard": asdict(shard)})
 
 
-def _is_whole(path: Path, shard: Shard) -> bool:
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        return digest(shard.file) == shard.sha256 and digest(lengths_file(shard.file)) == shard.lengths_sha256
     except OSError:
         return False

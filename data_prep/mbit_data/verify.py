@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from mbit_data.tokenizer import Tokenizer
+from megatron_bit.data.documents import lengths_file
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import UserError
 
@@ -28,6 +29,10 @@ def verify(folder: Path | str) -> list[str]:
             problem = _problem(manifest.shard_path(shard), shard.size, shard.sha256)
             if problem:
                 problems.append(f"{name} shard {manifest.shard_path(shard)}: {problem}")
+            lengths = manifest.folder / lengths_file(shard.file)
+            problem = _problem(lengths, None, shard.lengths_sha256) if shard.lengths_sha256 else None
+            if problem:
+                problems.append(f"document lengths {lengths}: {problem}")
     return problems
 
 

@@ -14,8 +14,9 @@ from typing import IO
 import numpy as np
 
 from mbit_data.tokenize import TokenizedDocument
+from megatron_bit.data.documents import encode_lengths, lengths_file
 from megatron_bit.data.manifest import Shard, Split
-from megatron_bit.files import PARTIAL, sync_folder
+from megatron_bit.files import PARTIAL, sync_folder, write_atomic
 
 
 class _HashingFile(io.RawIOBase):
@@ -45,7 +46,8 @@ class _ShardFile:
         self.file = open(self.partial, "wb")  # noqa: SIM115 (finish or abandon closes it)
         self.hashing = _HashingFile(self.file)
         self.tar = tarfile.TarFile(fileobj=self.hashing, mode="w", format=tarfile.USTAR_FORMAT)
-        self.documents = self.tokens = self.text_bytes = 0
+        self.lengths: list[int] = []  # of the documents
+        self.tokens = self.text_bytes = 0
 
     def add(self, key: str, document: TokenizedDocument) -> None:
         about = {
@@ -58,7 +60,7 @@ class _ShardFile:
         np.lib.format.write_array(payload, document.tokens, version=(1, 0), allow_pickle=False)
         self._member(f"{key}.json", json.dumps(about).encode())
         self._member(f"{key}.tokens.npy", payload.getvalue())
-        self.documents += 1
+        self.lengths.append(len(document.tokens))
         self.tokens += len(document.tokens)
         self.text_bytes += document.text_bytes
 
@@ -73,10 +75,19 @@ class _ShardFile:
         os.fsync(self.file.fileno())
         size = self.file.tell()
         self.file.close()
+        lengths = encode_lengths(self.lengths)  # before the tar, which says that the shard is finished
+        write_atomic(self.path.with_name(lengths_file(self.path.name)), lengths)
         os.replace(self.partial, self.path)
         sync_folder(self.path.parent)
-        digest = self.hashing.hash.hexdigest()
-        return Shard(self.path.name, self.documents, self.tokens, self.text_bytes, size, digest)
+        return Shard(
+            self.path.name,
+            len(self.lengths),
+            self.tokens,
+            self.text_bytes,
+            size,
+            self.hashing.hash.hexdigest(),
+            hashlib.sha256(lengths).hexdigest(),
+        )
 
     def abandon(self) -> None:
         self.file.close()

@@ -58,22 +58,22 @@ def _reference_module() -> Any:
 
 def _settings(config: Config, folder: Path, total: int) -> Config:
     """The given model and batch, in a run folder of its own, on given data or a small part of the standard library."""
-    data = config.data.path
-    if not data:
+    data: tuple[str, ...] = ()
+    if not config.data.folders[0]:
         import email
 
         from mbit_data.prepare import PrepareOptions, prepare
 
-        data = str(folder / "data")
+        data = (f"data.path={folder / 'data'}",)
         inputs = (str(Path(email.__file__).parent),)
-        prepare(PrepareOptions(inputs=inputs, out=Path(data), vocab_size=1024, workers=1), progress=False)
+        prepare(PrepareOptions(inputs=inputs, out=folder / "data", vocab_size=1024, workers=1), progress=False)
     path = folder / "bench.yaml"
     path.write_text(to_yaml(config))
     return load_config(
         path,
         (
             f"run={folder / 'run'}",
-            f"data.path={data}",
+            *data,
             f"train.steps={total + 1}",
             f"checkpoint.every={total + 1}",
             "parallel.tp=1",

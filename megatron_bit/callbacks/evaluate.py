@@ -30,7 +30,7 @@ class EvaluateCallback(Callback):
         if dims.vpp > 1:
             unit *= dims.pp  # the interleaved schedule wants a multiple of pp micro-batches
         stream = BatchStream(
-            trainer.manifest,
+            trainer.corpus,
             "validation",
             seq_length=config.data.seq_length,
             seed=config.train.seed,
@@ -40,8 +40,9 @@ class EvaluateCallback(Callback):
             dp_size=dims.dp,
             shuffle=False,
             prefetch=0,
+            start_blocks=config.start_blocks,
         )
-        available = stream.order.samples_per_epoch
+        available = stream.samples.before_repeat
         self._rounds = min(config.evaluate.samples, available) // unit
         if self._rounds == 0:
             raise UserError(

@@ -79,6 +79,7 @@ class MetricsCallback(Callback):
                     "lr": record.lr,
                     "grad_norm": float(record.grad_norm),
                     "skipped": bool(record.skipped),
+                    "replaced": record.replaced,
                     "seconds": round(seconds, 6),
                     "tokens_per_second": round(per_step / seconds, 1),
                 }
@@ -93,6 +94,7 @@ class MetricsCallback(Callback):
                 for key in ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second"):
                     self._writer.add_scalar(f"train/{key}", line[key], line["tokens"])
             self._writer.add_scalar("train/skipped", trainer.state.skipped, trainer.state.tokens)
+            self._writer.add_scalar("train/replaced", trainer.state.replaced, trainer.state.tokens)
         self._print(trainer, lines, memory.item())
 
     def _print(self, trainer: Trainer, lines: list[dict[str, Any]], memory: float) -> None:
@@ -110,6 +112,7 @@ class MetricsCallback(Callback):
         pace = (time.perf_counter() - self._begin) / max(1, state.step - self._first_step)
         eta = _duration(pace * (trainer.last_step - state.step))
         skipped = f"  skipped {state.skipped}" if state.skipped else ""
+        skipped += f"  replaced {state.replaced}" if state.replaced else ""
         text = (
             f"step {state.step}/{config.train.steps}  loss {mean('loss'):.4f}  "
             f"bound {mean('nats_per_token_bound'):.3f} nats/token  {_count(rate)} tokens/s  MFU {mfu}  "

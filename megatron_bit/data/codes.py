@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,6 +40,9 @@ def code_path(folder: Path, bits: int) -> Path:
 def load_code(manifest: Manifest, bits: int) -> LearnedCode:
     """The learned code of a data folder. Raises UserError: none there, damaged, of another tokenizer or size."""
     path = code_path(manifest.folder, bits)
+    if manifest.remote is not None:
+        with contextlib.suppress(FileNotFoundError):
+            manifest.remote.copy(str(path.relative_to(manifest.folder)))
     if not path.exists():
         raise UserError(
             f"model.code=semantic needs {path}, which is not there; make it with "

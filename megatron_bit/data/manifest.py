@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from megatron_bit.errors import UserError
+from megatron_bit.config import RemoteConfig
+from megatron_bit.data.documents import lengths_file
+from megatron_bit.data.remote import RemoteFolder, is_remote
+from megatron_bit.errors import ShardError, UserError
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_bit.data"
@@ -29,6 +34,7 @@ class Shard:
     text_bytes: int  # UTF-8 bytes of the documents before tokenizing
     size: int  # bytes of the tar file
     sha256: str  # of the tar file
+    lengths_sha256: str = ""  # of the sidecar with the documents' lengths; "" in a folder of before
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Manifest:
     dropped: Mapping[str, int] = field(default_factory=dict)  # documents and records left out, by reason
     raw_bits: int = 0  # bits of a record; 0: tokens of a vocabulary. Records have no tokenizer, vocabulary or end
     code_sha256: str = ""  # of `mbit_data` and its tokenizer libraries' versions; "" in a folder of before
+    remote: RemoteFolder | None = field(default=None, compare=False)  # `folder` then mirrors its small files
 
     @property
     def fingerprint(self) -> str:
@@ -107,8 +114,46 @@ class Manifest:
             raise UserError(f"{self.folder}: no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
 
+    @property
+    def name(self) -> str:
+        """Where it lies, for messages."""
+        return str(self.folder) if self.remote is None else self.remote.url
+
     def shard_path(self, shard: Shard) -> Path:
         return self.folder / shard.file
+
+    def shard_name(self, shard: Shard) -> str:
+        """Where it lies, for messages."""
+        return f"{self.folder}/{shard.file}" if self.remote is None else self.remote.name(shard.file)
+
+    def open_shard(self, shard: Shard) -> IO[bytes]:
+        """The tar file, to read. Raises ShardError."""
+        if self.remote is not None:
+            try:
+                return self.remote.open(shard.file, shard.sha256)
+            except UserError as error:
+                raise ShardError(f"shard {error}", shard.sha256) from error
+        try:
+            return open(self.shard_path(shard), "rb")
+        except OSError as error:
+            raise ShardError(
+                f"shard {self.shard_name(shard)} cannot be opened ({error.strerror}); copy it back or prepare again",
+                shard.sha256,
+            ) from error
+
+    def read_lengths(self, shards: Sequence[Shard]) -> list[bytes]:
+        """The sidecars of shards. Raises UserError naming the first that cannot be read."""
+        if self.remote is not None:
+            return self.remote.read_all([(lengths_file(shard.file), shard.lengths_sha256) for shard in shards])
+        files = []
+        for name in (lengths_file(shard.file) for shard in shards):
+            try:
+                files.append((self.folder / name).read_bytes())
+            except OSError as error:
+                raise UserError(
+                    f"{self.name}/{name} cannot be read ({error.strerror}); copy it back or prepare again"
+                ) from error
+        return files
 
     def to_json(self) -> str:
         """The text of `manifest.json`; the totals in it are for people, the loader adds them up itself."""
@@ -139,33 +184,52 @@ class Manifest:
         return json.dumps(content, indent=2) + "\n"
 
 
-def load_manifest(folder: Path | str, check_files: bool = True) -> Manifest:
+def load_manifest(folder: Path | str, check_files: bool = True, options: RemoteConfig | None = None) -> Manifest:
     """Read `folder/manifest.json`; with `check_files`, also that every shard is there at its full size.
 
+    A folder may be remote (data/remote.py), with `options`: then its shards are looked at when they are fetched.
     Raises UserError: no such folder or manifest, broken or edited JSON, a format version this package does
     not know, a shard or tokenizer that is missing or of another size (hashes are for `mbit_data.verify`).
     """
+    if is_remote(str(folder)):
+        return _load_remote(RemoteFolder(str(folder), options or RemoteConfig()))
     folder = Path(folder)
     path = folder / FILE_NAME
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; make it with `megatron-bit prepare`")
     if not path.is_file():
         raise UserError(f"{folder} has no {FILE_NAME}: `megatron-bit prepare` did not make it or did not finish")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); prepare the data again") from error
-    manifest = _parse(folder, path, content)
+    manifest = _parse(folder, path, str(path))
     if check_files:
         check_sizes(manifest)
     return manifest
 
 
-def _parse(folder: Path, path: Path, content: Any) -> Manifest:
+def _load_remote(remote: RemoteFolder) -> Manifest:
+    try:
+        path = remote.copy(FILE_NAME)
+    except FileNotFoundError as error:
+        raise UserError(f"{remote.name(FILE_NAME)} does not exist: no data folder of `megatron-bit prepare`") from error
+    manifest = dataclasses.replace(_parse(remote.mirror, path, remote.name(FILE_NAME)), remote=remote)
+    if manifest.raw_bits:
+        return manifest
+    with remote.open(manifest.tokenizer_file, manifest.tokenizer_sha256) as stream:
+        remote.place(manifest.tokenizer_file, stream.read())
+    if manifest.tokenizer_file.endswith(".json"):
+        with contextlib.suppress(FileNotFoundError):
+            remote.copy("tokenizer_config.json")  # says which token ends a document
+    return manifest
+
+
+def _parse(folder: Path, path: Path, where: str) -> Manifest:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} cannot be read as JSON ({error}); prepare the data again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a {FORMAT} manifest; name a folder made by `megatron-bit prepare`")
+        raise UserError(f"{where} is not a {FORMAT} manifest; name a folder made by `megatron-bit prepare`")
     if content.get("version") != VERSION:
-        raise UserError(f"{path} has format version {content.get('version')!r}, known is {VERSION}; prepare again")
+        raise UserError(f"{where} has format version {content.get('version')!r}, known is {VERSION}; prepare again")
     try:
         manifest = Manifest(
             folder=folder,
@@ -186,18 +250,18 @@ def _parse(folder: Path, path: Path, content: Any) -> Manifest:
         )
         stored, computed = content["fingerprint"], manifest.fingerprint
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}; prepare the data again") from error
+        raise UserError(f"{where} is damaged: {error!r}; prepare the data again") from error
     if stored != computed:
         raise UserError(
-            f"{path} was edited: it states fingerprint {stored}, its content gives {computed}; prepare again"
+            f"{where} was edited: it states fingerprint {stored}, its content gives {computed}; prepare again"
         )
     if manifest.raw_bits and (manifest.dtype != "uint8" or not 1 <= manifest.raw_bits <= MAX_RAW_BITS):
         raise UserError(
-            f"{path}: records of {manifest.raw_bits} bits as {manifest.dtype}, allowed are 1 to {MAX_RAW_BITS} bits as "
-            "uint8; prepare again"
+            f"{where}: records of {manifest.raw_bits} bits as {manifest.dtype}, allowed are 1 to {MAX_RAW_BITS} bits "
+            "as uint8; prepare again"
         )
     if not manifest.raw_bits and manifest.dtype not in DTYPES:
-        raise UserError(f"{path}: dtype {manifest.dtype!r}, allowed are {', '.join(DTYPES)}; prepare again")
+        raise UserError(f"{where}: dtype {manifest.dtype!r}, allowed are {', '.join(DTYPES)}; prepare again")
     return manifest
 
 

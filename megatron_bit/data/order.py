@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_bit.data.manifest import Manifest
 from megatron_bit.data.permutation import derive_key, keyed_order, permute
 from megatron_bit.errors import UserError
 
@@ -72,34 +71,41 @@ class SampleOrder:
         self._samples = samples[self._used]
         self._epochs: dict[int, _Epoch] = {}
 
-    @classmethod
-    def of(
-        cls,
-        manifest: Manifest,
-        split: str,
-        *,
-        seq_length: int,
-        seed: int = 0,
-        shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
-        shuffle: bool = True,
-    ) -> SampleOrder:
-        """The order of one split of a prepared folder. Raises UserError as the constructor does."""
-        return cls(
-            [shard.tokens for shard in manifest.split(split).shards],
-            seq_length=seq_length,
-            seed=seed,
-            shuffle_shards=shuffle_shards,
-            shuffle=shuffle,
-            name=f"{manifest.folder}, split {split}",
-        )
+    @property
+    def shards(self) -> int:
+        """How many there are with a sample at least."""
+        return len(self._used)
+
+    def ahead(self, global_index: int) -> list[int]:
+        """The shards that are read from this sample on: those of its window, then those of the next one."""
+        ((epoch, window),) = self.windows(global_index, global_index + 1)
+        following = self.shards_of(epoch, window + 1) or self.shards_of(epoch + 1, 0)
+        return list(dict.fromkeys((*self.shards_of(epoch, window), *following)))
 
     def locate(self, global_index: int) -> tuple[int, int, int]:
         """(epoch, shard index, sample in shard) of one sample."""
         location = self.locate_many(np.array([global_index], dtype=np.int64))
         return int(location.epoch[0]), int(location.shard[0]), int(location.sample[0])
 
-    def locate_many(self, global_indices: np.ndarray) -> Location:
-        """Where the samples with these global indices (int64 [n], >= 0) lie."""
+    def windows(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The (epoch, window) that the samples first to last (exclusive) lie in, in order."""
+        found: list[tuple[int, int]] = []
+        while first < last:
+            epoch, position = divmod(first, self.samples_per_epoch)
+            window = self._slot(self._epoch(epoch), position) // self._window
+            found.append((epoch, window))
+            first += int(self._borders(self._epoch(epoch))[window + 1]) - position
+        return found
+
+    def shards_of(self, epoch: int, window: int) -> list[int]:
+        """The shards of a window in their order."""
+        return self._epoch(epoch).shards[window * self._window : (window + 1) * self._window].tolist()
+
+    def locate_many(self, global_indices: np.ndarray, damaged: frozenset[int] = frozenset()) -> Location:
+        """Where the samples with these global indices (int64 [n], >= 0) lie.
+
+        damaged: shards whose samples are replaced by others: of the same window, or of the epoch if that has none.
+        """
         indices = np.asarray(global_indices, dtype=np.int64)
         if indices.size and indices.min() < 0:
             raise ValueError(f"global sample index {indices.min()} is negative")
@@ -108,7 +114,33 @@ class SampleOrder:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             shards[chosen], samples[chosen] = self._locate_in_epoch(int(epoch), positions[chosen])
+        for row in np.flatnonzero(np.isin(shards, list(damaged))) if damaged else ():
+            shards[row], samples[row] = self._instead(int(epochs[row]), int(indices[row]), damaged)
         return Location(epochs, shards, samples)
+
+    def _instead(self, epoch: int, index: int, damaged: frozenset[int]) -> tuple[int, int]:
+        order = self._epoch(epoch)
+        slots = np.arange(len(order.shards))
+        good = ~np.isin(order.shards, list(damaged))
+        here = good & (slots // self._window == self._slot(order, index % self.samples_per_epoch) // self._window)
+        chosen = np.flatnonzero(here if here.any() else good)
+        ends = np.cumsum(np.diff(order.starts)[chosen])
+        place = derive_key("instead", self.seed, index) % int(ends[-1])
+        slot = int(np.searchsorted(ends, place, side="right"))
+        before = int(ends[slot - 1]) if slot else 0
+        return int(order.shards[chosen[slot]]), place - before
+
+    @property
+    def _window(self) -> int:
+        return self.shuffle_shards if self.shuffle else 1
+
+    def _slot(self, order: _Epoch, position: int) -> int:
+        """Whose place a position in the epoch has, if nothing is shuffled: of the same window in any case."""
+        return int(np.searchsorted(order.starts, position, side="right")) - 1
+
+    def _borders(self, order: _Epoch) -> np.ndarray:
+        """First sample of each window, and one past the last."""
+        return np.append(order.starts[: -1 : self._window], order.starts[-1])
 
     def _locate_in_epoch(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = self._epoch(epoch)
@@ -118,7 +150,7 @@ class SampleOrder:
         return order.shards[slots], positions - order.starts[slots]
 
     def _shuffle_in_windows(self, epoch: int, order: _Epoch, positions: np.ndarray) -> np.ndarray:
-        borders = np.append(order.starts[: -1 : self.shuffle_shards], order.starts[-1])
+        borders = self._borders(order)
         windows = np.searchsorted(borders, positions, side="right") - 1
         shuffled = np.empty_like(positions)
         for window in np.unique(windows):

@@ -59,7 +59,7 @@ def _model_type(folder: Path) -> str | None:
 def _moved(config: Config, meta: Mapping[str, Any]) -> bool:
     """Whether the run's own data folder is no longer there, or is another one."""
     try:
-        manifest = load_manifest(config.data.path, check_files=False)
+        manifest = load_manifest(config.data.folders[0], check_files=False)
     except UserError:
         return True
     return manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]

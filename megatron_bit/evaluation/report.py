@@ -129,7 +129,7 @@ def _data(model: Model, request: Request) -> str:
         return request.data
     if model.training is None:
         raise UserError(f"{model.path} does not say where validation text is: give --data DIR, or --no-likelihood")
-    return model.training.data.path
+    return model.training.data.folders[0]
 
 
 def render(report: Report) -> str:

@@ -76,9 +76,8 @@ class Validation:
 
     def _shards(self) -> Iterator[np.ndarray]:
         """int64 [tokens] of each shard; documents end with the model's end-of-document token."""
-        m = self.manifest
         for shard in self._split.shards:
-            tokens = read_shard(m.shard_path(shard), shard.tokens, m.dtype, m.vocab_size)
+            tokens = read_shard(self.manifest, shard)
             yield tokens.astype(np.int64) if self._same else self._again(tokens)
 
     def _again(self, tokens: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ class Source:
         self.weights = weights
         self.step = int(meta["step"])
         self.noise_table: dict[str, Any] | None = meta.get("noise_table")
-        self.manifest: Manifest = load_manifest(data or config.data.path, check_files=False)
+        self.manifest: Manifest = load_manifest(data or config.data.folders[0], check_files=False)
         self.manifest.need_vocabulary("a model that generates or is converted")
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(

@@ -28,9 +28,11 @@ class RotaryEmbedding:
         self.base = base
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[s, b, heads, d], positions 0 to s - 1, same shape out."""
+    def __call__(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """[s, b, heads, d], same shape out. position: int64 [s, b], below s; None: 0 to s - 1."""
         cos, sin = self._cos_sin(x)
+        if position is not None:
+            cos, sin = cos[position, 0], sin[position, 0]
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -47,8 +49,8 @@ class RotaryEmbedding:
 class CoreAttention(nn.Module):
     """Attention of the heads this rank holds.
 
-    Built by megatron-core through the layer spec; `rope` and `block_size` (None for causal attention) come from the
-    spec's `functools.partial`. The mask is made here rather than passed in: a mask argument breaks recomputation.
+    Built by megatron-core through the layer spec; `rope`, `block_size` (None for causal attention) and `masked` (hide
+    other documents) come from the spec's `functools.partial`. The mask is made here, from where documents begin.
     """
 
     def __init__(
@@ -57,22 +59,34 @@ class CoreAttention(nn.Module):
         *,
         rope: RotaryEmbedding,
         block_size: int | None = None,
+        masked: bool = False,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
         self.scale = softmax_scale
         self.block_size = block_size
+        self.masked = masked
         self.rope = rope
         self._mask: Tensor | None = None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, kv_heads, d] to [s, b, heads * d]."""
-        assert attention_mask is None and len(query) == len(key), "the seam makes its own mask, over equal lengths"
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (self.rope(query), self.rope(key), value))
-        mask = None if self.block_size is None else self._block_mask(q.shape[2], q.device)
+        """query [s, b, heads, d], key and value [s, b, kv_heads, d] to [s, b, heads * d].
+
+        attention_mask: int64 [b, s], no mask but where each position's document begins; None: there is one.
+        """
+        assert len(query) == len(key), "the seam makes its own mask, over equal lengths"
+        start, position, mask = attention_mask, None, None
+        if start is not None:
+            position = (torch.arange(len(query), device=start.device) - start).t()
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (self.rope(query, position), self.rope(key, position), value))
+        if start is not None and self.masked:
+            seen = self._seen(q.shape[2], q.device)
+            mask = (seen & (torch.arange(q.shape[2], device=q.device) >= start[..., None]))[:, None]
+        elif self.block_size is not None:
+            mask = self._seen(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -84,8 +98,8 @@ class CoreAttention(nn.Module):
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _block_mask(self, length: int, device: torch.device) -> Tensor:
-        assert self.block_size is not None
+    def _seen(self, length: int, device: torch.device) -> Tensor:
+        """bool [length, length]: what a query may see of one document."""
         if self._mask is None or self._mask.shape[0] != length or self._mask.device != device:
-            self._mask = block_causal_mask(length, self.block_size, device)
+            self._mask = block_causal_mask(length, self.block_size or 1, device)
         return self._mask

@@ -85,6 +85,7 @@ def _layer_spec(config: Config) -> Any:
 
     rope = RotaryEmbedding(config.model.rope_base)  # one table for all layers
     block_size = config.model.block_size if config.model.attention == "block_causal" else None
+    masked = config.data.document_boundaries == "mask"
     qk_norm: Any = QKNorm if config.model.qk_norm else None
     add: Any = get_bias_dropout_add
     norm: Any = RMSNorm
@@ -94,7 +95,7 @@ def _layer_spec(config: Config) -> Any:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=functools.partial(CoreAttention, block_size=block_size, rope=rope),
+            core_attention=functools.partial(CoreAttention, block_size=block_size, rope=rope, masked=masked),
             linear_proj=RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
@@ -143,6 +144,10 @@ class Backbone(nn.Module):
             vp_stage=vp_stage,
         )
 
-    def forward(self, hidden: Tensor | None) -> Tensor:
-        """hidden [s, b, D] (None: the tensor received from the previous chunk) to [s, b, D]."""
-        return self.block(hidden_states=hidden, attention_mask=None)
+    def forward(self, hidden: Tensor | None, start: Tensor | None = None) -> Tensor:
+        """hidden [s, b, D] (None: the tensor received from the previous chunk) to [s, b, D].
+
+        start: int64 [b, S], where each position's document begins; None: there is one. It goes to the attention as an
+        argument, under the name that megatron-core has for one, so that recomputation has the micro-batch's own.
+        """
+        return self.block(hidden_states=hidden, attention_mask=start)

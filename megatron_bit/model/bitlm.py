@@ -43,8 +43,9 @@ class BitInput(ModelChunk):
     def code_table(self) -> str:
         return self.codec.fingerprint
 
-    def embed(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
-        """Position p holds token p - K; the first K positions are learned and their ids are not looked at.
+    def embed(self, tokens: Tensor, sample: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """Position p holds token p - K; the first K positions (of every document, if they are masked) are learned and
+        their ids are not looked at.
 
         With `diffusion.context_noise` some bits of samples in training are flipped.
         """
@@ -56,7 +57,7 @@ class BitInput(ModelChunk):
         if most and sample is not None:
             seed, blocks = self.settings.train.seed, (last - first) // k
             bits = torch.where(bit_flips(seed, sample, first // k, blocks, k, bits.shape[-1], most), -bits, bits)
-        return self.embedding(bits, first)
+        return self.embedding(bits, first, start[:, first:last].t() if start is not None and self.masked else None)
 
     def condition(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """The states [s, b, D] that the head is conditioned on in training: zero where `diffusion.condition_drop` says.

@@ -40,22 +40,25 @@ class ChainHead(BlockHead):
         self.stage = nn.Parameter(torch.empty(groups.count, w, dtype=mcore.params_dtype, device=init_device(mcore)))
         setattr(self.stage, PARTIAL, mcore.sequence_parallel)
 
-    def forward(self, index: Tensor, previous: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+    def forward(
+        self, index: Tensor, previous: Tensor, known: Tensor, hidden: Tensor, start: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             index: int64 [s, b, G], values of the tokens' groups.
             previous: int64 [s, b, G], those of the tokens before.
-            known: bool [s], whether there is a token before.
+            known: bool [s, 1] or [s, b], whether there is a token before.
             hidden: [s, b, D], the backbone's states.
+            start: int64 [b, S], the first position that each token of the whole sequence may see; None: all before it.
 
         Returns:
             float32 [s, b, G], nats of every group.
         """
         g = self.groups
         own = look_up(self.values, index, g)
-        before = look_up(self.previous, previous, g).sum(-2) * known[:, None, None]
+        before = look_up(self.previous, previous, g).sum(-2) * known[..., None]
         x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
-        features = self.features(x, self.stage, hidden)  # [s, b, G, W]
+        features = self.features(x, self.stage, hidden, start)  # [s, b, G, W]
         prior = self.prior_logits(hidden)
         logits = torch.einsum("sbgw,guw->sbgu", features, self.output.weight.unflatten(0, (g.count, g.values)))
         if isinstance(prior, Tensor):
@@ -72,17 +75,19 @@ class ChainLM(BitInput):
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """The exact negative log-likelihood in nats per token; loss and bound are the same."""
-        loss = self._nats(self.condition(hidden, batch), batch.tokens).mean() / self.shards
+        loss = self._nats(self.condition(hidden, batch), batch).mean() / self.shards
         return LossOutput(loss, torch.stack((loss.detach(), loss.detach())))
 
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The exact negative log-likelihood of every sample."""
-        return self.of_samples(self._nats(hidden, batch.tokens), batch)
+        return self.of_samples(self._nats(hidden, batch), batch)
 
-    def _nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def _nats(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """float32 [s, b]."""
         assert self.head is not None
+        tokens, start = batch.tokens, batch.start if self.masked else None
         first, last = self._bounds(tokens.shape[1])
         index = self.bit_groups.index(self.codec.encode(tokens.transpose(0, 1)))
-        known = torch.arange(first, last, device=tokens.device) > 0
-        return self.head(index[first:last], index.roll(1, 0)[first:last], known, hidden).sum(-1)
+        position = torch.arange(first, last, device=tokens.device)[:, None]
+        known = position > (0 if start is None else start[:, first:last].t())
+        return self.head(index[first:last], index.roll(1, 0)[first:last], known, hidden, start).sum(-1)

@@ -20,6 +20,7 @@ class TokenBatch(NamedTuple):
 
     tokens: Tensor  # int64 [b, S]; raw records: uint8 [b, S, ceil(B / 8)]
     sample: Tensor  # int64 [b], global sample indices: the key of the noise
+    start: Tensor | None = None  # int64 [b, S], where each token's document begins in the sample; None: nobody asks
 
 
 class LossOutput(NamedTuple):
@@ -76,17 +77,23 @@ class ModelChunk(nn.Module, ABC):
 
     def forward(self, batch: TokenBatch) -> Tensor | LossOutput | BoundOutput:
         """The hidden state [s, b, D], or on the last chunk the loss of the micro-batch."""
-        hidden = self.hidden(batch.tokens, batch.sample if self.training else None)
+        hidden = self.hidden(batch.tokens, batch.sample if self.training else None, batch.start)
         if self.head is None:
             return hidden
         return self.loss(hidden, batch) if self.training else self.bound(hidden, batch)
 
-    def hidden(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, sample: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """Backbone states of this chunk; row p conditions token p. tokens int64 [b, S] to [s, b, D].
 
         sample: int64 [b], in training: the key of what may be wrong with the input there.
+        start: int64 [b, S], as of TokenBatch.
         """
-        return self.backbone(None if self.embedding is None else self.embed(tokens, sample))
+        return self.backbone(None if self.embedding is None else self.embed(tokens, sample, start), start)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a token sees nothing of other documents than its own."""
+        return self.settings.data.document_boundaries == "mask"
 
     @property
     @abstractmethod
@@ -94,10 +101,11 @@ class ModelChunk(nn.Module, ABC):
         """Fingerprint of how ids become bits: part of what a run is."""
 
     @abstractmethod
-    def embed(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, sample: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """int64 [b, S] to the layers' input [s, b, D], of which row p may know the tokens before p's block alone.
 
         sample: int64 [b], in training.
+        start: int64 [b, S], as of TokenBatch; if `masked`, row p may know only those of them from there on.
         """
 
     @abstractmethod

@@ -36,19 +36,21 @@ class BitEmbedding(nn.Module):
         self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)
         mark_partial(self, mcore.sequence_parallel)
 
-    def forward(self, bits: Tensor, first_position: int) -> Tensor:
+    def forward(self, bits: Tensor, first_position: int, document_start: Tensor | None = None) -> Tensor:
         """
         Args:
             bits: int8 [s, b, B], the bits at the *input* positions: position p holds token p - K, anything for p < K.
             first_position: position of the first row in the whole sequence.
+            document_start: int64 [s, b], the position where each row's document begins; None: all at 0.
 
         Returns:
             [s, b, D].
         """
         x = self.norm(self._embed(bits))
         position = torch.arange(first_position, first_position + bits.shape[0], device=bits.device)
+        position = position[:, None] if document_start is None else position[:, None] - document_start
         start = self.start[position.clamp(max=self.block_size - 1)]
-        return torch.where((position < self.block_size)[:, None, None], start[:, None, :], x)
+        return torch.where((position < self.block_size)[..., None], start, x)
 
     def _embed(self, bits: Tensor) -> Tensor:
         if hasattr(self, "values"):

@@ -62,23 +62,26 @@ class HeadLayer(nn.Module):
         self.fc1 = ColumnParallelLinear(h.hidden_size, 2 * h.ffn_hidden_size, **column)
         self.fc2 = RowParallelLinear(h.ffn_hidden_size, h.hidden_size, **row)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU)."""
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], start: Tensor | None = None) -> Tensor:
+        """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU).
+
+        start: int64 [b, S], the first position that a sliding window may reach; rows of a sample stand together.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = x + gate_a * self._attention(modulated_rms_norm(x, shift_a, scale_a, EPS))
+        x = x + gate_a * self._attention(modulated_rms_norm(x, shift_a, scale_a, EPS), start)
         return x + gate_m * self._mlp(modulated_rms_norm(x, shift_m, scale_m, EPS))
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, start: Tensor | None) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
         if self.rope is not None:
-            return self.proj(self._slide(mixed, self.rope))[0]
+            return self.proj(self._slide(mixed, self.rope, start))[0]
         length, rows = mixed.shape[:2]
         mixed = mixed.view(length // self.block_size, self.block_size, rows, -1, 3, self.head_dim)
         q, k, v = mixed.permute(4, 0, 2, 3, 1, 5).unbind(0)  # each [n, R, heads/tp, K, d]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
 
-    def _slide(self, mixed: Tensor, rope: RotaryEmbedding) -> Tensor:
+    def _slide(self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None) -> Tensor:
         """Causal attention to `window` tokens, [S, R, heads/tp * 3 * d] to [S, R, heads/tp * d].
 
         In chunks of `window` queries, each with its own chunk and the one before: the cost grows with S, not S^2.
@@ -92,8 +95,13 @@ class HeadLayer(nn.Module):
         k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], t), dim=2) for t in (k, v))
         query, key = torch.arange(size, device=q.device)[:, None], torch.arange(2 * size, device=q.device)
         sees = (key > query) & (key <= query + size)  # key j stands at query position j - w
-        first = sees & (key >= size)  # nothing stands before the first chunk
-        mask = torch.cat((first[None], sees.expand(len(q) - 1, -1, -1)))[:, None]
+        place = key - size + size * torch.arange(len(q), device=q.device)[:, None]  # of the keys, in the sequence
+        if start is None:  # nothing stands before the first chunk
+            mask = (sees & (place >= 0)[:, None])[:, None]
+        else:
+            reach = F.pad(start, (0, -length % size)).unflatten(1, (-1, size)).transpose(0, 1)  # [N, b, w]
+            mask = sees & (place[:, None, None] >= reach[..., None])  # [N, b, w, 2 w]
+            mask = mask.repeat_interleave(q.shape[1] // len(start), dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(1, (rows, -1))
         return out.permute(0, 3, 1, 2, 4).flatten(0, 1)[:length].flatten(2)
 
@@ -126,12 +134,13 @@ class BlockHead(nn.Module):
         self.prior_last = linear(mcore, m.hidden_size, outputs) if m.head.prior and m.block_size > 1 else None
         setattr(self.position, PARTIAL, mcore.sequence_parallel)
 
-    def features(self, x: Tensor, level: Tensor, hidden: Tensor) -> Tensor:
+    def features(self, x: Tensor, level: Tensor, hidden: Tensor, start: Tensor | None = None) -> Tensor:
         """
         Args:
             x: [s, b, M, W], the tokens' input.
             level: what tells the M evaluations apart, [n, 1, b, M, W] or what broadcasts to it.
             hidden: [s, b, D], the backbone's states.
+            start: int64 [b, S], the first position that attention across blocks may reach; None: as far as it goes.
 
         Returns:
             [s, b, M, W], normalised.
@@ -142,7 +151,7 @@ class BlockHead(nn.Module):
         x = (x + context.flatten(0, 1)).reshape(s, b * m, w) + self.position.repeat(s // self.block_size, 1)[:, None, :]
         modulation = self.modulation(condition).chunk(6, dim=-1)
         for layer in self.layers:
-            x = layer(x, modulation)
+            x = layer(x, modulation, start)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
         return modulated_rms_norm(x, shift, gain, EPS).view(s, b, m, w)
 

@@ -97,8 +97,11 @@ class SoftmaxLM(ModelChunk):
     def code_table(self) -> str:
         return "none"
 
-    def embed(self, tokens: Tensor, sample: Tensor | None = None) -> Tensor:
-        """Position p holds token p - 1, position 0 the end of a document: what transformers' models can repeat."""
+    def embed(self, tokens: Tensor, sample: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """Position p holds token p - 1, position 0 the end of a document: what transformers' models can repeat.
+
+        So does the first position of every document, whatever is in the one before.
+        """
         assert self.embedding is not None
         return self.embedding(torch.cat((torch.full_like(tokens[:, :1], self.eos_id), tokens[:, :-1]), dim=1))
 

@@ -77,6 +77,7 @@ def test_bad_meta(text: str | None, match: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("known", [[], {"model": 3}, {"model": {"bits": 3}}, {}])
 def test_an_identity_of_something_else(known: Any, tiny_data: Path, tmp_path: Path) -> None:
     from megatron_bit.config import load_config
+    from megatron_bit.data.corpus import Corpus
     from megatron_bit.data.manifest import load_manifest
     from megatron_bit.run_folder import claim, identity
     from megatron_bit.run_lock import RunLock
@@ -84,7 +85,27 @@ def test_an_identity_of_something_else(known: Any, tiny_data: Path, tmp_path: Pa
     config = load_config(None, [f"run={tmp_path}"])
     (tmp_path / "identity.json").write_text(json.dumps(known))
     with pytest.raises(UserError, match=str(tmp_path)):
-        claim(config, identity(config, load_manifest(tiny_data), "code"), RunLock(tmp_path))
+        claim(config, identity(config, Corpus.of(load_manifest(tiny_data)), "code"), RunLock(tmp_path))
+
+
+def test_other_data_or_another_packing_is_another_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Both hashes are printed whole; a run from before a key existed has its default."""
+    from megatron_bit.config import load_config
+    from megatron_bit.data.corpus import Corpus
+    from megatron_bit.data.manifest import load_manifest
+    from megatron_bit.run_folder import compare, identity
+
+    corpus, config = Corpus.of(load_manifest(tiny_data)), load_config(None, [f"run={tmp_path}"])
+    here = identity(config, corpus, "code")
+    there = {**here, "data": "ab" * 32}
+    with pytest.raises(UserError, match=rf"data is {'ab' * 32} there and {corpus.fingerprint} here"):
+        compare(there, here, "run")
+    old = {key: value for key, value in here.items() if key not in ("data.align_blocks", "data.document_boundaries")}
+    compare(old, here, "run")
+    aligned = identity(load_config(None, ["data.align_blocks=true"]), corpus, "code")
+    for there, mine in ((old, aligned), (aligned, here)):
+        with pytest.raises(UserError, match=r"data\.align_blocks is (True|False) there and (True|False) here"):
+            compare(there, mine, "run")
 
 
 def test_prune_keeps_every_nth_and_the_untrained_one(tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_bit.data.batches import BatchStream
+from megatron_bit.data.corpus import Corpus
+from megatron_bit.data.manifest import Manifest, Split
 from megatron_bit.data.stream import ShardReader
 from megatron_bit.errors import UserError
 
@@ -19,7 +23,7 @@ SHARDS = [333, 5, 128, 256, 90, 400]  # 119 samples an epoch: not a multiple of 
 def stream(manifest, dp_rank=0, dp_size=1, micro=2, **options):
     options = {"seq_length": SEQ_LENGTH, "seed": 5, "shuffle_shards": 2, **options}
     return BatchStream(
-        manifest,
+        Corpus.of(manifest),
         options.pop("split", "train"),
         global_batch_size=options.pop("global_batch_size", GLOBAL),
         micro_batch_size=micro,
@@ -67,7 +71,7 @@ def test_batches_hold_the_tokens_of_their_samples(make_data):
     for batch in [batch for step in take(batches, 0, 5) for batch in step]:
         assert batch.tokens.dtype == np.int64 and batch.tokens.shape == (2, SEQ_LENGTH)
         for sample, tokens in zip(batch.sample, batch.tokens, strict=True):
-            _, shard, place = batches.order.locate(int(sample))
+            _, _, shard, place = batches.samples.locate(int(sample))
             expected = reader.tokens(shard)[place * SEQ_LENGTH : (place + 1) * SEQ_LENGTH]
             np.testing.assert_array_equal(tokens, expected)
             seen.add(shard)
@@ -144,8 +148,8 @@ def test_the_prefetch_thread_ends_when_the_stream_is_dropped(make_data):
 def test_prefetch_stays_within_its_bound(make_data, monkeypatch):
     batches = stream(make_data(SHARDS), prefetch=3)
     made = []
-    gather = batches._maker.gather
-    monkeypatch.setattr(batches._maker, "gather", lambda samples: made.append(1) or gather(samples))
+    gather = batches.samples.gather
+    monkeypatch.setattr(batches.samples, "gather", lambda *args: made.append(1) or gather(*args))
     iterator = batches.steps(0)
     next(iterator)
     deadline = time.monotonic() + 5
@@ -158,8 +162,8 @@ def test_prefetch_stays_within_its_bound(make_data, monkeypatch):
 
 def test_an_error_in_the_prefetch_thread_reaches_the_consumer(make_data):
     manifest = make_data([240, 240, 240])
-    order = stream(manifest, prefetch=0, shuffle=False).order
-    assert order.locate(24)[1] == 1
+    samples = stream(manifest, prefetch=0, shuffle=False).samples
+    assert samples.locate(24)[2] == 1
     path = manifest.shard_path(manifest.split("train").shards[1])
     path.write_bytes(path.read_bytes()[:700])
     batches = stream(manifest, shuffle=False)
@@ -175,7 +179,7 @@ def test_no_more_shards_in_memory_than_the_window(make_data):
     iterator = batches.steps(0)
     for _ in range(20):
         next(iterator)
-        assert len(batches._maker.reader._cache) <= 3
+        assert len(batches.samples.readers[0]._cache) <= 3
 
 
 def test_each_shard_is_read_once_an_epoch(make_data, monkeypatch):
@@ -183,9 +187,75 @@ def test_each_shard_is_read_once_an_epoch(make_data, monkeypatch):
 
     reads = []
     read = module.read_shard
-    monkeypatch.setattr(module, "read_shard", lambda path, *rest: reads.append(path) or read(path, *rest))
+    monkeypatch.setattr(module, "read_shard", lambda *args: reads.append(args[1]) or read(*args))
     batches = stream(make_data([100] * 12), shuffle_shards=3, prefetch=0, global_batch_size=8, micro=8)
     iterator = batches.steps(0)
     for _ in range(15):  # 120 samples: one epoch
         next(iterator)
     assert len(reads) == 12
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two folders of random tokens with many ends of documents."""
+    from mbit_data.tokenize import TokenizedDocument
+    from mbit_data.write import SplitWriter
+
+    made, values = [], np.random.default_rng(3)
+    for number, sizes in enumerate(([333, 5, 128, 256], [90, 400])):
+        folder = tmp_path_factory.mktemp(f"source{number}")
+        shards = []
+        for index, size in enumerate(sizes):
+            writer = SplitWriter(folder, f"s{index}", shard_tokens=10**9)
+            for i in range(0, size, 16):
+                tokens = values.integers(1, 1000, min(16, size - i)).astype("uint16")
+                tokens[-1] = 0
+                writer.add(f"{i:03d}", TokenizedDocument("x.txt", i, tokens, len(tokens), b"", 0))
+            shards += writer.finish().shards
+        made.append(Manifest(folder, {"train": Split(tuple(shards))}, "none", "", 1000, 0, "uint16", {}, "0"))
+    return made
+
+
+@given(
+    stops=st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2]), st.integers(0, 3)),
+        min_size=1,
+        max_size=6,
+    ),
+    start=st.integers(0, 40),
+    mixed=st.booleans(),
+    block_size=st.sampled_from([1, 5]),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=40, deadline=None)
+def test_stopped_anywhere_and_continued_at_any_size_it_is_one_sequence(sources, stops, start, mixed, block_size, seed):
+    """Each stop: steps, data-parallel size, micro-batch and read-ahead of the stretch before it; an epoch has 72."""
+    parts = [Corpus.of(manifest, block_size).sources[0] for manifest in sources]
+    corpus = Corpus(tuple(parts) if mixed else (parts[0],), block_size)
+    common = {
+        "seq_length": 10,
+        "seed": seed,
+        "global_batch_size": GLOBAL,
+        "shuffle_shards": 2,
+        "start_blocks": block_size,
+    }
+
+    def stretch(cursor, steps, dp_size, micro, prefetch):
+        ranks = []
+        for rank in range(dp_size):
+            batches = BatchStream(
+                corpus, "train", dp_rank=rank, dp_size=dp_size, micro_batch_size=micro, prefetch=prefetch, **common
+            )
+            ranks.append(take(batches, cursor, steps))
+        order = [(s, m, r) for s in range(steps) for m in range(GLOBAL // dp_size // micro) for r in range(dp_size)]
+        found = [ranks[r][s][m] for s, m, r in order]
+        return [np.concatenate([getattr(b, name) for b in found]) for name in ("sample", "tokens", "start")]
+
+    total, cursor, parts_found = sum(stop[0] for stop in stops), start * GLOBAL, []
+    whole = stretch(cursor, total, 1, GLOBAL, 0)
+    for steps, dp_size, micro, prefetch in stops:
+        parts_found.append(stretch(cursor, steps, dp_size, micro, prefetch))
+        cursor += steps * GLOBAL
+    for index, expected in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[index] for part in parts_found]), expected)
+    np.testing.assert_array_equal(whole[0], np.arange(start * GLOBAL, cursor))

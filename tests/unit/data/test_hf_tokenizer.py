@@ -123,7 +123,7 @@ def test_a_vocabulary_of_262144(tmp_path):
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.vocab_size, manifest.dtype, manifest.eos_id) == (262_144, "uint32", 262_143)
     (shard,) = manifest.split("train").shards
-    tokens = read_shard(manifest.shard_path(shard), shard.tokens, "uint32", 262_144)
+    tokens = read_shard(manifest, shard)
     assert tokens.dtype == np.uint32
     assert {262_140, 262_141, 262_142} < set(tokens.tolist()) and tokens[-1] == 262_143
     assert Tokenizer(manifest.tokenizer_path).decode(tokens) == text

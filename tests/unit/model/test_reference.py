@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_bit.data.documents import document_starts
 from megatron_bit.diffusion.noise import CONDITION, ESTIMATE, chosen
 from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import TokenBatch, noise_tables
@@ -19,10 +20,17 @@ VOCAB_SIZE = 1999
 def batch(config, size=3, first=2**32 - 1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB_SIZE, (size, config.data.seq_length), generator=generator)
+    k, start = config.model.block_size, None
     if config.model.code == "raw":
         shape = (size, config.data.seq_length, -(-config.model.bits // 8))
         tokens = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    return TokenBatch(tokens, torch.arange(first, first + size))  # crosses into the index's high word
+    if config.start_blocks is not None:
+        tokens.clamp_(min=1)
+        for row, ends in enumerate(([k - 1], [2 * k - 1, 3 * k - 1], [])):
+            tokens[row, [end - (row == 1 and not config.data.align_blocks) for end in ends]] = 0
+        start = torch.from_numpy(document_starts(tokens.numpy(), 0, k))
+        assert start.unique(dim=0).shape[0] == 3
+    return TokenBatch(tokens, torch.arange(first, first + size), start)  # crosses into the index's high word
 
 
 def logical(model, groups, values):
@@ -59,6 +67,18 @@ def test_loss_bound_and_every_gradient(groups, reference, make_config, make_mode
 )
 def test_groups_and_chain(groups, reference, make_config, make_model, block_size, overrides):
     compare(groups, reference, make_model, make_config(block_size, 5, *overrides))
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("attention", ["causal", "block_causal"])
+@pytest.mark.parametrize("boundaries", ["positions", "mask"])
+@pytest.mark.parametrize("kind", ["diffusion", "chain"])
+def test_document_boundaries(groups, reference, make_config, make_model, kind, boundaries, attention, block_size):
+    config = make_config(
+        block_size, 5, f"model.head.kind={kind}", "model.head.window=4", f"model.attention={attention}",
+        f"data.document_boundaries={boundaries}", f"data.align_blocks={'true' if boundaries == 'mask' else 'false'}",
+    )  # fmt: skip
+    compare(groups, reference, make_model, config)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "chain"])
@@ -143,7 +163,7 @@ def compare(groups, reference, make_model, config):
 
     out = model(data)
     out.loss.backward()
-    expected_loss, expected_bound = other.loss(*data)
+    expected_loss, expected_bound = other.loss(data.tokens, data.sample)
     expected_loss.backward()
 
     torch.testing.assert_close(out.metrics, torch.stack((expected_loss.detach(), expected_bound)), rtol=1e-5, atol=0)
@@ -171,7 +191,7 @@ def test_model_switches(groups, reference, make_config, make_model, override):
     other = reference.ReferenceModel(config, logical(model, groups, dict(model.named_parameters())))
     data = batch(config)
     torch.testing.assert_close(
-        model(data).metrics, torch.stack([v.detach() for v in other.loss(*data)]), rtol=1e-5, atol=0
+        model(data).metrics, torch.stack([v.detach() for v in other.loss(data.tokens, data.sample)]), rtol=1e-5, atol=0
     )
 
 

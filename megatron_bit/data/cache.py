@@ -1,0 +1,66 @@
+"""Files of known content on the node's disk, shared by its processes, with a limit to their size.
+
+A file is named by its SHA-256 and appears when it is whole. One process fetches it while the others wait; the ones that
+were not used for longest make room. An open file stays readable when it is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from megatron_bit.files import PARTIAL
+
+
+class ShardCache:
+    """The cache in one folder; `limit` bytes, and one file more while it is fetched."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """Raises OSError."""
+        self.folder, self.limit = folder, limit
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+
+    def open(self, sha256: str, fetch: Callable[[Path], None]) -> IO[bytes]:
+        """The file with that content, made by `fetch(path)` if it is not there. Raises what `fetch` does, OSError."""
+        path = self.folder / sha256
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path)
+                return file
+            with self._locked(sha256[:2]):
+                if not path.exists():
+                    fetch(path)
+                    self._shrink(self.limit, keep=path)
+
+    def clear(self) -> bool:
+        """Make what room there is, on a full disk; whether anything could go."""
+        return self._shrink(0, keep=None)
+
+    def _shrink(self, limit: int, keep: Path | None) -> bool:
+        with self._locked("shrink"):
+            found = []
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file() and not entry.name.endswith(PARTIAL):
+                        found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+            total, removed = sum(size for _, size, _ in found), False
+            for _, size, path in sorted(found):
+                if total <= limit:
+                    break
+                if path != str(keep):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+                    total, removed = total - size, True
+            return removed
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with open(self.folder / "locks" / name, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the holder's waits have time-outs, and its death frees it
+            yield
