@@ -11,7 +11,7 @@ import tyro
 from megatron_bit import environment
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
 from megatron_bit.commands.codes import codes
-from megatron_bit.commands.data import bench_prepare, inspect, prepare, verify
+from megatron_bit.commands.data import bench_data, inspect, prepare, verify
 from megatron_bit.commands.evaluation import evaluate
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
 from megatron_bit.commands.slurm import (
@@ -42,7 +42,7 @@ def checkpoint() -> int:
 
 
 def bench() -> int:
-    """Measure this system against what it is compared with: step, generate, prepare."""
+    """Measure this system against what it is compared with: step, generate, data."""
     raise UserError("`megatron-bit bench` needs a command; see `megatron-bit bench --help`")
 
 
@@ -77,7 +77,7 @@ GROUPS = {
         "rm": checkpoint_rm,
     },
     "cluster": {"up": cluster_up, "down": cluster_down, "crash": cluster_crash, "boot": cluster_boot},
-    "bench": {"step": bench_step, "quality": bench_quality, "generate": bench_generate, "prepare": bench_prepare},
+    "bench": {"step": bench_step, "quality": bench_quality, "generate": bench_generate, "data": bench_data},
 }
 
 

@@ -1,11 +1,11 @@
-"""`megatron-bit bench prepare`: what preparing costs, against the tokenizer alone on the same text, in one run."""
+"""Half of `megatron-bit bench data`: what preparing costs, against the tokenizer alone on the same text."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,40 +21,39 @@ from megatron_bit.errors import UserError
 
 
 def measure(
-    inputs: Sequence[str], megabytes: int, tokenizer: Path | None, workers: Sequence[int], repeats: int
+    inputs: Sequence[str], megabytes: int, tokenizer: Path | None, workers: Sequence[int], repeats: int, folder: Path
 ) -> dict[str, Any]:
     """Medians over `repeats` of MB (10^6 bytes of UTF-8 text) and tokens a second: the tokenizer alone in this process
     on text in memory, then whole prepares of the same text from disk, without training a tokenizer, in turn.
 
-    Raises UserError for inputs without text, and what `prepare` raises.
+    Everything is written below `folder`; the last prepare stays there as `data`. Raises UserError for inputs without
+    text, and what `prepare` raises.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        texts = list(_texts(inputs, megabytes * 10**6))
-        if not texts:
-            raise UserError("bench prepare: there is no text in the inputs")
-        text_bytes = sum(len(text.encode()) for text in texts)
-        source = Path(folder, "text")
-        source.mkdir()
-        for number, text in enumerate(texts):
-            (source / f"{number:06d}.text").write_text(text, encoding="utf-8", newline="")
-        given = tokenizer or Path(folder, "tokenizer.model")
-        if tokenizer is None:
-            sample = sample_texts(expand_inputs([str(source)]), DEFAULT_SAMPLE_BYTES)
-            given.write_bytes(train_tokenizer(sample, DEFAULT_VOCAB_SIZE, "bpe"))
-        model = Tokenizer(given)
-        seconds: dict[str, list[float]] = {}
-        tokens = 0
-        for repeat in range(repeats):
+    texts = list(_texts(inputs, megabytes * 10**6))
+    if not texts:
+        raise UserError("bench data: there is no text in the inputs")
+    text_bytes = sum(len(text.encode()) for text in texts)
+    source, out = folder / "text", folder / "data"
+    source.mkdir()
+    for number, text in enumerate(texts):
+        (source / f"{number:06d}.text").write_text(text, encoding="utf-8", newline="")
+    given = tokenizer or folder / "tokenizer.model"
+    if tokenizer is None:
+        sample = sample_texts(expand_inputs([str(source)]), DEFAULT_SAMPLE_BYTES)
+        given.write_bytes(train_tokenizer(sample, DEFAULT_VOCAB_SIZE, "bpe"))
+    model = Tokenizer(given)
+    seconds: dict[str, list[float]] = {}
+    tokens = 0
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        tokens = sum(len(model.encode(text)) + 1 for text in texts)
+        seconds.setdefault("tokenizer alone", []).append(time.perf_counter() - begin)
+        for count in workers:
+            shutil.rmtree(out, ignore_errors=True)
             begin = time.perf_counter()
-            tokens = sum(len(model.encode(text)) + 1 for text in texts)
-            seconds.setdefault("tokenizer alone", []).append(time.perf_counter() - begin)
-            for count in workers:
-                out = Path(folder, f"{repeat}-{count}")
-                begin = time.perf_counter()
-                prepare(PrepareOptions((str(source),), out, given, workers=count), progress=False)
-                seconds.setdefault(f"prepare, {count} worker{'s' * (count > 1)}", []).append(
-                    time.perf_counter() - begin
-                )
+            prepare(PrepareOptions((str(source),), out, given, workers=count), progress=False)
+            name = f"prepare, {count} worker{'s' * (count > 1)}"
+            seconds.setdefault(name, []).append(time.perf_counter() - begin)
     return {
         "documents": len(texts),
         "text_bytes": text_bytes,

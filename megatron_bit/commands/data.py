@@ -219,34 +219,29 @@ def inspect(
     return 0
 
 
-def bench_prepare(
+def bench_data(
     inputs: Annotated[Args, tyro.conf.arg(metavar="INPUT ...")] = ("stdlib",),
     megabytes: int = 20,
     tokenizer: Path | None = None,
     workers: tuple[int, ...] = (1, 2),
-    repeats: int = 3,
+    repeats: int = 5,
     json: bool = False,
 ) -> int:
-    """Time `prepare` with several numbers of workers against the tokenizer alone, in turn.
+    """Time `prepare` against the tokenizer alone, and the stream of batches against webdataset and a memory map.
+
+    Also start-up, resume and memory of the stream with 10 and with 10,000 shards.
 
     Args:
         inputs: as of prepare.
         megabytes: of text to take from them.
         tokenizer: .model or tokenizer.json; default a new one of 4096 pieces.
-        workers: numbers of processes.
-        repeats: of each.
+        workers: numbers of processes of prepare.
+        repeats: of each, in turn.
         json: print JSON.
     """
     for option, value in (("--megabytes", megabytes), ("--workers", min(workers)), ("--repeats", repeats)):
         if value < 1:
             raise UserError(f"{option} {value} has to be at least 1")
-    from mbit_data import bench as job
+    from megatron_bit.bench import data as job
 
-    result = job.measure(inputs, megabytes, tokenizer, workers, repeats)
-    if json:
-        from json import dumps
-
-        print(dumps(result, indent=1))
-    else:
-        print(job.render(result))
-    return 0
+    return job.main(tuple(inputs), megabytes, tokenizer, workers, repeats, json)

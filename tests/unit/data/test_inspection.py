@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zstandard
 from mbit_data import inspection
+from mbit_data.bench import measure
 from mbit_data.inspection import inspect, render
 from mbit_data.prepare import PrepareOptions, prepare
 from mbit_data.tokenizer import Tokenizer
@@ -128,12 +129,9 @@ def lines_of(text):
 
 
 def test_bench_measures_prepare_against_the_tokenizer(corpus, tmp_path):
-    done = megatron_bit(
-        "bench", "prepare", corpus, "--megabytes", "1", "--repeats", "1", "--workers", "1", "--json",
-        "--tokenizer", prepared_tokenizer(corpus, tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    result = measure((str(corpus),), 1, prepared_tokenizer(corpus, tmp_path), (1,), 1, folder)
     assert result["documents"] == 40
     assert result["text_bytes"] == sum(path.stat().st_size for path in corpus.rglob("*.py"))
     assert list(result["results"]) == ["tokenizer alone", "prepare, 1 worker"]
