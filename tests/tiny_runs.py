@@ -197,3 +197,35 @@ def aloud(arguments: list[str], heard: Path, name: str = "train", *more: Any) ->
 
     with open(heard if os.environ["RANK"] == "0" else os.devnull, "w") as file, contextlib.redirect_stdout(file):
         return globals()[name](arguments, *more)
+
+
+def train_elsewhere(arguments: list[str], folders: list[str]) -> int:
+    """Runs in a rank: like `train`, in a working folder of its own, as on a node of its own."""
+    import os
+
+    os.chdir(folders[int(os.environ["RANK"])])
+    return train(arguments)
+
+
+def train_recorded(arguments: list[str], records: Path, die_at: int | None) -> int:
+    """Runs in a rank: like `train`, with a line in `records` for every step begun: its number, sample indices, tokens.
+
+    die_at: SIGKILL to this process when that step begins; the other ranks do the same.
+    """
+    import os
+    import signal
+
+    from megatron_bit.trainer import Trainer
+
+    plain = Trainer.train_step
+
+    def step(self: Trainer, batches: Any) -> None:
+        if self.state.step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rows = [[b.sample.tolist(), b.tokens.tolist()] for b in batches]
+        with open(records, "a") as file:  # one short write each: lines of several ranks do not mix
+            file.write(json.dumps([self.state.step, rows]) + "\n")
+        plain(self, batches)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    return train(arguments)
