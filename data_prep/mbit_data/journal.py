@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mbit_data.options import differences
-from megatron_bit.data.documents import LENGTHS_SUFFIX, lengths_file
-from megatron_bit.data.manifest import SPLITS, Shard
+from megatron_bit.data.manifest import LENGTHS_SUFFIX, SPLITS, Shard, lengths_file
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL, write_atomic
 

@@ -6,8 +6,7 @@ import hashlib
 from pathlib import Path
 
 from mbit_data.tokenizer import Tokenizer
-from megatron_bit.data.documents import lengths_file
-from megatron_bit.data.manifest import Manifest, load_manifest
+from megatron_bit.data.manifest import Manifest, lengths_file, load_manifest
 from megatron_bit.errors import UserError
 
 

@@ -14,8 +14,8 @@ from typing import IO
 import numpy as np
 
 from mbit_data.tokenize import TokenizedDocument
-from megatron_bit.data.documents import encode_lengths, lengths_file
-from megatron_bit.data.manifest import Shard, Split
+from megatron_bit.data.documents import encode_lengths
+from megatron_bit.data.manifest import Shard, Split, lengths_file
 from megatron_bit.files import PARTIAL, sync_folder, write_atomic
 
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from megatron_bit.errors import UserError
 
-LENGTHS_SUFFIX = ".lengths.npy"
-
 
 def document_starts(tokens: np.ndarray, eos_id: int, block_size: int) -> np.ndarray:
     """Where the document of each token begins in its sample: int64 [n, S] ids to int64 [n, S].
@@ -33,11 +31,6 @@ def document_starts(tokens: np.ndarray, eos_id: int, block_size: int) -> np.ndar
 def aligned(lengths: np.ndarray, block_size: int) -> np.ndarray:
     """Tokens of each document in whole blocks: int64 [documents]."""
     return -(-lengths.astype(np.int64) // block_size) * block_size
-
-
-def lengths_file(shard_file: str) -> str:
-    """Name of the sidecar: `train-000000.lengths.npy` of `train-000000.tar`."""
-    return shard_file.removesuffix(".tar") + LENGTHS_SUFFIX
 
 
 def encode_lengths(lengths: list[int]) -> bytes:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_bit.config import RemoteConfig
-from megatron_bit.data.documents import lengths_file
 from megatron_bit.data.remote import RemoteFolder, is_remote
 from megatron_bit.errors import ShardError, UserError
 
@@ -22,6 +21,12 @@ VERSION = 1
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
 MAX_RAW_BITS = 256
+LENGTHS_SUFFIX = ".lengths.npy"  # of the sidecar of a shard (data/documents.py); here, for whom numpy is too much
+
+
+def lengths_file(shard_file: str) -> str:
+    """Name of the sidecar: `train-000000.lengths.npy` of `train-000000.tar`."""
+    return shard_file.removesuffix(".tar") + LENGTHS_SUFFIX
 
 
 @dataclass(frozen=True)

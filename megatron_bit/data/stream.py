@@ -11,8 +11,8 @@ from typing import IO
 
 import numpy as np
 
-from megatron_bit.data.documents import aligned, decode_lengths, lengths_file
-from megatron_bit.data.manifest import Manifest, Shard
+from megatron_bit.data.documents import aligned, decode_lengths
+from megatron_bit.data.manifest import Manifest, Shard, lengths_file
 from megatron_bit.errors import ShardError, UserError
 
 TOKENS_SUFFIX = "tokens.npy"

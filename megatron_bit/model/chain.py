@@ -47,7 +47,7 @@ class ChainHead(BlockHead):
         Args:
             index: int64 [s, b, G], values of the tokens' groups.
             previous: int64 [s, b, G], those of the tokens before.
-            known: bool [s, 1] or [s, b], whether there is a token before.
+            known: bool [s] or [s, b], whether there is a token before.
             hidden: [s, b, D], the backbone's states.
             start: int64 [b, S], the first position that each token of the whole sequence may see; None: all before it.
 
@@ -56,7 +56,7 @@ class ChainHead(BlockHead):
         """
         g = self.groups
         own = look_up(self.values, index, g)
-        before = look_up(self.previous, previous, g).sum(-2) * known[..., None]
+        before = look_up(self.previous, previous, g).sum(-2) * known.view(len(known), -1, 1)
         x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
         features = self.features(x, self.stage, hidden, start)  # [s, b, G, W]
         prior = self.prior_logits(hidden)

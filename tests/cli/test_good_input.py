@@ -24,6 +24,7 @@ RECORD = {
     "lr",
     "grad_norm",
     "skipped",
+    "replaced",
     "seconds",
     "tokens_per_second",
 }

@@ -12,8 +12,8 @@ from mbit_data.write import SplitWriter
 
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.data.corpus import Corpus
-from megatron_bit.data.documents import document_starts, lengths_file
-from megatron_bit.data.manifest import FILE_NAME, Split, load_manifest
+from megatron_bit.data.documents import document_starts
+from megatron_bit.data.manifest import FILE_NAME, Split, lengths_file, load_manifest
 from megatron_bit.data.stream import read_documents, read_shard, streamed_tokens
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
