@@ -63,6 +63,21 @@ def test_the_same_sequence_for_every_data_parallel_size(make_data, dp_size, micr
     np.testing.assert_array_equal(tokens, expected[1])
 
 
+@pytest.mark.parametrize("located", [1, 30, 60, 1024])
+def test_how_many_places_are_found_together_changes_nothing(make_data, monkeypatch, located):
+    monkeypatch.setattr("megatron_bit.data.batches.LOCATED", located)
+    manifest = make_data(SHARDS)
+    reader = ShardReader(manifest, "train", capacity=len(SHARDS))
+    batches = stream(manifest, micro=12)
+    numbers = []
+    for batch in [batch for step in take(batches, 48, 9) for batch in step]:
+        for sample, tokens in zip(batch.sample.tolist(), batch.tokens, strict=True):
+            _, _, shard, place = batches.samples.locate(sample)
+            np.testing.assert_array_equal(tokens, reader.tokens(shard)[place * SEQ_LENGTH :][:SEQ_LENGTH])
+            numbers.append(sample)
+    assert numbers == list(range(48, 48 + 9 * GLOBAL))
+
+
 def test_batches_hold_the_tokens_of_their_samples(make_data):
     manifest = make_data(SHARDS)
     reader = ShardReader(manifest, "train", capacity=len(SHARDS))

@@ -49,6 +49,13 @@ def test_the_shares_hold_at_every_moment(shares, count):
         assert abs((source == number).sum() - count * share / sum(shares)) < len(shares)
 
 
+@given(shares, st.integers(0, 500))
+@settings(max_examples=60, deadline=None)
+def test_what_came_before_is_what_was_divided(shares, number):
+    source, _ = Mixture(shares).divide(np.arange(number))
+    assert Mixture(shares).before(number) == np.bincount(source, minlength=len(shares)).tolist()
+
+
 def test_fractions_and_large_shares_are_exact():
     assert Mixture([Fraction("0.7"), Fraction("0.2"), Fraction("0.1")]).shares == [7, 2, 1]
     big = [10**15 + 1, 3 * 10**15]
