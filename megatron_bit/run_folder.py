@@ -17,17 +17,19 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from megatron_bit.checkpoint.folder import checkpoints_of, read_meta, sweep
 from megatron_bit.config import Config, ModelConfig, load_config, to_yaml
-from megatron_bit.data.corpus import Corpus
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.run_lock import RunLock
 from megatron_bit.run_log import roll_back
+
+if TYPE_CHECKING:
+    from megatron_bit.data.corpus import Corpus  # which imports numpy; a plan does without
 
 # what runs have that were made before a key
 YOUNGER = {
