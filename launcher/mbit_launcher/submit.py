@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bit.checkpoint.folder import complete, step_of
-from megatron_bit.config import Config
+from megatron_bit.config import Config, DataConfig
+from megatron_bit.data.remote import is_remote
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.plan import describe
@@ -39,13 +40,6 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
     """
     run = Path(config.run).absolute()
     check_path(run)
-    if not config.data.path:
-        raise UserError(
-            "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
-        )
-    data = Path(config.data.path).absolute()
-    if not (data / "manifest.json").exists():
-        raise UserError(f"data.path {data} has no manifest.json: `megatron-bit prepare INPUT --out {data}` makes one")
     mirror = config.checkpoint.mirror
     if mirror and "://" not in mirror:  # a folder: the job runs in another one than this
         mirror = str(Path(mirror).absolute())
@@ -55,7 +49,7 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
     config = config.model_copy(
         update={
             "run": str(run),
-            "data": config.data.model_copy(update={"path": str(data)}),
+            "data": _data(config.data),
             "train": config.train.model_copy(update={"init_from": start}),
             "checkpoint": config.checkpoint.model_copy(update={"mirror": mirror}),
         }
@@ -77,6 +71,30 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
             f"run {run} is finished: it has done train.steps {config.train.steps}; raise train.steps to go on"
         )
     return config
+
+
+def _data(data: DataConfig) -> DataConfig:
+    """The data with every folder absolute; what is remote is looked at by the job. UserError if a folder is none."""
+    if not data.folders[0]:
+        raise UserError(
+            "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
+        )
+
+    def place(key: str, folder: str) -> str:
+        if is_remote(folder):
+            return folder
+        path = Path(folder).absolute()
+        if not (path / "manifest.json").exists():
+            raise UserError(f"{key} {path} has no manifest.json: `megatron-bit prepare INPUT --out {path}` makes one")
+        return str(path)
+
+    if data.remote.cache:
+        cache = str(Path(data.remote.cache).expanduser().absolute())
+        data = data.model_copy(update={"remote": data.remote.model_copy(update={"cache": cache})})
+    if not data.sources:
+        return data.model_copy(update={"path": place("data.path", data.path)})
+    sources = [source.model_copy(update={"path": place("data.sources", source.path)}) for source in data.sources]
+    return data.model_copy(update={"sources": tuple(sources)})
 
 
 def submit(config: Config, profile: ClusterProfile, count: int = 1) -> list[Submitted]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mbit_launcher import slurm, status, submission
 from mbit_launcher.profile import ClusterProfile
-from mbit_launcher.submit import preview, submit, sweep, sweep_configs
+from mbit_launcher.submit import prepare, preview, submit, sweep, sweep_configs
 
 from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
@@ -55,6 +55,24 @@ def test_refused_before_anything_is_written(change: str, config: Config, tmp_pat
     with pytest.raises(UserError, match=REFUSED[change]):
         submit(_with({key: value}, tmp_path), profile)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_of_several_folders_and_behind_urls(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders become absolute, for the job runs elsewhere; what is remote stays as it is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def made(*pairs: str) -> Config:
+        return prepare(load_config(None, [f"run={tmp_path / 'run'}", "data.path=", *pairs], "laptop"), PROFILE)
+
+    assert made("data.path=data").data.path == str(tmp_path / "data")
+    assert made("data.path=https://host/data", "data.remote.cache=c").data.path == "https://host/data"
+    assert made("data.path=https://host/data", "data.remote.cache=c").data.remote.cache == str(tmp_path / "c")
+    both = made("data.sources=[{path: data, weight: 2}, {path: 's3://b/x', weight: 1}]").data.sources
+    assert [(source.path, source.weight) for source in both] == [(str(tmp_path / "data"), 2), ("s3://b/x", 1)]
+    with pytest.raises(UserError, match=r"data.sources .*none has no manifest.json"):
+        made("data.sources=[{path: data}, {path: none}]")
 
 
 def test_a_finished_run_is_not_submitted(config: Config, tmp_path: Path) -> None:
