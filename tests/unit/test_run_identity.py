@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bit.config import load_config
+from megatron_bit.data.corpus import Corpus
 from megatron_bit.data.manifest import Manifest, Split
 from megatron_bit.errors import UserError
 from megatron_bit.run_folder import compare, identity
@@ -12,7 +13,8 @@ from megatron_bit.run_folder import compare, identity
 
 def made(*overrides: str, folder: str = "x") -> dict:
     manifest = Manifest(Path(folder), {"train": Split(())}, "t", "0", 300, 2, "uint16", {}, "0")
-    return identity(load_config(overrides=["model.head.kind=diffusion", *overrides]), manifest, "code")
+    config = load_config(overrides=["model.head.kind=diffusion", *overrides])
+    return identity(config, Corpus.of(manifest), "code")
 
 
 def test_self_conditioning_is_part_of_a_run():
