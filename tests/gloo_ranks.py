@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
 from typing import Any
+
+from mbit_launcher.local import choose_port
 
 _context: Any = None
 
@@ -29,9 +30,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             seconds; no process is left behind.
     """
     context = _fork_server()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = choose_port()
     queue = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(queue, function, rank, world_size, port, args), daemon=True)

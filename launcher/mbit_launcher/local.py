@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -89,7 +90,15 @@ def run_local(
 
 
 def choose_port(port: int | None = None) -> int:
-    """A free TCP port, or `port` if no one listens on it; else UserError."""
+    """A free TCP port, or `port` if no one listens on it; else UserError.
+
+    Below the ephemeral ports (from 32768 on) and those of SLURM jobs (from 20000 on): an outgoing connection of
+    whatever else runs here could take one of these before rank 0 listens.
+    """
+    for _ in range(100 if port is None else 0):
+        candidate = 10_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("", candidate)):
+            return candidate
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port {port} is not a TCP port; choose 1024 to 65535, or leave it out")
     try:
