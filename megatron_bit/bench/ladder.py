@@ -47,7 +47,7 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         rungs += [
             Rung(f"chain K=1 g={most} semantic", chain(1, most, *semantic), headline=True),
             Rung(f"chain K=4 g={most} semantic", chain(4, most, *semantic), headline=True, text=True),
-            Rung(f"chain K=8 g={most} semantic", chain(8, most, *semantic)),
+            Rung(f"chain K=8 g={most} semantic", chain(8, most, *semantic), extra=True),
         ]
     rungs += [
         Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
@@ -71,8 +71,8 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),
         Rung("diffusion K=4 g=8 semantic, entropy rate", (*eight, "diffusion.noise=entropy_rate")),
         Rung("diffusion K=4 g=8 semantic, block-causal", (*eight, "model.attention=block_causal")),
-        Rung("diffusion K=4 g=8 semantic, self-conditioning", (*eight, "diffusion.self_condition=0.5")),
-        Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic)),
+        Rung("diffusion K=4 g=8 semantic, self-conditioning", (*eight, "diffusion.self_condition=0.5"), extra=True),
+        Rung("diffusion K=1 g=8 semantic", joint(1, 8, *semantic), extra=True),
         Rung("diffusion K=4 g=4 semantic", joint(4, 4, *semantic), extra=True),
         Rung("diffusion K=4 g=1 semantic, bce", joint(4, 1, *semantic, "diffusion.loss=bce"), extra=True),
         Rung("diffusion K=4 g=1 semantic, direct", joint(4, 1, *semantic, "diffusion.parameterization=direct")),
