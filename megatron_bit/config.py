@@ -322,6 +322,13 @@ class DataConfig(Section):
         """Every data folder; the first one's tokenizer and codes are the run's."""
         return tuple(source.path for source in self.sources) or (self.path,)
 
+    def check_set(self) -> None:
+        """UserError if there is no data folder."""
+        if not self.folders[0]:
+            raise UserError(
+                "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
+            )
+
 
 class TrainConfig(Section):
     steps: int = Field(default=1000, ge=1)

@@ -42,7 +42,7 @@ def main(config: Config) -> int:
     Returns:
         the exit code: 0, or 85 if a signal asked the run to save and leave.
     """
-    _check_path(config)  # before the groups: rank 0 must not leave while others still connect to it
+    config.data.check_set()  # before the groups: rank 0 must not leave while others still connect to it
     groups = process_groups.init(config)
     try:
         if "MBIT_ATTEMPT" in os.environ:  # a job of the launcher: job.sh
@@ -143,10 +143,3 @@ def open_code(config: Config, manifest: Manifest) -> Tensor | None:
     if config.model.head.kind == "softmax":
         return None
     return on_rank0(functools.partial(learned_table, config.model.code, manifest, config.model.bits))
-
-
-def _check_path(config: Config) -> None:
-    if not config.data.folders[0]:
-        raise UserError(
-            "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
-        )

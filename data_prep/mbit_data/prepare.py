@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,8 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
         raise UserError(f"none of the {len(found)} input files is text (first: {found[0].path})")
     content = combine_hashes((file.source, digest) for file, digest in zip(files, digests, strict=True))
     identity = options.identity({"input_sha256": content})
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with disk_errors(out), only_one(out, report):
-        if (out / FILE_NAME).exists():
-            return finished(out, identity, report)
-        journal = claim(out, out / UNFINISHED_FILE, identity, report)
+
+    def make(journal: Journal) -> Manifest:
         work = Work(options, out, files, journal, report)
         report.line(f"{len(files)} files, {work.total_bytes / 1e6:.1f} MB")
         tokenizer = make_tokenizer(work, files, may_reuse=journal.continued)
@@ -75,14 +71,30 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
             )
         manifest = write_manifest(out, splits, tokenizer, identity, dropped)
         (out / KEYS_FILE).unlink(missing_ok=True)
+        if dropped:
+            report.line(f"left out: {describe_dropped(dropped)}")
+        return manifest
+
+    return make_folder(out, identity, report, make)
+
+
+def make_folder(
+    out: Path, identity: Mapping[str, Any], report: Reporter, make: Callable[[Journal], Manifest]
+) -> Manifest:
+    """Find the folder finished, or let `make` write its shards and at last its manifest, under the folder's lock."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out), only_one(out, report):
+        if (out / FILE_NAME).exists():
+            return _finished(out, identity, report)
+        journal = claim(out, out / UNFINISHED_FILE, identity, report)
+        manifest = make(journal)
         journal.path.unlink()
-    if dropped:
-        report.line(f"left out: {describe_dropped(dropped)}")
     report.line(f"wrote {out / FILE_NAME}")
     return manifest
 
 
-def finished(out: Path, identity: Mapping[str, Any], report: Reporter) -> Manifest:
+def _finished(out: Path, identity: Mapping[str, Any], report: Reporter) -> Manifest:
     """The manifest that is there. Raises UserError if it is of other data."""
     manifest = load_manifest(out)
     different = differences(manifest.identity, identity)

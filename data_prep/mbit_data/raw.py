@@ -17,9 +17,8 @@ from mbit_data.decompress import open_input
 from mbit_data.filters import BROKEN, EMPTY
 from mbit_data.inputs import InputFile, expand_inputs
 from mbit_data.journal import Journal
-from mbit_data.lock import only_one
 from mbit_data.options import code_sha256
-from mbit_data.prepare import UNFINISHED_FILE, claim, disk_errors, finished
+from mbit_data.prepare import make_folder
 from mbit_data.progress import Reporter
 from mbit_data.read import ON_ERROR, OnError, Reading, combine_hashes
 from mbit_data.tokenize import TokenizedDocument, split_of
@@ -83,12 +82,8 @@ def prepare_raw(options: RawOptions, progress: bool = True) -> Manifest:
         digests = list(pool.map(_hash, files))
     content = combine_hashes((file.source, digest) for file, digest in zip(files, digests, strict=True))
     identity = options.identity(content)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with disk_errors(out), only_one(out, report):
-        if (out / FILE_NAME).exists():
-            return finished(out, identity, report)
-        journal = claim(out, out / UNFINISHED_FILE, identity, report)
+
+    def make(journal: Journal) -> Manifest:
         report.line(f"{len(files)} files, {sum(file.size for file in files) / 1e6:.1f} MB")
         splits, dropped = _write_shards(options, out, files, journal, report)
         if not any(split.documents for split in splits.values()):
@@ -99,9 +94,9 @@ def prepare_raw(options: RawOptions, progress: bool = True) -> Manifest:
             code_sha256=code_sha256(),
         )  # fmt: skip
         write_atomic(out / FILE_NAME, manifest.to_json().encode())
-        journal.path.unlink()
-    report.line(f"wrote {out / FILE_NAME}")
-    return manifest
+        return manifest
+
+    return make_folder(out, identity, report, make)
 
 
 def _hash(file: InputFile) -> str:
@@ -167,6 +162,5 @@ def _documents(
                     yield TokenizedDocument(file.source, index, records, len(data), digest, position - done)
                     done = position
                 index += 1
-        dropped[EMPTY] += index == 0
-    if not dropped[EMPTY]:
-        del dropped[EMPTY]
+        if index == 0:
+            dropped[EMPTY] += 1

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import psutil
 
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
+
+from .local import choose_port
 
 NEEDED = {  # program: package
     "slurmctld": "slurmctld",
@@ -226,12 +227,11 @@ def _configure(folder: Path, nodes: int, cpus: int, gpus: int) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """TCP ports that no one uses now, on any address of this machine."""
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Different TCP ports that no one uses now, on any address of this machine."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(choose_port())
+    return list(ports)
 
 
 def _wait_until_idle(folder: Path, nodes: int, process: subprocess.Popen[bytes]) -> None:

@@ -180,21 +180,7 @@ _HEADS = (
 
 def table(rows: Sequence[Status]) -> str:
     """The rows for a person; on a terminal the last column is cut to its width."""
-    heads = (
-        "run",
-        "job",
-        "state",
-        "step",
-        "tokens",
-        "loss",
-        "tokens/s",
-        "restarts",
-        "left",
-        "ETA",
-        "checkpoint",
-        "reason",
-    )
-    cells = [heads, *(_cells(row) for row in rows)]
+    cells = [_HEADS, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADS) - 1)]
     limit = shutil.get_terminal_size().columns if os.isatty(1) else None
     lines = ("  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in cells)

@@ -75,10 +75,7 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
 
 def _data(data: DataConfig) -> DataConfig:
     """The data with every folder absolute; what is remote is looked at by the job. UserError if a folder is none."""
-    if not data.folders[0]:
-        raise UserError(
-            "data.path is not set; make a folder with `megatron-bit prepare INPUT --out DIR`, then data.path=DIR"
-        )
+    data.check_set()
 
     def place(key: str, folder: str) -> str:
         if is_remote(folder):

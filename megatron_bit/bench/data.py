@@ -8,7 +8,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +18,11 @@ from typing import Any
 import numpy as np
 import psutil
 
+from megatron_bit.bench.spread import spread
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.data.corpus import Corpus
-from megatron_bit.data.manifest import FILE_NAME, Manifest, Shard, Split, load_manifest
+from megatron_bit.data.manifest import FILE_NAME, Manifest, Split, load_manifest
+from megatron_bit.data.stream import read_shard
 
 SEQ_LENGTH, BATCH = 1024, 16
 FEW, MANY = 10, 10_000  # shards to start with
@@ -39,18 +40,14 @@ def measure(
         folder = Path(name)
         prepared = preparing.measure(inputs, megabytes, tokenizer, workers, repeats, folder)
         manifest = load_manifest(folder / "data")
-        np.save(folder / "tokens.npy", np.concatenate([_tokens(manifest, s) for s in manifest.split("train").shards]))
+        np.save(
+            folder / "tokens.npy", np.concatenate([read_shard(manifest, s) for s in manifest.split("train").shards])
+        )
         return {
             "prepare": prepared,
             "stream": _rates(manifest, folder / "tokens.npy", repeats),
             "fresh": _fresh(manifest, folder),
         }
-
-
-def _tokens(manifest: Manifest, shard: Shard) -> np.ndarray:
-    from megatron_bit.data.stream import read_shard
-
-    return read_shard(manifest, shard)
 
 
 def _stream(manifest: Manifest) -> BatchStream:
@@ -109,10 +106,10 @@ def _rates(manifest: Manifest, tokens: Path, repeats: int) -> dict[str, Any]:
         "shards": len(split.shards),
         "tokens": split.tokens,
         "tokens_per_document": round(split.tokens / split.documents),
-        "tokens_per_cpu_second": {name: _spread(values) for name, values in rates.items()},
-        "tokens_per_second": {name: _spread(values) for name, values in clock.items()},
+        "tokens_per_cpu_second": {name: spread(values) for name, values in rates.items()},
+        "tokens_per_second": {name: spread(values) for name, values in clock.items()},
         "ratio": {
-            name: _spread([a / b for a, b in zip(rates[OURS], rates[name], strict=True)]) for name in (PLAIN, MAPPED)
+            name: spread([a / b for a, b in zip(rates[OURS], rates[name], strict=True)]) for name in (PLAIN, MAPPED)
         },
     }
 
@@ -144,7 +141,7 @@ def _many_shards(manifest: Manifest, folder: Path) -> Manifest:
     from mbit_data.write import SplitWriter
 
     folder.mkdir()
-    tokens = _tokens(manifest, manifest.split("train").shards[0])
+    tokens = read_shard(manifest, manifest.split("train").shards[0])
     tokens = np.resize(tokens, SMALL_SHARD)
     writer = SplitWriter(folder, "train", shard_tokens=SMALL_SHARD)
     for number, document in enumerate(np.split(tokens, 32)):
@@ -185,10 +182,6 @@ def _start(folder: Path) -> dict[str, float]:
         "resume_seconds": round(resume, 3),
         "memory_mb": round((most - before) / 1e6, 1),
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def main(

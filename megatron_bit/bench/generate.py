@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
+from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
 from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
 from megatron_bit.inference.hf_names import model_arguments, softmax_config
@@ -113,15 +113,11 @@ def _measure(
             {
                 "batch": batch,
                 "model": name,
-                "tokens_per_second": _spread(rates),
-                "times": {peer: _spread(ratio) for peer, ratio in ratios.items()},
+                "tokens_per_second": spread(rates),
+                "times": {peer: spread(ratio) for peer, ratio in ratios.items()},
             }
         )
     return rows
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _count(model: torch.nn.Module) -> int:

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_bit import train as job
+from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
 from megatron_bit.parallel import groups as process_groups
@@ -120,9 +120,9 @@ def _measure(config: Config, reference: Any, steps: int, repeats: int) -> dict[s
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}",
         "steps_per_stretch": steps,
-        "ms_per_step": {name: _spread([1e3 * t for t in values]) for name, values in timings.items()},
-        "tokens_per_second": {name: _spread([tokens / t for t in values]) for name, values in timings.items()},
-        "ratio": _spread(ratios),
+        "ms_per_step": {name: spread([1e3 * t for t in values]) for name, values in timings.items()},
+        "tokens_per_second": {name: spread([tokens / t for t in values]) for name, values in timings.items()},
+        "ratio": spread(ratios),
     }
 
 
@@ -149,10 +149,6 @@ def _startup(config: Config, folder: Path) -> dict[str, float]:
         subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONSAFEPATH": "1"})
         seconds[name] = round(time.perf_counter() - begin, 2)
     return seconds
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _table(result: dict[str, Any]) -> str:

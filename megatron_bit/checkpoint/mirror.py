@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_bit.checkpoint import folder as folders
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder
+from megatron_bit.files import sync_folder, write_synced
 
 ATTEMPTS, PAUSE = 4, 1.0  # of each file; seconds before the second one, doubled each time
 CHUNK = 8 << 20
@@ -189,10 +189,8 @@ class Mirror:
                 digest = _again(lambda name=name: self._download(f"{source}/{name}", temporary / name))
                 if digest != entry["sha256"]:
                     raise UserError(f"checkpoint.mirror {self.url}/{there[-1]}/{name} is damaged: SHA-256 {digest}")
-            for name, data in ((HASHES, text), (MARK, mark.encode())):
-                (temporary / name).write_bytes(data)
-            for path in temporary.iterdir():
-                _sync(path)
+            write_synced(temporary / HASHES, text)
+            write_synced(temporary / MARK, mark.encode())
             sync_folder(temporary)
             temporary.rename(final)
             sync_folder(root)
@@ -202,12 +200,14 @@ class Mirror:
         return f"fetched {final} from {self.url} in {time.monotonic() - begin:.1f} s"
 
     def _download(self, source: str, target: Path) -> str:
-        """Returns the SHA-256 of what came."""
+        """Returns the SHA-256 of what came, and is on the disk."""
         total = hashlib.sha256()
         with self._fs.open(source, "rb") as stream, open(target, "wb") as file:
             while data := stream.read(CHUNK):
                 total.update(data)
                 file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         return total.hexdigest()
 
 
@@ -222,11 +222,6 @@ def _again(action: Callable[[], Any]) -> Any:
             if attempt == ATTEMPTS - 1:
                 raise
             time.sleep(PAUSE * 2**attempt)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _reason(error: Exception) -> str:

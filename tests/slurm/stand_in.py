@@ -48,8 +48,8 @@ def train(path):
     import json
     from pathlib import Path
 
-    asked = []
-    signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+    signalled = []
+    signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
     faulthandler.register(signal.SIGUSR2)
     from mbit_launcher import heartbeats
 
@@ -60,6 +60,8 @@ def train(path):
     run, rank, mode = Path(config.run), int(os.environ["RANK"]), os.environ.get("STAND_IN", "")
     found = complete(run / "checkpoints")
     first = step = step_of(found[-1]) if found else 0
+    attempt = os.environ["MBIT_ATTEMPT"]
+    asked, last = run / f"asked.{attempt}", run / f"last.{attempt}"  # some rank was asked; the step that all stop at
     beats = run / "heartbeats" / f"rank-{rank:05d}"
     beats.parent.mkdir(parents=True, exist_ok=True)
 
@@ -67,7 +69,7 @@ def train(path):
         record = {
             "rank": rank,
             "host": os.environ["SLURMD_NODENAME"],
-            "attempt": os.environ["MBIT_ATTEMPT"],
+            "attempt": attempt,
             "step": step,
         }
         partial = beats.with_name(f".{beats.name}")
@@ -76,9 +78,7 @@ def train(path):
 
     def meet(ranks, at):
         """Wait until these ranks have done step `at` in this attempt: a collective."""
-        while sum(b.step >= at and b.rank in ranks for b in heartbeats.read(run, os.environ["MBIT_ATTEMPT"])) < len(
-            ranks
-        ):
+        while sum(b.step >= at and b.rank in ranks for b in heartbeats.read(run, attempt)) < len(ranks):
             time.sleep(0.05)
 
     everyone = range(int(os.environ["WORLD_SIZE"]))
@@ -99,13 +99,18 @@ def train(path):
         if rank == 1 and mode == f"hang@{step + 1}" and not (run / "hung-once").exists():
             (run / "hung-once").touch()
             time.sleep(3600)
-        if rank != 1:
-            meet([1], step + 1)  # who waits for rank 1 has not done the step before it has
         step += 1
+        if signalled:
+            asked.touch()
+        if rank != 1:
+            meet([1], step)  # who waits for rank 1 has not done the step before it has
+        elif asked.exists() and mode != "slow":
+            last.touch()
+        stop = last.exists()  # rank 1 goes on to another step when all have said that this one is done: all agree
         beat()
         if step % config.checkpoint.every == 0:
             save()
-        if asked and mode != "slow":
+        if stop:
             time.sleep((1, 2, 0, 0)[rank])  # the other node has left when rank 0 writes, and its neighbour not yet
             save()
             beat(ended=True)
