@@ -339,13 +339,28 @@ class TrainConfig(Section):
     """Samples a step over all ranks."""
     micro_batch_size: int = Field(default=4, ge=1)
     """Samples a forward pass on one data-parallel rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 keeps fp32 master weights, moments and gradient accumulation."""
+    precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "bf16"
+    """bf16 keeps fp32 master weights, moments and gradient accumulation. fp8 is bf16 with the matrix products of layers
+    and head in FP8 by Transformer Engine, on a GPU that has it; `fp8_emulated` rounds the same way in plain torch, on
+    any device (slow: to look at the numerics). How: section `fp8`."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of weights, noise and data order."""
     init_from: str | None = None
     """Weights a new run starts with: a run, a checkpoint, a converted folder, or a Hugging Face folder of the Llama
     layout, whose layers become the backbone. A run that has a checkpoint goes on from that."""
+
+
+class Fp8Config(Section):
+    recipe: Literal["current", "delayed", "block", "mxfp8", "nvfp4"] = "current"
+    """How a tensor is scaled into the range of FP8: by its largest value now (`current`) or in the last steps
+    (`delayed`), in blocks of 128 (`block`); `mxfp8` (blocks of 32) and `nvfp4` need a Blackwell GPU. Products of
+    gradients are rounded to E5M2 under `current` and `delayed`, all else to E4M3. nvfp4 is not emulated."""
+    amax_history: int = Field(default=1024, ge=1, le=65536)
+    """`delayed`: steps whose largest values count. Part of a checkpoint."""
+    first_layers_bf16: int = Field(default=0, ge=0)
+    """Backbone layers at the beginning that stay bf16."""
+    last_layers_bf16: int = Field(default=0, ge=0)
+    """Backbone layers at the end that stay bf16."""
 
 
 class EvaluateConfig(Section):
@@ -392,6 +407,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    fp8: Fp8Config = Fp8Config()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -428,6 +444,38 @@ class Config(Section):
                 f"train.micro_batch_size {self.train.micro_batch_size}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_fp8(self) -> Config:
+        told, layers = self.fp8.model_fields_set, self.fp8.first_layers_bf16 + self.fp8.last_layers_bf16
+        changed = [key for key in sorted(told) if getattr(self.fp8, key) != Fp8Config.model_fields[key].default]
+        if changed and not self.fp8_products:
+            raise ValueError(
+                f"fp8.{changed[0]} {getattr(self.fp8, changed[0])} has no use with train.precision "
+                f"{self.train.precision}; leave it out, or set train.precision=fp8"
+            )
+        if "amax_history" in changed and self.fp8.recipe != "delayed":
+            raise ValueError(
+                f"fp8.amax_history {self.fp8.amax_history} is for fp8.recipe delayed, and it is {self.fp8.recipe}"
+            )
+        if layers > self.model.num_layers:
+            raise ValueError(
+                f"fp8.first_layers_bf16 + fp8.last_layers_bf16 = {layers} is more than model.num_layers "
+                f"{self.model.num_layers}"
+            )
+        if self.train.precision == "fp8_emulated" and self.fp8.recipe == "nvfp4":
+            raise ValueError("fp8.recipe nvfp4 is not emulated; use current, delayed, block or mxfp8")
+        return self
+
+    @property
+    def bf16(self) -> bool:
+        """Whether weights and activations are bfloat16; with FP8, outside its matrix products."""
+        return self.train.precision != "fp32"
+
+    @property
+    def fp8_products(self) -> bool:
+        """Whether matrix products are in FP8, real or emulated."""
+        return self.train.precision in ("fp8", "fp8_emulated")
 
     @property
     def head_evaluations(self) -> int:

@@ -249,12 +249,25 @@ def _apex() -> Row:
 
 def _fp8(torch: Any) -> Row:
     if not _has_cuda(torch):
-        return Row("FP8", "optional", "no GPU", "training is bf16 or fp32; FP8 needs compute capability 8.9")
+        note = "training is bf16 or fp32 (or fp8_emulated, slow); FP8 needs compute capability 8.9"
+        return Row("FP8", "optional", "no GPU", note)
     lowest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     found = f"compute capability {lowest[0]}.{lowest[1]}"
     if lowest >= FP8_CAPABILITY:
-        return Row("FP8", "ok", found)
+        return _fp8_recipes(found)
     return Row("FP8", "optional", found, "no FP8 units (they come with 8.9: Ada, Hopper); bf16 is used")
+
+
+def _fp8_recipes(found: str) -> Row:
+    try:
+        from megatron_bit.compat import te
+    except ImportError as error:
+        return Row("FP8", "optional", found, f"{error}; {INSTALL}")
+    offered = te.offered()
+    able = [f"fp8.recipe={name}" for name, reason in offered.items() if not reason]
+    if able:
+        return Row("FP8", "ok", f"{found}: {', '.join(able)}")
+    return Row("FP8", "optional", found, f"{offered['current']}; bf16 is used")
 
 
 def _triton(torch: Any) -> Row:

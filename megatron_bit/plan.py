@@ -54,7 +54,7 @@ def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
     counts = parameter_counts(config)
     split = split_layers(config, dims.num_chunks)
     per_layer = counts["backbone"] / config.model.num_layers
-    width = 2 if config.train.precision == "bf16" else 4
+    width = 2 if config.bf16 else 4
     states = 12 if config.optim.ema_decay else 8  # bytes of moments and average; masters of bf16 come on top
     softmax = config.model.head.kind == "softmax"
     stages = []

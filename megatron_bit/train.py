@@ -17,7 +17,7 @@ from megatron_bit.callbacks.heartbeat import HeartbeatCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
 from megatron_bit.checkpoint.init_from import init_from
-from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, newest_undamaged
+from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, load_scaling, newest_undamaged
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
@@ -85,6 +85,7 @@ def build(config: Config, groups: Groups) -> Trainer:
     start = time.perf_counter()
     if checkpoint is not None and meta is not None:
         on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
+        on_every_rank(functools.partial(load_scaling, checkpoint, chunks))
         optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
         state = TrainState(**meta["state"])
         load_noise_table(meta, chunks)

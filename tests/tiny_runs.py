@@ -76,6 +76,14 @@ def train(arguments: list[str], everything_visible: bool = True) -> int:
     return job.main(load_config(None, arguments))
 
 
+def train_fp32_around(arguments: list[str]) -> int:
+    """Runs in a rank: like `train`, with float32 where the precision would have bf16, so that layouts agree closely."""
+    from megatron_bit.config import Config
+
+    Config.bf16 = property(lambda self: False)  # type: ignore[assignment,method-assign]
+    return train(arguments)
+
+
 def read(run: Path) -> Result:
     """Log and newest checkpoint of a run."""
     from megatron_bit.run_folder import newest_checkpoint
@@ -91,12 +99,12 @@ def read(run: Path) -> Result:
 
 
 def read_state(checkpoint: Path, state: str) -> dict[str, Tensor]:
-    """One state of every logical tensor, whole."""
+    """One state of every logical tensor that has it, whole."""
     from megatron_bit.checkpoint.index import Reader, Rectangle
 
     index = json.loads((checkpoint / "index.json").read_text())
     reader = Reader(checkpoint, index)
-    shapes = {name: tuple(entry["shape"]) for name, entry in index.items()}
+    shapes = {name: tuple(entry["shape"]) for name, entry in index.items() if state in entry["states"]}
     return {n: reader.read(n, state, Rectangle((0,) * len(s), s)) for n, s in shapes.items()}
 
 

@@ -37,7 +37,7 @@ def main(
 ) -> int:
     """Time all models, untrained (speed does not depend on the weights), in turn; print medians and ratios."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     transformers_logging.set_verbosity_error()
     bitlm: Any = _bitlm(config, vocab_size)
     peer_config = softmax_config(config.with_vocab_size(vocab_size))

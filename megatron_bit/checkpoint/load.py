@@ -15,6 +15,7 @@ from megatron_bit.checkpoint.folder import complete, names, problems, read_meta
 from megatron_bit.checkpoint.index import Reader, Rectangle, owned_rectangles
 from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import noise_tables
+from megatron_bit.model.linears import FP8, Scaling, restore_scaling
 from megatron_bit.model.logical import Piece, pieces
 from megatron_bit.optim.optimizer import EMA, Optimizer
 from megatron_bit.parallel.agree import on_rank0
@@ -65,6 +66,22 @@ def load_optimizer(folder: Path, optimizer: Optimizer, groups: Groups) -> None:
                 for state, tensor in fragment.states.items():
                     source = state if state != EMA or reader.has(part.name, EMA) else "param"
                     tensor.narrow(0, at, place.numel).copy_(reader.read(part.name, source, place).flatten())
+
+
+def load_scaling(folder: Path, chunks: Sequence[nn.Module]) -> None:
+    """Fill what delayed FP8 scaling knows of this rank's layers; what the checkpoint has nothing of begins anew."""
+    reader = open_reader(folder)
+
+    def read(name: str) -> Scaling | None:
+        names = [f"{name}.{kind}" for kind in Scaling._fields]
+        if not all(reader.has(one, FP8) for one in names):
+            return None
+        shapes = [reader.shape(one) for one in names]
+        return Scaling(
+            *(reader.read(one, FP8, Rectangle((0,) * len(s), s)) for one, s in zip(names, shapes, strict=True))
+        )
+
+    restore_scaling(chunks, read)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_bit.checkpoint.index import owned_rectangles
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
+from megatron_bit.model.linears import FP8, scaled_layers
 from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
@@ -58,6 +59,13 @@ def snapshot(optimizer: Optimizer, groups: Groups, reuse: dict[str, Tensor]) -> 
                     entry["states"][state].append(
                         {"file": file, "key": key, "offset": place.offset, "shape": place.shape}
                     )
+    if groups.tp_rank == groups.dp_rank == 0:  # all that share a layer have the same
+        for name, _, scaling in scaled_layers(optimizer.chunks):
+            for kind, tensor in scaling._asdict().items():
+                key, shape = f"{name}/{kind}", tuple(tensor.shape)
+                tensors[key] = _copy(tensor, key, reuse)
+                place = {"file": file, "key": key, "offset": (0,) * len(shape), "shape": shape}
+                index[f"{name}.{kind}"] = {"shape": shape, "states": {FP8: [place]}}
     if groups.device.type == "cuda":
         torch.cuda.synchronize()
     return Snapshot(tensors, index)

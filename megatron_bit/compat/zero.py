@@ -85,7 +85,7 @@ class ZeroOptimizer(Optimizer):
         }
         if not self.managed:
             settings["managed_gradient_accumulation"] = False
-        if config.train.precision == "bf16":
+        if config.bf16:
             settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
         self.engine = deepspeed.initialize(

@@ -293,4 +293,4 @@ def softmax_config(config: Config, **more: Any) -> Any:
 
 def training_dtype(config: Config) -> torch.dtype:
     """The dtype in which the run computed."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return torch.bfloat16 if config.bf16 else torch.float32

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.model.attention import CoreAttention, RotaryEmbedding
 from megatron_bit.model.layers import QKNorm, RMSNorm, SwiGLU
+from megatron_bit.model.linears import Linears, build_linears
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import split_layers
 
@@ -21,7 +22,7 @@ def transformer_config(config: Config, groups: Groups) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, dims = config.model, groups.dims
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
     layout: list[list[str]] | None = None
     if dims.pp > 1:
         counts = split_layers(config, dims.num_chunks)
@@ -35,7 +36,7 @@ def transformer_config(config: Config, groups: Groups) -> Any:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return TransformerConfig(
+    mcore: Any = TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
         num_attention_heads=m.num_heads,
@@ -57,7 +58,7 @@ def transformer_config(config: Config, groups: Groups) -> Any:
         sequence_parallel=dims.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=config.train.precision == "bf16",
+        bf16=config.bf16,
         use_cpu_initialization=groups.device.type == "cpu",
         perform_initialization=False,  # weights are drawn by name (model/init.py)
         # Interleaved with batch_p2p_comm=True and no overlap runs and is wrong at PP=2 (loss off by 0.12).
@@ -72,18 +73,18 @@ def transformer_config(config: Config, groups: Groups) -> Any:
         gradient_accumulation_fusion=False,
         **recompute,
     )
+    mcore.linears = build_linears(config, groups)  # what builds its linear layers, and ours
+    return mcore
 
 
-def _layer_spec(config: Config) -> Any:
+def _layer_spec(config: Config, linears: Linears, rope: RotaryEmbedding) -> Any:
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    rope = RotaryEmbedding(config.model.rope_base)  # one table for all layers
     block_size = config.model.block_size if config.model.attention == "block_causal" else None
     masked = config.data.document_boundaries == "mask"
     qk_norm: Any = QKNorm if config.model.qk_norm else None
@@ -94,18 +95,16 @@ def _layer_spec(config: Config) -> Any:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=linears.column,
             core_attention=functools.partial(CoreAttention, block_size=block_size, rope=rope, masked=masked),
-            linear_proj=RowParallelLinear,
+            linear_proj=linears.row,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, activation_func=activation, linear_fc2=RowParallelLinear
-        ),
+        submodules=MLPSubmodules(linear_fc1=linears.column, activation_func=activation, linear_fc2=linears.row),
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -135,9 +134,13 @@ class Backbone(nn.Module):
 
         norm: Any = RMSNorm
         count = get_num_layers_to_build(mcore, vp_stage=vp_stage, pp_rank=groups.pp_rank)
+        chunk = groups.pp_rank + groups.dims.pp * (vp_stage or 0)
+        begin = sum(split_layers(config, groups.dims.num_chunks)[:chunk])
+        rope = RotaryEmbedding(config.model.rope_base)  # one table for all layers
+        specs = [_layer_spec(config, mcore.linears.of_layer(begin + i), rope) for i in range(count)]
         self.block = TransformerBlock(
             config=mcore,
-            spec=TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * count, layer_norm=norm),
+            spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
             pre_process=first,
             post_process=last,
             pg_collection=groups.collection,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
-from megatron_bit.model.layers import RMSNorm, init_device, linear, look_up, mark_partial, value_table
+from megatron_bit.model.layers import RMSNorm, fp8_linear, init_device, linear, look_up, mark_partial, value_table
 
 
 class BitEmbedding(nn.Module):
@@ -30,7 +30,7 @@ class BitEmbedding(nn.Module):
         )
         if m.group_bits == 1:
             self.fc1 = linear(mcore, m.bits, m.hidden_size)
-            self.fc2 = linear(mcore, m.hidden_size, m.hidden_size)
+            self.fc2 = fp8_linear(mcore, m.hidden_size, m.hidden_size)
         else:
             self.values = value_table(mcore, groups, m.hidden_size)
         self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)

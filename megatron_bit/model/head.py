@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
-from megatron_bit.model.layers import PARTIAL, init_device, linear, value_table
+from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, row, value_table
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -48,19 +48,14 @@ class HeadLayer(nn.Module):
     def __init__(self, config: Config, mcore: Any, tp_group: Any, rope: RotaryEmbedding | None) -> None:
         """rope: of a head whose attention slides over the sequence; None for one that stays in its block."""
         super().__init__()
-        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-
         h = config.model.head
         self.rope, self.window = rope, h.window
         self.block_size = config.model.block_size
         self.head_dim = h.hidden_size // h.num_heads
-        common: dict[str, Any] = {"config": mcore, "init_method": None, "bias": False, "tp_group": tp_group}
-        column = {**common, "gather_output": False}
-        row = {**common, "input_is_parallel": True, "skip_bias_add": False}
-        self.qkv = ColumnParallelLinear(h.hidden_size, 3 * h.hidden_size, **column)
-        self.proj = RowParallelLinear(h.hidden_size, h.hidden_size, **row)
-        self.fc1 = ColumnParallelLinear(h.hidden_size, 2 * h.ffn_hidden_size, **column)
-        self.fc2 = RowParallelLinear(h.ffn_hidden_size, h.hidden_size, **row)
+        self.qkv = column(mcore, tp_group, h.hidden_size, 3 * h.hidden_size)
+        self.proj = row(mcore, tp_group, h.hidden_size, h.hidden_size)
+        self.fc1 = column(mcore, tp_group, h.hidden_size, 2 * h.ffn_hidden_size)
+        self.fc2 = row(mcore, tp_group, h.ffn_hidden_size, h.hidden_size)
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, ...], start: Tensor | None = None) -> Tensor:
         """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU).
@@ -124,9 +119,9 @@ class BlockHead(nn.Module):
         m, w = config.model, config.model.head.hidden_size
         self.block_size = m.block_size
         self.position = nn.Parameter(torch.empty(m.block_size, w, dtype=mcore.params_dtype, device=init_device(mcore)))
-        self.condition = linear(mcore, m.hidden_size, w)
+        self.condition = fp8_linear(mcore, m.hidden_size, w)
         self.condition_last = linear(mcore, m.hidden_size, w) if m.block_size > 1 else None
-        self.modulation = linear(mcore, w, 6 * w, bias=True)  # shared by all layers, zero at the start
+        self.modulation = fp8_linear(mcore, w, 6 * w, bias=True)  # shared by all layers, zero at the start
         self.layers = nn.ModuleList(HeadLayer(config, mcore, tp_group, self.rope) for _ in range(m.head.num_layers))
         self.final_modulation = linear(mcore, w, 2 * w, bias=True)
         self.output = linear(mcore, w, outputs)  # zero at the start, like the prior

@@ -89,6 +89,33 @@ def linear(config: Any, inputs: int, outputs: int, bias: bool = False) -> nn.Lin
     return layer
 
 
+def fp8_linear(config: Any, inputs: int, outputs: int, bias: bool = False) -> nn.Module:
+    """As `linear`, and in FP8 where the precision says so."""
+    layer = config.linears.replicated(inputs, outputs, bias, config.params_dtype, init_device(config))
+    mark_partial(layer, config.sequence_parallel)
+    return layer
+
+
+def column(config: Any, tp_group: dist.ProcessGroup, inputs: int, outputs: int) -> nn.Module:
+    """A linear layer whose outputs are split over TP: [s, b, inputs] to ([S, b, outputs / tp], None)."""
+    return config.linears.column(
+        inputs, outputs, config=config, init_method=_by_name, bias=False, gather_output=False, skip_bias_add=False,
+        is_expert=False, tp_group=tp_group,
+    )  # fmt: skip
+
+
+def row(config: Any, tp_group: dist.ProcessGroup, inputs: int, outputs: int) -> nn.Module:
+    """A linear layer whose inputs are split over TP: [S, b, inputs / tp] to ([s, b, outputs], None)."""
+    return config.linears.row(
+        inputs, outputs, config=config, init_method=_by_name, bias=False, input_is_parallel=True, skip_bias_add=False,
+        is_expert=False, tp_group=tp_group,
+    )  # fmt: skip
+
+
+def _by_name(weight: Tensor) -> None:
+    """Weights are drawn by name (model/init.py)."""
+
+
 def value_table(mcore: Any, groups: BitGroups, width: int) -> nn.Parameter:
     """Embeddings of the values of all groups, [G * U, width]; replicated over TP."""
     table = nn.Parameter(

@@ -59,8 +59,7 @@ def pieces(chunk: nn.Module, groups: Groups) -> dict[str, tuple[Piece, ...]]:
 
 
 def _pieces(chunk: nn.Module, name: str, parameter: Tensor, groups: Groups) -> tuple[Piece, ...]:
-    logical = _LAYER.sub(lambda m: f"backbone.layers.{_global_layer(chunk, int(m.group(1)))}.", name)
-    logical = logical.replace("backbone.block.", "backbone.")
+    logical = logical_name(chunk, name)
     shape = tuple(_shape(parameter))
     if not getattr(parameter, "tensor_model_parallel", False):
         return (Piece(logical, shape, (0,) * len(shape), shape, 0),)
@@ -76,6 +75,12 @@ def _pieces(chunk: nn.Module, name: str, parameter: Tensor, groups: Groups) -> t
         stem = logical.removesuffix(".weight")
         return (piece(f"{stem}.gate.weight", half, 0), piece(f"{stem}.up.weight", half, half[0]))
     return (piece(logical, shape, 0),)
+
+
+def logical_name(chunk: nn.Module, name: str) -> str:
+    """A parameter's or module's name in the unsharded model, from its name in this chunk."""
+    logical = _LAYER.sub(lambda m: f"backbone.layers.{_global_layer(chunk, int(m.group(1)))}.", name)
+    return logical.replace("backbone.block.", "backbone.")
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class ReplicatedOptimizer(Optimizer):
         self._norm: Tensor | float = float("nan")
         self._masters = self._parameters
         self._accumulated: dict[nn.Parameter, Tensor] = {}
-        if config.train.precision == "bf16":
+        if config.bf16:
             self._keep_masters()
 
     def _keep_masters(self) -> None:

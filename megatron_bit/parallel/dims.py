@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
+from megatron_bit.parallel.fp8_sizes import check_fp8_sizes
 from megatron_bit.parallel.split import least_layers
 
 
@@ -83,6 +84,7 @@ class ParallelDims:
                 f"data.seq_length {config.data.seq_length} has to be a multiple of parallel.tp x model.block_size = "
                 f"{p.tp * m.block_size} for sequence parallelism; change it, or set parallel.sequence_parallel=false"
             )
+        check_fp8_sizes(config, p.tp, sequence_parallel)
         if t.global_batch_size % (t.micro_batch_size * dp):
             unit = t.micro_batch_size * dp
             up = -(-t.global_batch_size // unit) * unit

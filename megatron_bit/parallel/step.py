@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_bit.model.chunk import ModelChunk, TokenBatch, num_metrics
+from megatron_bit.model.linears import linears_of
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
 
@@ -21,13 +22,11 @@ def forward_backward(batches: Sequence[TokenBatch], optimizer: Optimizer, groups
         float32 [2] (loss, bound; more with a noise table, `LossOutput.metrics`): this rank's contribution to the mean
         over the global batch, so that a sum over all ranks gives it. Zero where the loss is not computed.
     """
-    dims = groups.dims
-    if optimizer.managed:
-        metrics = optimizer.forward_backward(batches)
-    else:
-        metrics = pipeline(batches, optimizer.chunks, groups)
+    dims, chunks = groups.dims, optimizer.chunks
+    with linears_of(chunks[0]).step(chunks):
+        metrics = optimizer.forward_backward(batches) if optimizer.managed else pipeline(batches, chunks, groups)
     if not metrics:
-        return torch.zeros(num_metrics(optimizer.chunks), device=groups.device)
+        return torch.zeros(num_metrics(chunks), device=groups.device)
     replicas = 1 if dims.sequence_parallel else dims.tp
     return torch.stack(list(metrics)).sum(0) / (len(batches) * dims.dp * replicas)
 

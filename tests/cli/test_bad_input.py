@@ -51,7 +51,33 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "unknown_section": (["modell.bits=3"], ["modell.bits", "model.bits"]),
     "key_without_section": (["seq_length=3"], ["seq_length", "data.seq_length"]),
     "type": (["train.steps=many"], ["train.steps = 'many'", "command line", "integer"]),
-    "choice": (["train.precision=fp8"], ["train.precision = 'fp8'", "'fp32' or 'bf16'"]),
+    "choice": (["train.precision=fp16"], ["train.precision = 'fp16'", "'fp32', 'bf16', 'fp8' or 'fp8_emulated'"]),
+    "fp8_unused": (["fp8.recipe=block"], ["fp8.recipe block", "train.precision fp32", "train.precision=fp8"]),
+    "fp8_history": (
+        ["train.precision=fp8", "fp8.amax_history=5"],
+        ["fp8.amax_history 5", "fp8.recipe delayed", "current"],
+    ),
+    "fp8_layers": (
+        ["train.precision=fp8", "fp8.last_layers_bf16=6"],
+        ["fp8.last_layers_bf16 = 6", "model.num_layers 5"],
+    ),
+    "fp8_not_emulated": (["train.precision=fp8_emulated", "fp8.recipe=nvfp4"], ["nvfp4", "current, delayed, block"]),
+    "fp8_channels": (
+        ["--dry-run", "train.precision=fp8", "model.ffn_hidden_size=88"],
+        ["model.ffn_hidden_size 88", "multiple of 16 x parallel.tp 1 = 16", "fp8.recipe current"],
+    ),
+    "fp8_rows": (
+        [
+            "--dry-run",
+            "train.precision=fp8",
+            "fp8.recipe=mxfp8",
+            "model.hidden_size=64",
+            "model.ffn_hidden_size=96",
+            "model.head.hidden_size=64",
+            "model.head.ffn_hidden_size=64",
+        ],
+        ["train.micro_batch_size 1 x data.seq_length 36 = 36", "multiple of 32", "fp8.recipe mxfp8"],
+    ),
     "range": (["model.bits=257"], ["model.bits = 257", "256"]),
     "no_pair": (["train.steps"], ["'train.steps'", "key=value"]),
     "preset": (["--preset", "7b"], ["'7b'", "125m", "laptop"]),
@@ -169,6 +195,8 @@ def outcomes(
     def case(name: str, *settings: str, **more: Any) -> dict[str, Any]:
         return {"args": train_args(root / name, *settings), **more}
 
+    fp8_sizes = ["model.hidden_size=64", "model.ffn_hidden_size=96", "data.seq_length=48"]
+    fp8_sizes += ["model.head.hidden_size=64", "model.head.ffn_hidden_size=64"]
     cases = {
         "no_path": case("no_path", "data.path=", ranks=2),
         "no_folder": case("no_folder", f"data.path={root / 'nowhere'}", ranks=2),
@@ -177,6 +205,7 @@ def outcomes(
         "short_shard": case("short_shard", f"data.path={short}"),
         "edited": case("edited", f"data.path={wide}"),
         "bits": case("bits", "model.bits=8", ranks=2),
+        "fp8": case("fp8", "train.precision=fp8", *fp8_sizes, ranks=2),
         "long": case("long", "data.seq_length=300000"),
         "evaluate": case("evaluate", "evaluate.every=1", "evaluate.samples=1", ranks=2),
         "run_is_a_file": case("run_is_a_file", f"run={root / 'file'}", ranks=2),
@@ -224,6 +253,7 @@ FOUND_LATER = {
     "short_shard": ["{root}/short/train-000001.tar", "1024 bytes", "copy it again"],
     "edited": ["{root}/edited/manifest.json", "edited"],
     "bits": ["model.bits 8", "421 tokens", "256", "model.bits=9"],
+    "fp8": ["train.precision fp8 needs an NVIDIA GPU", "train.precision=bf16, or fp8_emulated"],
     "long": ["seq_length 300000", "lower seq_length"],
     "evaluate": ["evaluate.samples 1", "= 2", "evaluate.every=0"],
     "run_is_a_file": ["{root}/file", "Not a directory"],

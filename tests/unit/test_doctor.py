@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_bit import doctor
+from megatron_bit.compat import te
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -140,7 +141,11 @@ def test_gpus(monkeypatch: Patch) -> None:
     with_gpus(monkeypatch, (9, 0), (9, 0))
     found = rows()
     assert found["Devices"].found == "2 x NVIDIA H200, 140 GiB, compute capability 9.0"
-    assert found["FP8"].status == "ok"
+    assert found["FP8"].status == "optional"
+    assert "Transformer Engine cannot be imported" in found["FP8"].note
+    monkeypatch.setattr(te, "offered", lambda: {"current": "", "delayed": "", "mxfp8": "needs 10.0"})
+    assert rows()["FP8"].status == "ok"
+    assert rows()["FP8"].found == "compute capability 9.0: fp8.recipe=current, fp8.recipe=delayed"
 
 
 def test_fp8_is_as_good_as_the_weakest_gpu(monkeypatch: Patch) -> None:
