@@ -51,7 +51,29 @@ def _import_deepspeed() -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # It would compile a shared-memory all-reduce (over a minute), and a killed build leaves a lock behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _ask_once()
     return deepspeed
+
+
+def _ask_once() -> None:
+    """Let ZeRO-1/2 read the gradient norm once a step.
+
+    Its step reads it to decide whether to skip, and again before the update of every parameter group, each time waiting
+    for the device; the answer about one tensor stays the same.
+    """
+    from deepspeed.runtime.zero import stage_1_and_2 as module
+
+    ask, last = module.is_invalid_grad_norm, [None, False]
+    if getattr(ask, "asks_once", False):
+        return
+
+    def once(norm: Any) -> bool:
+        if norm is not last[0] or not isinstance(norm, Tensor):
+            last[:] = [norm, ask(norm)]
+        return bool(last[1])
+
+    once.asks_once = True  # type: ignore[attr-defined]
+    module.is_invalid_grad_norm = once
 
 
 class ZeroOptimizer(Optimizer):

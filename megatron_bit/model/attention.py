@@ -1,6 +1,7 @@
 """The attention seam: one module that megatron-core's layer calls with queries, keys and values.
 
-SDPA serves everywhere. A GPU path (FlexAttention, TE) takes its place here, behind the same call.
+Without a mask torch's SDPA serves everywhere, on a GPU by FlashAttention or cuDNN. Under a mask: on a GPU FlexAttention
+(model/flex.py), elsewhere SDPA with a dense one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megatron_bit.model.flex import MaskedAttention
 
 
 def block_causal_mask(length: int, block_size: int, device: torch.device) -> Tensor:
@@ -49,8 +52,9 @@ class RotaryEmbedding:
 class CoreAttention(nn.Module):
     """Attention of the heads this rank holds.
 
-    Built by megatron-core through the layer spec; `rope`, `block_size` (None for causal attention) and `masked` (hide
-    other documents) come from the spec's `functools.partial`. The mask is made here, from where documents begin.
+    Built by megatron-core through the layer spec; `rope`, `block_size` (None for causal attention), `masked` (hide
+    other documents) and `flex` (what attends under a mask, if not SDPA) come from the spec's `functools.partial`. The
+    mask is made here, from where documents begin.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class CoreAttention(nn.Module):
         rope: RotaryEmbedding,
         block_size: int | None = None,
         masked: bool = False,
+        flex: MaskedAttention | None = None,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
@@ -67,6 +72,7 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale
         self.block_size = block_size
         self.masked = masked
+        self.flex = flex
         self.rope = rope
         self._mask: Tensor | None = None
 
@@ -82,6 +88,8 @@ class CoreAttention(nn.Module):
         if start is not None:
             position = (torch.arange(len(query), device=start.device) - start).t()
         q, k, v = (t.permute(1, 2, 0, 3) for t in (self.rope(query, position), self.rope(key, position), value))
+        if self.flex is not None:
+            return self.flex(q, k, v, start, self.scale).permute(2, 0, 1, 3).flatten(2)
         if start is not None and self.masked:
             seen = self._seen(q.shape[2], q.device)
             mask = (seen & (torch.arange(q.shape[2], device=q.device) >= start[..., None]))[:, None]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.model.attention import CoreAttention, RotaryEmbedding
+from megatron_bit.model.flex import MaskedAttention
 from megatron_bit.model.layers import QKNorm, RMSNorm, SwiGLU
 from megatron_bit.model.linears import Linears, build_linears
 from megatron_bit.parallel.groups import Groups
@@ -77,7 +78,17 @@ def transformer_config(config: Config, groups: Groups) -> Any:
     return mcore
 
 
-def _layer_spec(config: Config, linears: Linears, rope: RotaryEmbedding) -> Any:
+def _attention(config: Config, device: torch.device) -> Any:
+    """Builds every layer's attention of a chunk; they share the rotary table and the mask."""
+    block_size = config.model.block_size if config.model.attention == "block_causal" else None
+    masked = config.data.document_boundaries == "mask"
+    rope, flex = RotaryEmbedding(config.model.rope_base), None
+    if device.type == "cuda" and (masked or block_size is not None):
+        flex = MaskedAttention(block_size, masked, device)
+    return functools.partial(CoreAttention, block_size=block_size, rope=rope, masked=masked, flex=flex)
+
+
+def _layer_spec(config: Config, linears: Linears, attention: Any) -> Any:
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
@@ -85,18 +96,16 @@ def _layer_spec(config: Config, linears: Linears, rope: RotaryEmbedding) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    block_size = config.model.block_size if config.model.attention == "block_causal" else None
-    masked = config.data.document_boundaries == "mask"
     qk_norm: Any = QKNorm if config.model.qk_norm else None
     add: Any = get_bias_dropout_add
     norm: Any = RMSNorm
     activation: Any = SwiGLU
-    attention = ModuleSpec(
+    self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=linears.column,
-            core_attention=functools.partial(CoreAttention, block_size=block_size, rope=rope, masked=masked),
+            core_attention=attention,
             linear_proj=linears.row,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
@@ -110,7 +119,7 @@ def _layer_spec(config: Config, linears: Linears, rope: RotaryEmbedding) -> Any:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=attention,
+            self_attention=self_attention,
             self_attn_bda=add,
             pre_mlp_layernorm=norm,
             mlp=mlp,
@@ -136,8 +145,8 @@ class Backbone(nn.Module):
         count = get_num_layers_to_build(mcore, vp_stage=vp_stage, pp_rank=groups.pp_rank)
         chunk = groups.pp_rank + groups.dims.pp * (vp_stage or 0)
         begin = sum(split_layers(config, groups.dims.num_chunks)[:chunk])
-        rope = RotaryEmbedding(config.model.rope_base)  # one table for all layers
-        specs = [_layer_spec(config, mcore.linears.of_layer(begin + i), rope) for i in range(count)]
+        attention = _attention(config, groups.device)
+        specs = [_layer_spec(config, mcore.linears.of_layer(begin + i), attention) for i in range(count)]
         self.block = TransformerBlock(
             config=mcore,
             spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),

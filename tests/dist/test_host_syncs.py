@@ -1,0 +1,53 @@
+"""No step makes the host wait for the device, but for what is listed here with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import host_syncs
+import pytest
+import tiny_runs
+from gloo_ranks import run_ranks
+
+LOG = {"megatron_bit/trainer.py:train_step tolist": 1}  # losses and votes of the step before, whose kernels are done
+OURS = {**LOG, "megatron_bit/trainer.py:settle _local_scalar_dense": 1}  # and whether it was skipped
+# DeepSpeed's host decides whether an update is skipped: a wait between the backward pass and the update
+ZERO = {**LOG, "runtime/utils.py:is_invalid_grad_norm _local_scalar_dense": 1}
+BF16_ZERO = {**ZERO, "zero/stage_1_and_2.py:has_overflow _local_scalar_dense": 1}
+# megatron-core's cross-entropy assigns by a mask: index_put_ of one value for all, which waits for nothing
+SOFTMAX = {**OURS, "tensor_parallel/cross_entropy.py:calculate_predicted_logits index_put_": 16}
+
+CHAIN = {
+    "model.head.kind": "chain", "model.group_bits": 5, "data.document_boundaries": "mask", "data.align_blocks": True,
+}  # fmt: skip
+FP8 = {
+    "train.precision": "fp8_emulated", "fp8.recipe": "delayed", "model.hidden_size": 64, "model.ffn_hidden_size": 96,
+    "model.head.hidden_size": 64, "model.head.ffn_hidden_size": 64, "data.seq_length": 48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "waits"),
+    [
+        (1, {"train.precision": "bf16", "optim.ema_decay": 0.9}, OURS),
+        (1, CHAIN, OURS),
+        (1, {"model.group_bits": 3, "diffusion.self_condition": 0.5, "diffusion.context_noise": 0.1}, OURS),
+        (1, {"diffusion.noise": "entropy_rate", "diffusion.condition_drop": 0.1}, OURS),
+        (1, {"model.head.kind": "softmax", "model.block_size": 1}, SOFTMAX),
+        (1, FP8, OURS),
+        (4, {"parallel.tp": 2, "parallel.pp": 2}, OURS),
+        (2, {"parallel.pp": 2, "parallel.vpp": 2, "parallel.recompute": "full"}, OURS),
+        (2, {"parallel.zero_stage": 0}, OURS),
+        (2, {"parallel.pp": 2, "parallel.zero_stage": 1}, ZERO),
+        (2, {"parallel.zero_stage": 2, "train.precision": "bf16"}, BF16_ZERO),
+        (2, {"parallel.zero_stage": 3}, ZERO),
+    ],
+    ids=str,
+)
+def test_a_step_waits_for_nothing_else(
+    world: int, settings: dict[str, Any], waits: dict[str, int], tiny_data: Path, tmp_path: Path
+) -> None:
+    arguments = tiny_runs.overrides(tmp_path / "run", tiny_data, {"train.steps": 3, **settings})
+    for found in run_ranks(host_syncs.train, world, arguments):
+        assert found == waits
