@@ -201,8 +201,10 @@ class ParallelConfig(Section):
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """ZeRO stage of the optimizer; 0 shards nothing and needs no DeepSpeed. Stages 2 and 3 need pp = 1.
     `auto`: 1 with several data-parallel ranks, 0 with one."""
-    recompute: Literal["none", "full"] = "none"
-    """`full` keeps only each backbone layer's input and recomputes the rest in the backward pass."""
+    recompute: Literal["none", "attention", "head", "full"] = "none"
+    """What is computed again in the backward pass instead of kept. `attention`: what a backbone layer's attention keeps
+    beside its inputs. `head`: the whole head, one noise sample (of a chain: one stage) at a time, so that it needs the
+    memory of one. `full`: the head in the same way, and all of a backbone layer but its input."""
     timeout_minutes: float = Field(default=10.0, gt=0)
     """How long a collective may wait for another rank before the job is given up."""
 
@@ -476,6 +478,11 @@ class Config(Section):
     def fp8_products(self) -> bool:
         """Whether matrix products are in FP8, real or emulated."""
         return self.train.precision in ("fp8", "fp8_emulated")
+
+    @property
+    def recompute_head(self) -> bool:
+        """Whether the head's evaluations are made one by one, and again in the backward pass; not of a softmax head."""
+        return self.parallel.recompute in ("head", "full") and self.model.head.kind != "softmax"
 
     @property
     def head_evaluations(self) -> int:

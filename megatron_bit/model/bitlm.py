@@ -10,7 +10,7 @@ from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
-from megatron_bit.diffusion.loss import denoising_loss
+from megatron_bit.diffusion.loss import LossTerms, denoising_loss
 from megatron_bit.diffusion.noise import (
     CONDITION,
     ESTIMATE,
@@ -27,6 +27,7 @@ from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place,
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.embedding import BitEmbedding
 from megatron_bit.model.head import DenoisingHead
+from megatron_bit.model.recompute import again
 
 
 class BitInput(ModelChunk):
@@ -106,17 +107,35 @@ class BitLM(BitInput):
         log_sigma = self.noise.log_sigma(stratified_levels(seed, TRAIN, batch.sample, block, blocks, m))
         eps = gaussian(seed, TRAIN, batch.sample, block, blocks, m, k, self.settings.model.bits)
         x = self.codec.encode(batch.tokens[:, first:last].transpose(0, 1)).float()[:, :, None, :]
-        per_token = log_sigma.repeat_interleave(k, dim=0)
-        z = x + per_token.exp()[..., None] * eps
+        z = x + log_sigma.exp().repeat_interleave(k, dim=0)[..., None] * eps
         shown = chosen(seed, ESTIMATE, batch.sample, block, blocks, m, d.self_condition) if d.self_condition else None
-        residual = self.head(z, log_sigma, self.condition(hidden, batch), shown)
-        terms = denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
+        terms = self._terms(z, x, log_sigma, self.condition(hidden, batch), shown)
         loss = terms.loss.mean() / self.shards
         metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))
         if self.noise_table is not None:
             rate = terms.rate.unflatten(0, (blocks, k)).mean(1)  # the tokens of a block have one level
             metrics = torch.cat((metrics, self.noise_table.histogram(log_sigma, rate) / self.shards))
         return LossOutput(loss, metrics)
+
+    def _terms(self, z: Tensor, x: Tensor, log_sigma: Tensor, hidden: Tensor, shown: Tensor | None) -> LossTerms:
+        """z float32 [s, b, M, B], x [s, b, 1, B], log_sigma [n, b, M], shown bool [n, b, M] to the terms [s, b, M]."""
+        if not self.settings.recompute_head:
+            return self._evaluate(z, x, log_sigma, hidden, shown)
+        samples = range(log_sigma.shape[-1])
+        terms = [
+            again(
+                self._evaluate, z[:, :, i : i + 1], x, log_sigma[..., i : i + 1], hidden,
+                None if shown is None else shown[..., i : i + 1],
+            )
+            for i in samples
+        ]  # fmt: skip
+        return LossTerms(*(torch.cat(parts, dim=-1) for parts in zip(*terms, strict=True)))
+
+    def _evaluate(self, z: Tensor, x: Tensor, log_sigma: Tensor, hidden: Tensor, shown: Tensor | None) -> LossTerms:
+        assert self.head is not None
+        residual = self.head(z, log_sigma, hidden, shown)
+        per_token = log_sigma.repeat_interleave(self.settings.model.block_size, dim=0)
+        return denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
 
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The likelihood bound of every sample."""

@@ -25,6 +25,7 @@ from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.head import BlockHead
 from megatron_bit.model.layers import PARTIAL, init_device, look_up, value_table
+from megatron_bit.model.recompute import again
 
 
 class ChainHead(BlockHead):
@@ -35,6 +36,7 @@ class ChainHead(BlockHead):
         super().__init__(config, mcore, tp_group, groups.count * groups.values)
         w = config.model.head.hidden_size
         self.groups = groups
+        self.recompute = config.recompute_head
         self.previous = value_table(mcore, groups, w)  # of the token before
         self.values = value_table(mcore, groups, w)  # of the token's own groups that are decided
         self.stage = nn.Parameter(torch.empty(groups.count, w, dtype=mcore.params_dtype, device=init_device(mcore)))
@@ -58,12 +60,23 @@ class ChainHead(BlockHead):
         own = look_up(self.values, index, g)
         before = look_up(self.previous, previous, g).sum(-2) * known.view(len(known), -1, 1)
         x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
-        features = self.features(x, self.stage, hidden, start)  # [s, b, G, W]
         prior = self.prior_logits(hidden)
-        logits = torch.einsum("sbgw,guw->sbgu", features, self.output.weight.unflatten(0, (g.count, g.values)))
+        if self.recompute:
+            parts = [slice(i, i + 1) for i in range(g.count)]
+            return torch.cat([again(self._stages, part, x, index, hidden, prior, start) for part in parts], dim=-1)
+        return self._stages(slice(None), x, index, hidden, prior, start)
+
+    def _stages(
+        self, part: slice, x: Tensor, index: Tensor, hidden: Tensor, prior: Tensor | float, start: Tensor | None
+    ) -> Tensor:
+        """Nats of some of the groups, [s, b, their count]; x [s, b, G, W], the inputs of all stages."""
+        g = self.groups
+        features = self.features(x[:, :, part], self.stage[part], hidden, start)
+        weight = self.output.weight.unflatten(0, (g.count, g.values))
+        logits = torch.einsum("sbgw,guw->sbgu", features, weight[part])
         if isinstance(prior, Tensor):
-            logits = logits + prior.squeeze(2).unflatten(-1, (g.count, g.values))
-        return -g.log_softmax(logits).gather(-1, index[..., None]).squeeze(-1)
+            logits = logits + prior.squeeze(2).unflatten(-1, (g.count, g.values))[:, :, part]
+        return -g.log_softmax(logits, part).gather(-1, index[..., part, None]).squeeze(-1)
 
 
 class ChainLM(BitInput):
