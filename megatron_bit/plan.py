@@ -71,7 +71,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything `--dry-run` shows, as plain data; UserError if the layout does not fit."""
     from megatron_bit.planning.memory import memory_per_rank  # which counts parameters here
 
-    config = _with_vocabulary(config)
+    config = with_vocabulary(config)
     dims = ParallelDims.build(config, world_size)
     counts = parameter_counts(config)
     split = split_layers(config, dims.num_chunks)
@@ -109,7 +109,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def _with_vocabulary(config: Config) -> Config:
+def with_vocabulary(config: Config) -> Config:
     """The configuration with the vocabulary that a softmax head has to know: of the data, if there is some."""
     if config.model.head.kind != "softmax" or (config.model.vocab_size is not None and not config.data.folders[0]):
         return config
