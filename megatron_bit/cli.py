@@ -14,6 +14,7 @@ from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import bench_data, inspect, prepare, verify
 from megatron_bit.commands.evaluation import evaluate
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
+from megatron_bit.commands.planning import plan
 from megatron_bit.commands.slurm import (
     cancel,
     chain,
@@ -49,6 +50,7 @@ def bench() -> int:
 COMMANDS = {
     "prepare": prepare,
     "codes": codes,
+    "plan": plan,
     "train": train,
     "generate": generate,
     "serve": serve,
@@ -117,7 +119,7 @@ def _dispatch(argv: list[str]) -> int:
     else:
         group, prog = COMMANDS, "megatron-bit"
         about = "Pretrain language models that write tokens as bits, K at a time."
-    if argv and argv[0] in ("train", "step", "submit", "chain", "resume"):
+    if argv and argv[0] in ("train", "plan", "step", "submit", "chain", "resume"):
         argv = _positional_first(argv)
     return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv)
 

@@ -46,65 +46,32 @@ def table_parameters(config: Config) -> int:
     return projections + m.group_values * ((m.group_bits > 1) * d + (2 if h.kind == "chain" else 1) * w)
 
 
-def memory_per_rank(config: Config, dims: ParallelDims) -> dict[str, float]:
-    """Estimated bytes on the fullest rank: weights, gradients, optimizer, activations.
+def local_parameters(config: Config, tp: int) -> dict[str, float]:
+    """Parameters that one tensor-parallel rank holds: of the embedding, of one layer, of the last norm, of the head.
 
-    Activations are those of the micro-batches in flight: 1F1B holds up to pp of them. An estimate.
-    """
-    counts = parameter_counts(config)
-    split = split_layers(config, dims.num_chunks)
-    per_layer = counts["backbone"] / config.model.num_layers
-    width = 2 if config.bf16 else 4
-    states = 12 if config.optim.ema_decay else 8  # bytes of moments and average; masters of bf16 come on top
-    softmax = config.model.head.kind == "softmax"
-    stages = []
-    for stage in range(dims.pp):
-        mine = range(stage, dims.num_chunks, dims.pp)
-        layers = sum(split[chunk] for chunk in mine)
-        parameters = layers * per_layer / dims.tp
-        parameters += counts["embedding"] / (dims.tp if softmax else 1) if stage == 0 else 0
-        last = stage == dims.pp - 1
-        parameters += counts["head"] / dims.tp if last else 0
-        flight = min(dims.pp - stage, dims.micro_batches(config)) if dims.pp > 1 else 1
-        stages.append(
-            {
-                "weights": parameters * width / (dims.dp if dims.zero_stage == 3 else 1),
-                "gradients": parameters * 4 / (dims.dp if dims.zero_stage > 1 else 1),
-                "optimizer": parameters * (states + (4 if width == 2 else 0)) / (dims.dp if dims.zero_stage else 1),
-                "activations": _activations(config, dims, layers, flight, last, width),
-            }
-        )
-    return max(stages, key=lambda parts: sum(parts.values()))
-
-
-def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, last: bool, width: int) -> float:
-    """Bytes that autograd keeps, counted tensor by tensor in the unfused modules.
-
-    Under sequence parallelism what lies outside the tensor-parallel regions is split over TP too. A test holds the
-    sum against the tensors saved by a real forward pass.
+    Split over TP are the matrices of layers (of backbone and head) and a softmax model's tables; the rest is whole.
     """
     m, h = config.model, config.model.head
-    d, kv, w = m.hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads, h.hidden_size
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    shared = dims.tp if dims.sequence_parallel else 1
-    # two norms with inputs and outputs | queries, keys, values before and after norm and RoPE, attention, SwiGLU
-    layer = (
-        4 * d / shared + ((5 if m.qk_norm else 4) * d + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size) / dims.tp
-    )
-    head_layer = 6 * w / shared + (5 * w + 3 * h.ffn_hidden_size) / dims.tp
-    ends = 14 * w / shared + 10 * m.bits * (4 / width) / shared
-    head = config.head_evaluations * (h.num_layers * head_layer + ends)
-    if h.kind == "softmax":  # final norm, and the probabilities in float32
-        head = 2 * d / shared + m.padded_vocab_size / dims.tp * (4 / width)
-    head = head if last else 0.0
-    if config.parallel.recompute == "full":  # inputs of layers stay; the head, and later one layer at a time, is whole
-        return tokens * width * (flight * layers * d / shared + max(head, layer if layers else 0.0))
-    return tokens * width * (flight * layers * layer + head)
+    counts = parameter_counts(config)
+    norms = 2 * m.hidden_size + (2 * m.hidden_size // m.num_heads if m.qk_norm else 0)
+    layer = (counts["backbone"] - m.hidden_size) // m.num_layers
+    embedding, head = counts["embedding"], counts["head"]
+    split = h.num_layers * (4 * h.hidden_size**2 + 3 * h.hidden_size * h.ffn_hidden_size)
+    if h.kind == "softmax":
+        embedding, split = embedding / tp, head
+    return {
+        "embedding": embedding,
+        "layer": norms + (layer - norms) / tp,
+        "norm": m.hidden_size,
+        "head": head - split + split / tp,
+    }
 
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything `--dry-run` shows, as plain data; UserError if the layout does not fit."""
-    config = _with_vocabulary(config)
+    from megatron_bit.planning.memory import memory_per_rank  # which counts parameters here
+
+    config = with_vocabulary(config)
     dims = ParallelDims.build(config, world_size)
     counts = parameter_counts(config)
     split = split_layers(config, dims.num_chunks)
@@ -142,7 +109,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def _with_vocabulary(config: Config) -> Config:
+def with_vocabulary(config: Config) -> Config:
     """The configuration with the vocabulary that a softmax head has to know: of the data, if there is some."""
     if config.model.head.kind != "softmax" or (config.model.vocab_size is not None and not config.data.folders[0]):
         return config
