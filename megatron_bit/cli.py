@@ -28,7 +28,7 @@ from megatron_bit.commands.slurm import (
     status,
     submit,
 )
-from megatron_bit.commands.training import bench_quality, bench_step, config, demo, doctor, train
+from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
 from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, Stopped, UserError
 
 
@@ -43,7 +43,7 @@ def checkpoint() -> int:
 
 
 def bench() -> int:
-    """Measure this system against what it is compared with: step, generate, data."""
+    """Measure this system against what it is compared with: step, train, generate, data."""
     raise UserError("`megatron-bit bench` needs a command; see `megatron-bit bench --help`")
 
 
@@ -79,7 +79,13 @@ GROUPS = {
         "rm": checkpoint_rm,
     },
     "cluster": {"up": cluster_up, "down": cluster_down, "crash": cluster_crash, "boot": cluster_boot},
-    "bench": {"step": bench_step, "quality": bench_quality, "generate": bench_generate, "data": bench_data},
+    "bench": {
+        "step": bench_step,
+        "train": bench_train,
+        "quality": bench_quality,
+        "generate": bench_generate,
+        "data": bench_data,
+    },
 }
 
 
@@ -119,7 +125,9 @@ def _dispatch(argv: list[str]) -> int:
     else:
         group, prog = COMMANDS, "megatron-bit"
         about = "Pretrain language models that write tokens as bits, K at a time."
-    if argv and argv[0] in ("train", "plan", "step", "submit", "chain", "resume"):
+    # not `bench train`, whose options take several values
+    anywhere = ("train", "plan", "submit", "chain", "resume") if group is COMMANDS else ("step",)
+    if argv and argv[0] in anywhere:
         argv = _positional_first(argv)
     return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv)
 

@@ -112,6 +112,43 @@ def bench_step(
     return step.main(bitlm_configuration(args, preset), steps, repeats, json)
 
 
+def bench_train(
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
+    preset: str = "laptop",
+    vocab_size: tuple[int, ...] = (32_768, 131_072, 256_000),
+    precision: tuple[str, ...] = (),
+    steps: int = 5,
+    repeats: int = 5,
+    json: bool = False,
+) -> int:
+    """Time training of a BitLM against softmax heads on its backbone and megatron-core's GPTModel, in turn.
+
+    One process, random tokens, whole steps: all micro-batches of a global batch, and the optimizer, which is the same
+    for all. GPTModel has the first vocabulary, and Transformer Engine's layers where there is one. MFU counts causal
+    attention half and no recomputation, against the dense bf16 peak whatever the precision. Memory is the device's at
+    the highest; on a CPU, which cannot say, what autograd keeps.
+
+    Args:
+        args: a YAML file and key=value pairs.
+        preset: the model to time.
+        vocab_size: vocabularies of the softmax heads.
+        precision: values of train.precision to time, in the same run; default the configuration's.
+        steps: steps of one timed stretch.
+        repeats: stretches of each, in turn.
+        json: print JSON.
+    """
+    if min(*vocab_size, steps, repeats, len(vocab_size)) < 1:
+        raise UserError("bench train: --vocab-size, --steps and --repeats need numbers of at least 1")
+    one_rank = ("parallel.tp=1", "parallel.pp=1", "parallel.vpp=1", "parallel.zero_stage=0")
+    configs = [
+        bitlm_configuration((*args, *one_rank, *extra), preset)
+        for extra in ([(f"train.precision={name}",) for name in precision] or [()])
+    ]
+    from megatron_bit.bench import train as job
+
+    return job.main(configs, vocab_size, steps, repeats, json)
+
+
 def bench_quality(
     args: Annotated[Args, tyro.conf.arg(metavar="[key=value ...]")] = (),
     *,

@@ -41,27 +41,33 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+COLUMNS = {  # heading: (unit, width)
+    "mbs": ("", 4), "memory": ("GiB", 7), "step": ("ms", 9), "backbone": ("ms", 9), "head": ("ms", 8), "TP": ("ms", 8),
+    "PP": ("ms", 8), "DP": ("ms", 8), "optimizer": ("ms", 9), "MFU": ("%", 6), "GPU-hours": ("", 11),
+}  # fmt: skip
+
+
 def table(found: Found, cluster: Cluster, top: int) -> str:
     """Fastest first; below it the settings of the first."""
-    best = found.candidates[0]
-    head = (
-        f"{'layout':36} {'mbs':>4} {'memory':>7} {'step':>9} {'backbone':>9} {'head':>8} {'TP':>8} {'PP':>8} {'DP':>8} "
-        f"{'optimizer':>9} {'MFU':>6} {'GPU-hours':>11}"
+    best, shown = found.candidates[0], found.candidates[:top]
+    names = max(len(_name(candidate)) for candidate in shown)
+    heads = " ".join(f"{name:>{width}}" for name, (_, width) in COLUMNS.items())
+    units = " ".join(f"{unit:>{width}}" for unit, width in COLUMNS.values()).rstrip()
+    return "\n".join(
+        [
+            f"{cluster.world_size:,} GPUs ({cluster.nodes} nodes of {cluster.gpus_per_node}): "
+            f"{len(found.candidates):,} layouts fit into {cluster.usable_memory / GIB:.1f} GiB, "
+            f"{found.too_large:,} do not",
+            f"{'layout':{names}} {heads}",
+            f"{'':{names}} {units}",
+            *(f"{_name(candidate):{names}} {_cells(candidate)}" for candidate in shown),
+            "",
+            "memory of the best: "
+            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in best.memory.items() if size)
+            + " GiB",
+            f"settings of the best: {' '.join(best.settings)}",
+        ]
     )
-    units = f"{'':36} {'':>4} {'GiB':>7} {'ms':>9} {'ms':>9} {'ms':>8} {'ms':>8} {'ms':>8} {'ms':>8} {'ms':>9} {'%':>6}"
-    lines = [
-        f"{cluster.world_size:,} GPUs ({cluster.nodes} nodes of {cluster.gpus_per_node}): "
-        f"{len(found.candidates):,} layouts fit into {cluster.usable_memory / GIB:.1f} GiB, {found.too_large:,} do not",
-        head,
-        units,
-        *(_row(candidate) for candidate in found.candidates[:top]),
-        "",
-        "memory of the best: "
-        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in best.memory.items() if size)
-        + " GiB",
-        f"settings of the best: {' '.join(best.settings)}",
-    ]
-    return "\n".join(lines)
 
 
 def nothing_fits(found: Found, cluster: Cluster) -> str:
@@ -76,16 +82,22 @@ def nothing_fits(found: Found, cluster: Cluster) -> str:
     )
 
 
-def _row(candidate: Candidate) -> str:
-    d, t = candidate.dims, candidate.time
-    name = f"{d} ZeRO-{d.zero_stage}" + (" recompute" if candidate.config.parallel.recompute == "full" else "")
+def _name(candidate: Candidate) -> str:
+    recompute = " recompute" if candidate.config.parallel.recompute == "full" else ""
+    return f"{candidate.dims} ZeRO-{candidate.dims.zero_stage}{recompute}"
+
+
+def _cells(candidate: Candidate) -> str:
+    t = candidate.time
     times = (t.total, t.backbone, t.head, t.tensor, t.pipeline, t.data, t.optimizer)
-    widths = (9, 9, 8, 8, 8, 8, 9)
-    cells = " ".join(f"{1e3 * seconds:{width}.1f}" for seconds, width in zip(times, widths, strict=True))
-    return (
-        f"{name:36} {candidate.config.train.micro_batch_size:4} {_total(candidate.memory) / GIB:7.1f} {cells} "
-        f"{100 * candidate.mfu:6.1f} {candidate.gpu_hours:11,.1f}"
+    cells = (
+        str(candidate.config.train.micro_batch_size),
+        f"{_total(candidate.memory) / GIB:.1f}",
+        *(f"{1e3 * seconds:.1f}" for seconds in times),
+        f"{100 * candidate.mfu:.1f}",
+        f"{candidate.gpu_hours:,.1f}",
     )
+    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS.values(), strict=True))
 
 
 def _total(memory: dict[str, float]) -> int:

@@ -14,7 +14,7 @@ from megatron_bit.planning.times import StepTime, step_time, utilization
 
 USABLE = 0.9  # of a device's memory: the rest is for CUDA, NCCL and the allocator's fragments; an assumption
 LARGEST_MICRO_BATCH = 64
-LARGEST_VPP = 16
+CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)  # of a pipeline rank
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def layouts(config: Config, cluster: Cluster) -> list[Config]:
             dp = world // (tp * pp)
             if batch % dp:
                 continue
-            micro = [2**i for i in range(LARGEST_MICRO_BATCH.bit_length()) if batch // dp % 2**i == 0]
-            vpps = range(1, min(chunks // pp, LARGEST_VPP) + 1) if pp > 1 else (1,)
-            for vpp in (v for v in vpps if v == 1 or config.model.num_layers % (pp * v) == 0 or v == 2):
+            sizes = {2**i for i in range(LARGEST_MICRO_BATCH.bit_length())} | {config.train.micro_batch_size}
+            micro = [size for size in sorted(sizes) if batch // dp % size == 0]
+            for vpp in (vpp for vpp in CHUNKS if vpp == 1 or (pp > 1 and pp * vpp <= chunks)):
                 for zero in ((1,) if pp > 1 else (1, 2, 3)) if dp > 1 else (0,):
                     for sequence in (True, False) if tp > 1 else (config.parallel.sequence_parallel,):
                         for recompute in ("none", "full"):

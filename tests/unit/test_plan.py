@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from memory_ranks import Saved
 
+from megatron_bit.bench.saved import Saved
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
