@@ -31,18 +31,18 @@ class GPTPeer(nn.Module):
         from megatron.core.models.gpt.gpt_model import GPTModel
 
         m, engine = config.model, with_transformer_engine()
-        narrow = config.train.precision not in ("fp32", "bf16")
-        if narrow and not engine:
-            raise UserError(f"GPTModel has train.precision {config.train.precision} only with Transformer Engine")
-        mcore = dataclasses.replace(
-            transformer_config(config, groups),
+        if config.fp8_products and (not engine or config.train.precision == "fp8_emulated"):
+            raise UserError(f"GPTModel does not have train.precision {config.train.precision}; it has fp8 on a GPU")
+        ours = transformer_config(config, groups)
+        mcore: Any = dataclasses.replace(
+            ours,
             use_te_activation_func=False,
             perform_initialization=True,
-            bf16=config.train.precision != "fp32",
             bias_activation_fusion=torch.cuda.is_available(),
             bias_dropout_fusion=torch.cuda.is_available(),
-            fp8="hybrid" if narrow else None,
         )
+        mcore.linears = ours.linears  # a step's FP8 around Transformer Engine's layers is the same for both
+        self.config = mcore
         specs: Any = gpt_layer_specs
         if engine:
             spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=m.qk_norm)

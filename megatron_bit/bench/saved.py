@@ -33,7 +33,7 @@ class Saved:
         """torch keeps what a checkpoint computes again by hooks of its own, which hide it from ours."""
 
         class Hook(self.plain):  # type: ignore[name-defined]
-            def __init__(hook, *args: Any) -> None:
+            def __init__(hook, *args: Any) -> None:  # pyright: ignore[reportSelfClsParameterName]
                 super().__init__(*args)
                 pack = hook.pack_hook
 

@@ -83,8 +83,8 @@ def nothing_fits(found: Found, cluster: Cluster) -> str:
 
 
 def _name(candidate: Candidate) -> str:
-    recompute = " recompute" if candidate.config.parallel.recompute == "full" else ""
-    return f"{candidate.dims} ZeRO-{candidate.dims.zero_stage}{recompute}"
+    again = candidate.config.parallel.recompute
+    return f"{candidate.dims} ZeRO-{candidate.dims.zero_stage}" + (f" again={again}" if again != "none" else "")
 
 
 def _cells(candidate: Candidate) -> str:

@@ -107,7 +107,7 @@ def layouts(config: Config, cluster: Cluster) -> list[Config]:
     """Configurations to try: degrees that multiply to the cluster, TP inside a node. `ParallelDims` judges them."""
     world, batch = cluster.world_size, config.train.global_batch_size
     chunks = config.model.num_layers + 1 - least_layers(config)
-    found = []
+    found, softmax = [], config.model.head.kind == "softmax"
     for tp in _divisors(cluster.gpus_per_node):
         for pp in (pp for pp in _divisors(world // tp) if pp <= chunks):
             dp = world // (tp * pp)
@@ -118,7 +118,7 @@ def layouts(config: Config, cluster: Cluster) -> list[Config]:
             for vpp in (vpp for vpp in CHUNKS if vpp == 1 or (pp > 1 and pp * vpp <= chunks)):
                 for zero in ((1,) if pp > 1 else (1, 2, 3)) if dp > 1 else (0,):
                     for sequence in (True, False) if tp > 1 else (config.parallel.sequence_parallel,):
-                        for recompute in ("none", "full"):
+                        for recompute in ("none", "full") if softmax else ("none", "head", "full"):
                             values = {"tp": tp, "pp": pp, "vpp": vpp, "zero_stage": zero, "recompute": recompute}
                             values["sequence_parallel"] = sequence
                             parallel = config.parallel.model_copy(update=values)

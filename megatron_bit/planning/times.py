@@ -52,12 +52,13 @@ def step_time(
     width = 4 if precision == "fp32" else 2
     micro_batches, split = dims.micro_batches(config), split_layers(config, dims.num_chunks)
     again = 1.0 if config.parallel.recompute == "full" else 0.0
+    again_head = 1.0 if config.recompute_head else 0.0
     layer = _passes(layer_work(config, dims), hardware, precision, width, 3.0 + again)
     head_precision: Precision = "bf16" if precision == "fp8" else precision
-    head = _passes(head_work(config, dims), hardware, head_precision, width, 3.0 * head_passes(config))
+    head = _passes(head_work(config, dims), hardware, head_precision, width, 3.0 * head_passes(config) + again_head)
     embedding = _passes(embedding_work(config, dims), hardware, head_precision, width, 3.0)
     moved = _collectives(layer_work(config, dims), dims, hardware, width, 2.0 + again)
-    moved_head = _collectives(head_work(config, dims), dims, hardware, width, 2.0 * head_passes(config))
+    moved_head = _collectives(head_work(config, dims), dims, hardware, width, 2.0 * head_passes(config) + again_head)
     if overlap.tensor:
         moved, moved_head = max(0.0, moved - layer), max(0.0, moved_head - head)
 

@@ -29,7 +29,7 @@ attention_efficiency: 0.5
 
 
 def test_settings_select_what_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(("train.global_batch_size=96",), preset="1b", nodes=3, gpus_per_node=4, top=1000, json=True) == 0
+    assert plan(("train.global_batch_size=96",), preset="1b", nodes=3, gpus_per_node=4, top=10_000, json=True) == 0
     result = json.loads(capsys.readouterr().out)
     seconds = [layout["seconds"]["total"] for layout in result["layouts"]]
     assert seconds == sorted(seconds) and len(seconds) == result["fit"] > 20
