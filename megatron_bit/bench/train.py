@@ -82,13 +82,13 @@ def _contestants(
     contestants, left_out = [], []
     for config in configs:
         codes = 2**config.model.bits
-        contestants.append(_build("BitLM", config, min(codes, 2**20), groups))
+        contestants.append(build_contestant("BitLM", config, min(codes, 2**20), groups))
         for vocab_size in vocab_sizes:
             peer = _softmax(config, vocab_size)
-            contestants.append(_build(f"softmax {vocab_size:,}", peer, vocab_size, groups))
+            contestants.append(build_contestant(f"softmax {vocab_size:,}", peer, vocab_size, groups))
         peer = _softmax(config, vocab_sizes[0])
         try:
-            contestants.append(_build(f"{PEER} {vocab_sizes[0]:,}", peer, vocab_sizes[0], groups, gpt=True))
+            contestants.append(build_contestant(f"{PEER} {vocab_sizes[0]:,}", peer, vocab_sizes[0], groups, gpt=True))
         except UserError as error:
             left_out.append(str(error))
     return contestants, left_out
@@ -102,7 +102,8 @@ def _softmax(config: Config, vocab_size: int) -> Config:
     return config.model_copy(update={"model": model, "diffusion": diffusion})
 
 
-def _build(name: str, config: Config, vocab_size: int, groups: Groups, gpt: bool = False) -> Contestant:
+def build_contestant(name: str, config: Config, vocab_size: int, groups: Groups, gpt: bool = False) -> Contestant:
+    """A model with optimizer and random batches; UserError if it cannot be built."""
     before = _allocated(groups)
     model: nn.Module = GPTPeer(config, groups) if gpt else build_model(config, vocab_size, groups, EOS)[0]
     optimizer = build_optimizer(config, [model], groups)

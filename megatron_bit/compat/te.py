@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
@@ -59,15 +60,24 @@ def _part(name: str) -> Any:
     return importlib.import_module(f"transformer_engine.{name}")
 
 
-def _recipe(config: Config) -> Any:
-    te, name = _part("common.recipe"), config.fp8.recipe
+def _recipe(name: str, amax_history: int) -> Any:
+    te = _part("common.recipe")
     if name == "delayed":
-        return te.DelayedScaling(amax_history_len=config.fp8.amax_history)
+        return te.DelayedScaling(amax_history_len=amax_history)
     kinds: dict[str, Any] = {
         "current": te.Float8CurrentScaling, "block": te.Float8BlockScaling,
         "mxfp8": te.MXFP8BlockScaling, "nvfp4": te.NVFP4BlockScaling,
     }  # fmt: skip
     return kinds[name]()
+
+
+def plain_linear(recipe: str, weight: Tensor) -> tuple[nn.Module, Callable[[], AbstractContextManager[None]]]:
+    """A single linear layer with this weight [outputs, inputs], and the context in which it is in FP8: for checks."""
+    te = _part("pytorch")
+    layer = te.Linear(*reversed(weight.shape), bias=False, params_dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer, lambda: te.autocast(enabled=True, recipe=_recipe(recipe, 1))
 
 
 class TransformerEngineLinears(LowPrecision):
@@ -79,7 +89,7 @@ class TransformerEngineLinears(LowPrecision):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
         self.column, self.row = TEColumnParallelLinear, TERowParallelLinear
-        self._recipe, self._group = _recipe(config), group
+        self._recipe, self._group = _recipe(config.fp8.recipe, config.fp8.amax_history), group
 
     def replicated(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
         return _part("pytorch").Linear(inputs, outputs, bias=bias, params_dtype=dtype, device=device)

@@ -82,7 +82,7 @@ def test_a_precision_that_the_peer_has_not_is_said() -> None:
     config = load_config(preset="laptop", overrides=TINY)
     narrow = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp8"})})
     groups = process_groups.init(config)
-    with pytest.raises(UserError, match="GPTModel does not have train.precision fp8"):
+    with pytest.raises(UserError, match=r"GPTModel does not have train\.precision fp8"):
         GPTPeer(train._softmax(narrow, 100), groups)
 
 

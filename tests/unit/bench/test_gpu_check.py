@@ -1,0 +1,58 @@
+"""scripts/gpu_check.py on a CPU: the same program, at the sizes and with the checks that are possible here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_bit.bench import on_device
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_check.py"
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_a_cpu_can_do(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--out", str(tmp_path), "--only", "environment", "attention", "fp8", "waits"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert {name: check["state"] for name, check in checks.items()} == dict.fromkeys(words[5:], "ok")
+    assert [row["form"] for row in checks["attention"]["rows"]] == ["SDPA, dense mask", "FlexAttention"] * 3
+    assert all(row["real"] == "no GPU" and row["right"] for row in checks["fp8"]["rows"])
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "## waits: ok" in text and "| needs a GPU" in text
+
+
+def test_every_check_is_there(script: ModuleType) -> None:
+    assert list(script.CHECKS) == list(on_device.CHECKS)
+
+
+def test_a_wrong_result_fails_and_a_crash_leaves_the_others_alone(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"attention": {"state": "wrong", "rows": [{"form": "a|b", "right": False}]}, "fp8": {"state": "ok"}}
+    monkeypatch.setattr(script, "_run", lambda name, *_: found[name])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--only", "attention", "fp8"])
+    assert script.main() == 1
+    assert "| a/b | False |" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_time_limits(script: ModuleType, tmp_path: Path) -> None:
+    assert script._run("layers", "cpu", tmp_path, 5)["state"] == "left out"
+    slow = script._run("bench_generate", "cpu", tmp_path, 10.0)
+    assert slow["state"] in ("ok", "failed") and slow["seconds"] <= 11
+    assert script._run("attention", "cuda", tmp_path, 60)["why"] == "torch sees no GPU"
