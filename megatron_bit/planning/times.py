@@ -108,8 +108,8 @@ def _passes(work: Work, hardware: Hardware, precision: Precision, width: int, pa
         if product.flops:
             once = max(product.flops / rate, product.elements * width / hardware.copy_bandwidth)
             seconds += passes * (once + product.count * hardware.kernel_seconds)
-    attention = hardware.peak_flops.get("bf16" if precision != "fp32" else "fp32", hardware.peak_flops[precision])
-    return seconds + (passes + 0.5) * work.attention_flops / (attention * hardware.attention_efficiency)
+    attention = hardware.peak_flops["bf16" if precision == "fp8" else precision] * hardware.attention_efficiency
+    return seconds + (passes + 0.5) * work.attention_flops / attention
 
 
 def _collectives(work: Work, dims: ParallelDims, hardware: Hardware, width: int, passes: float) -> float:
