@@ -174,9 +174,11 @@ def _data_parallel(
 def _optimizer(
     config: Config, dims: ParallelDims, hardware: Hardware, parameters: float, width: int, micro_batches: int
 ) -> float:
-    """Seconds of AdamW (master, two moments and gradient read, all but the last written, weights written, the gradient
-    read once more for its norm), and of adding each micro-batch's gradients to their float32 sum."""
+    """Seconds of AdamW, and of adding each micro-batch's gradients to their float32 sum (of ZeRO-2 and 3: a part).
+
+    AdamW reads master, two moments and gradient, writes all but the last and the weights; the norm reads gradients.
+    """
     mine = parameters / (dims.dp if dims.zero_stage else 1)
-    summed = parameters * (width + 8) * micro_batches
+    summed = parameters * (width + 8 / (dims.dp if dims.zero_stage > 1 else 1)) * micro_batches
     states = 4 * 4 + 3 * 4 + width + 4 + (12 if config.optim.ema_decay else 0)
     return (mine * states + summed) / hardware.copy_bandwidth
