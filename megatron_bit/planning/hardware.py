@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_bit.config import Section, read_yaml, validated
 from megatron_bit.errors import UserError
@@ -35,17 +35,31 @@ class Hardware(Section):
     matmul_efficiency: dict[Precision, float]
     """Share of the peak that large matrix products reach in training."""
     attention_efficiency: float = Field(gt=0, le=1)
-    """Share of the bf16 peak that attention reaches (fp32 where there is no bf16)."""
+    """Share of the peak that attention reaches; it is computed in bf16 under fp8."""
     kernel_seconds: float = Field(default=5e-6, ge=0)
     """Seconds of a matrix product beyond its FLOPs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Hardware:
+        for name, flops in self.peak_flops.items():
+            if flops <= 0:
+                raise ValueError(f"peak_flops of {name} {flops} has to be above 0")
+        for name, share in self.matmul_efficiency.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"matmul_efficiency of {name} {share} has to be above 0 and at most 1")
+            if name not in self.peak_flops:
+                raise ValueError(f"matmul_efficiency has {name}, and peak_flops has not; give both or none")
+        if "fp8" in self.matmul_efficiency and "bf16" not in self.matmul_efficiency:
+            raise ValueError("fp8 without bf16, which the head is computed in; give bf16 as well")
+        return self
 
     def precision(self, name: str) -> Precision:
         """What `train.precision` is computed in; fp8_emulated is bf16. UserError if the device does not have it."""
         found: Precision = "bf16" if name == "fp8_emulated" else name  # type: ignore[assignment]
-        if found not in self.peak_flops or found not in self.matmul_efficiency:
+        if found not in self.matmul_efficiency:
             raise UserError(
                 f"train.precision {name} has no peak_flops and matmul_efficiency on this hardware, which has "
-                f"{', '.join(sorted(set(self.peak_flops) & set(self.matmul_efficiency)))}; use one of those"
+                f"{', '.join(sorted(self.matmul_efficiency))}; use one of those"
             )
         return found
 

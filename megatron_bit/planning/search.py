@@ -10,7 +10,7 @@ from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.parallel.split import least_layers
 from megatron_bit.planning.hardware import Hardware
 from megatron_bit.planning.memory import memory_per_rank
-from megatron_bit.planning.times import StepTime, step_time, utilization
+from megatron_bit.planning.times import Overlap, StepTime, step_time, utilization
 
 USABLE = 0.9  # of a device's memory: the rest is for CUDA, NCCL and the allocator's fragments; an assumption
 LARGEST_MICRO_BATCH = 64
@@ -71,7 +71,7 @@ class Found:
     smallest: tuple[Config, ParallelDims, dict[str, float]] | None  # of those, the one that needs least
 
 
-def search(config: Config, cluster: Cluster) -> Found:
+def search(config: Config, cluster: Cluster, overlap: Overlap = Overlap()) -> Found:
     """Try every layout. UserError, with the reason, if the rules accept none at all."""
     candidates: list[Candidate] = []
     smallest: tuple[Config, ParallelDims, dict[str, float]] | None = None
@@ -91,7 +91,7 @@ def search(config: Config, cluster: Cluster) -> Found:
             if smallest is None or size < sum(smallest[2].values()):
                 smallest = layout, dims, memory
             continue
-        time = step_time(layout, dims, cluster.hardware, cluster.gpus_per_node)
+        time = step_time(layout, dims, cluster.hardware, cluster.gpus_per_node, overlap)
         mfu = utilization(layout, dims, cluster.hardware, time.total)
         candidates.append(Candidate(layout, dims, memory, time, mfu))
     if not candidates and smallest is None:

@@ -109,8 +109,8 @@ def _passes(work: Work, hardware: Hardware, precision: Precision, width: int, pa
         if product.flops:
             once = max(product.flops / rate, product.elements * width / hardware.copy_bandwidth)
             seconds += passes * (once + product.count * hardware.kernel_seconds)
-    attention = hardware.peak_flops.get("bf16" if precision != "fp32" else "fp32", hardware.peak_flops[precision])
-    return seconds + (passes + 0.5) * work.attention_flops / (attention * hardware.attention_efficiency)
+    attention = hardware.peak_flops["bf16" if precision == "fp8" else precision] * hardware.attention_efficiency
+    return seconds + (passes + 0.5) * work.attention_flops / attention
 
 
 def _collectives(work: Work, dims: ParallelDims, hardware: Hardware, width: int, passes: float) -> float:
@@ -175,9 +175,11 @@ def _data_parallel(
 def _optimizer(
     config: Config, dims: ParallelDims, hardware: Hardware, parameters: float, width: int, micro_batches: int
 ) -> float:
-    """Seconds of AdamW (master, two moments and gradient read, all but the last written, weights written, the gradient
-    read once more for its norm), and of adding each micro-batch's gradients to their float32 sum."""
+    """Seconds of AdamW, and of adding each micro-batch's gradients to their float32 sum (of ZeRO-2 and 3: a part).
+
+    AdamW reads master, two moments and gradient, writes all but the last and the weights; the norm reads gradients.
+    """
     mine = parameters / (dims.dp if dims.zero_stage else 1)
-    summed = parameters * (width + 8) * micro_batches
+    summed = parameters * (width + 8 / (dims.dp if dims.zero_stage > 1 else 1)) * micro_batches
     states = 4 * 4 + 3 * 4 + width + 4 + (12 if config.optim.ema_decay else 0)
     return (mine * states + summed) / hardware.copy_bandwidth

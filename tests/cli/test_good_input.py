@@ -39,7 +39,9 @@ def test_help(command: str) -> None:
         assert word in outcome.out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["config"], ["train", "FILE", "--dry-run"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["config"], ["train", "FILE", "--dry-run"], ["plan", "FILE", "--json"]]
+)
 def test_what_needs_no_torch_imports_none(words: list[str], base: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", COMMAND, *(str(base) if word == "FILE" else word for word in words)],

@@ -104,6 +104,9 @@ def test_bad_input(tmp_path: Path) -> None:
     path.write_text(OWN.replace("memory: 8.0e+9", "memory: -1"))
     with pytest.raises(UserError, match=r"memory = -1 \(.*own.yaml\): input should be greater than 0"):
         plan((), preset="laptop", hardware=path)
+    path.write_text(OWN.replace("{fp32: 0.9}", "{fp32: 1.9}"))
+    with pytest.raises(UserError, match=r"matmul_efficiency of fp32 1.9 has to be above 0 and at most 1"):
+        plan((), preset="laptop", hardware=path)
     path.write_text(OWN)
     with pytest.raises(UserError, match=r"train.precision bf16 has no peak_flops and .* which has fp32"):
         plan(("train.precision=bf16",), preset="laptop", hardware=path)
