@@ -19,6 +19,8 @@ from megatron_bit.config import Config
 from megatron_bit.optim.optimizer import EMA, STATES, Fragment, Optimizer
 from megatron_bit.parallel.groups import Groups
 
+BUCKET = 500_000_000  # most elements of a bucket in which gradients are reduced
+
 
 class _Mpu:
     """What DeepSpeed asks a Megatron-style model-parallel unit, answered by megatron-core."""
@@ -100,6 +102,8 @@ class ZeroOptimizer(Optimizer):
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": self.stage,
+                # its default, 5e8 elements, is allocated whole, whatever the model's size
+                "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in module.parameters())),
                 # hooks reduce during the backward pass; under a schedule the reduction waits for `step`
                 "overlap_comm": torch.cuda.is_available() and self.managed,
             },

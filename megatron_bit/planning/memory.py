@@ -14,7 +14,7 @@ from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.parallel.split import split_layers
 from megatron_bit.plan import local_parameters
 
-# DeepSpeed 0.19.8's defaults, in elements: `reduce_bucket_size`, and `stage3_max_live_parameters`.
+# In elements: `reduce_bucket_size` (compat/zero.py, which imports torch); DeepSpeed's `stage3_max_live_parameters`.
 BUCKET = 5e8
 MAX_LIVE = 1e9
 
@@ -53,14 +53,14 @@ def memory_of_stages(config: Config, dims: ParallelDims, overlap: bool = True) -
 
 
 def _buffers(dims: ParallelDims, parameters: float, width: int, overlap: bool) -> float:
-    """DeepSpeed's buckets, whole whatever the model's size, and at ZeRO-3 the weights that are gathered.
+    """DeepSpeed's buckets, and at ZeRO-3 the weights that are gathered.
 
     ZeRO-1 in bf16 is its BF16_Optimizer, which reduces the flat gradients where they are.
     """
     if dims.zero_stage == 3:
-        return BUCKET * width + min(parameters, MAX_LIVE) * width
+        return min(parameters, BUCKET) * width + min(parameters, MAX_LIVE) * width
     if dims.zero_stage == 2 or (dims.zero_stage == 1 and width == 4 and dims.pp == 1):
-        return BUCKET * width * (2 if overlap else 1)
+        return min(parameters, BUCKET) * width * (2 if overlap else 1)
     return 0.0
 
 

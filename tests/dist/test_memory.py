@@ -50,7 +50,10 @@ def test_predicted_bytes(name: str) -> None:
     for rank, measured in enumerate(run_ranks(memory_ranks.step_bytes, world, settings)):
         parts = stages[dims.coordinates(rank)[0]]
         held = parts["weights"] + parts["optimizer"] + parts["gradients"] + parts["buffers"]
-        assert held == pytest.approx(measured["with gradients"], rel=0.1), rank
+        if dims.zero_stage == 3:  # the plan counts all gathered weights, and they come and go: half of the buffers
+            assert held > 0.9 * measured["with gradients"] > 0.9 * (held - parts["buffers"] / 2), rank
+        else:
+            assert held == pytest.approx(measured["with gradients"], rel=0.1), rank
         assert parts["activations"] == pytest.approx(measured["activations"], rel=0.1), rank
         if not dims.zero_stage:  # DeepSpeed's buckets and flat gradients stay or go as it likes
             assert parts["weights"] + parts["optimizer"] == pytest.approx(measured["after step"], rel=0.1), rank
