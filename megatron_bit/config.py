@@ -203,7 +203,7 @@ class ParallelConfig(Section):
     `auto`: 1 with several data-parallel ranks, 0 with one."""
     recompute: Literal["none", "attention", "head", "full"] = "none"
     """What is computed again in the backward pass instead of kept. `attention`: what a backbone layer's attention keeps
-    beside its inputs. `head`: the whole head, one noise sample (of a chain: one stage) at a time, so that it needs the
+    beside its inputs, which under SDPA is next to nothing. `head`: the whole head, one noise sample (of a chain: one stage) at a time, so that it needs the
     memory of one. `full`: the head in the same way, and all of a backbone layer but its input."""
     timeout_minutes: float = Field(default=10.0, gt=0)
     """How long a collective may wait for another rank before the job is given up."""

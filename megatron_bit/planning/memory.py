@@ -94,14 +94,13 @@ def layer_activations(config: Config, dims: ParallelDims) -> float:
     """Elements that autograd keeps of one backbone layer for one token on one rank.
 
     Two norms with inputs and outputs | queries, keys, values before and after norm and RoPE, attention, SwiGLU.
+    `recompute=attention` changes next to nothing: SDPA keeps no scores, and its inputs stay in one form or the other.
     Under sequence parallelism what lies outside the tensor-parallel regions is split over TP too.
     """
     m = config.model
     d, kv = m.hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads
     shared = dims.tp if dims.sequence_parallel else 1
     inside = (5 if m.qk_norm else 4) * d + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size
-    if config.parallel.recompute == "attention":  # not after RoPE, nor the output in the heads' order
-        inside -= 2 * d + kv
     return 4 * d / shared + inside / dims.tp
 
 
