@@ -201,10 +201,10 @@ class ParallelConfig(Section):
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """ZeRO stage of the optimizer; 0 shards nothing and needs no DeepSpeed. Stages 2 and 3 need pp = 1.
     `auto`: 1 with several data-parallel ranks, 0 with one."""
-    recompute: Literal["none", "attention", "head", "full"] = "none"
-    """What is computed again in the backward pass instead of kept. `attention`: what a backbone layer's attention keeps
-    beside its inputs, which under SDPA is next to nothing. `head`: the whole head, one noise sample (of a chain: one stage) at a time, so that it needs the
-    memory of one. `full`: the head in the same way, and all of a backbone layer but its input."""
+    recompute: Literal["none", "head", "full"] = "none"
+    """What is computed again in the backward pass instead of kept. `head`: the whole head, one noise sample (of a
+    chain: one stage) at a time, so that it needs the memory of one. `full`: the head in the same way, and all of a
+    backbone layer but its input."""
     timeout_minutes: float = Field(default=10.0, gt=0)
     """How long a collective may wait for another rank before the job is given up."""
 

@@ -37,8 +37,6 @@ def transformer_config(config: Config, groups: Groups) -> Any:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    elif config.parallel.recompute == "attention":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     mcore: Any = TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,

@@ -94,7 +94,6 @@ def layer_activations(config: Config, dims: ParallelDims) -> float:
     """Elements that autograd keeps of one backbone layer for one token on one rank.
 
     Two norms with inputs and outputs | queries, keys, values before and after norm and RoPE, attention, SwiGLU.
-    `recompute=attention` changes next to nothing: SDPA keeps no scores, and its inputs stay in one form or the other.
     Under sequence parallelism what lies outside the tensor-parallel regions is split over TP too.
     """
     m = config.model

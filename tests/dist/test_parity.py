@@ -100,7 +100,6 @@ def test_variants_under_tp_and_pp(
         {"diffusion.self_condition": 0.5, "model.group_bits": 4},
         {"parallel.recompute": "head", "diffusion.condition_drop": 0.4},
         {"parallel.recompute": "head", "model.head.kind": "chain", "model.group_bits": 4},
-        {"parallel.recompute": "attention", "model.attention": "block_causal"},
     ],
     ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()),
 )

@@ -23,7 +23,6 @@ JOINT = ["model.head.kind=diffusion", "model.group_bits=6", "diffusion.self_cond
 BITS = ["model.head.kind=diffusion", "model.group_bits=1"]
 AGAIN = [
     ["parallel.recompute=full"],
-    ["parallel.recompute=attention"],
     ["parallel.recompute=head"],
     [*JOINT, "parallel.recompute=head"],
     [*BITS, "parallel.recompute=full"],

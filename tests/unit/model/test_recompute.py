@@ -44,7 +44,7 @@ def _step(config: Config, groups: Groups) -> tuple[Any, dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("what", ["attention", "head", "full"])
+@pytest.mark.parametrize("what", ["head", "full"])
 def test_the_same_loss_and_gradients(what: str, head: str, make_config: Callable[..., Config], groups: Groups) -> None:
     plain, grads, kept = _step(make_config(3, 5, *HEADS[head]), groups)
     again, others, less = _step(make_config(3, 5, *HEADS[head], f"parallel.recompute={what}"), groups)
