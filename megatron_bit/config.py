@@ -80,6 +80,8 @@ class ModelConfig(Section):
     """Query heads; divisible by `parallel.tp`."""
     num_kv_heads: int = Field(default=2, ge=1)
     """Key/value heads (grouped-query attention); divisible by `parallel.tp`."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of an attention head of the backbone; without one `hidden_size` / `num_heads`."""
     ffn_hidden_size: int = Field(default=640, ge=8)
     """SwiGLU width; divisible by `parallel.tp`."""
     qk_norm: bool = True
@@ -102,13 +104,31 @@ class ModelConfig(Section):
             raise ValueError(f"bits {self.bits} is more than the 62 of a token id; only code=raw has up to 256")
         if self.group_bits > self.bits:
             raise ValueError(f"group_bits {self.group_bits} is more than the bits {self.bits} of a token")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}")
-        if (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} has to be even for RoPE")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}, or head_dim be set"
+            )
+        if self.attention_head_dim % 2:
+            name = "hidden_size / num_heads =" if self.head_dim is None else "head_dim"
+            raise ValueError(f"{name} {self.attention_head_dim} has to be even for RoPE")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} has to be a multiple of num_kv_heads {self.num_kv_heads}")
         return self
+
+    @property
+    def attention_head_dim(self) -> int:
+        """`head_dim`, resolved."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads, and of what they attend to."""
+        return self.num_heads * self.attention_head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.attention_head_dim
 
     @property
     def group_sizes(self) -> tuple[int, ...]:

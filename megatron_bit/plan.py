@@ -15,8 +15,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters of the unsharded model, by part. A test holds them against the built model."""
     m, h = config.model, config.model.head
     d, w = m.hidden_size, h.hidden_size
-    head_dim = d // m.num_heads
-    attention = d * (d + 2 * head_dim * m.num_kv_heads) + d * d + (2 * head_dim if m.qk_norm else 0)
+    attention = 2 * d * (m.query_width + m.kv_width) + (2 * m.attention_head_dim if m.qk_norm else 0)
     layer = attention + 3 * d * m.ffn_hidden_size + 2 * d
     if h.kind == "softmax":
         table = m.padded_vocab_size * d
@@ -84,12 +83,12 @@ def _activations(config: Config, dims: ParallelDims, layers: int, flight: int, l
     sum against the tensors saved by a real forward pass.
     """
     m, h = config.model, config.model.head
-    d, kv, w = m.hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads, h.hidden_size
+    d, q, kv, w = m.hidden_size, m.query_width, m.kv_width, h.hidden_size
     tokens = config.train.micro_batch_size * config.data.seq_length
     shared = dims.tp if dims.sequence_parallel else 1
     # two norms with inputs and outputs | queries, keys, values before and after norm and RoPE, attention, SwiGLU
     layer = (
-        4 * d / shared + ((5 if m.qk_norm else 4) * d + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size) / dims.tp
+        4 * d / shared + ((5 if m.qk_norm else 4) * q + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size) / dims.tp
     )
     head_layer = 6 * w / shared + (5 * w + 3 * h.ffn_hidden_size) / dims.tp
     ends = 14 * w / shared + 10 * m.bits * (4 / width) / shared

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class HuggingFaceWeights:
         m = self._model
         if (match := _LAYER.match(name)) and match.group(2) == "self_attention.linear_qkv.weight":
             prefix, queries = f"model.layers.{match.group(1)}.self_attn.", m.num_heads // m.num_kv_heads
-            return self._fused(prefix, (m.num_kv_heads, m.hidden_size // m.num_heads), queries, box)
+            return self._fused(prefix, (m.num_kv_heads, m.attention_head_dim), queries, box)
         if (match := _HEAD_LAYER.match(name)) and match.group(2) == "qkv.weight":
             heads = m.head.num_heads
             return self._fused(f"head.layers.{match.group(1)}.self_attn.", (heads, m.head.hidden_size // heads), 1, box)
@@ -170,13 +171,11 @@ class HuggingFaceWeights:
         rope = there.get("rope_parameters") or there.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         heads = there["num_attention_heads"]
-        head_dim = there.get("head_dim") or there["hidden_size"] // heads
         for key, value, allowed in (
             ("attention_bias", there.get("attention_bias", False), False),
             ("mlp_bias", there.get("mlp_bias", False), False),
             ("hidden_act", there.get("hidden_act", "silu"), "silu"),
             ("rope type", kind, "default"),
-            ("head_dim", head_dim, there["hidden_size"] // heads),
         ):
             if value != allowed:
                 raise UserError(f"{self.folder} has {key} {value}, and a layer here can only have {allowed}")
@@ -185,17 +184,24 @@ class HuggingFaceWeights:
             "model.hidden_size": there["hidden_size"],
             "model.num_heads": heads,
             "model.num_kv_heads": there.get("num_key_value_heads") or heads,
+            "model.head_dim": head_dim_of(there),
             "model.ffn_hidden_size": there["intermediate_size"],
             "model.norm_eps": there.get("rms_norm_eps", 1e-6),
             "model.rope_base": rope.get("rope_theta", there.get("rope_theta", 10000.0)),
             "model.qk_norm": self.kind == "qwen3",
         }
-        wrong = {k: v for k, v in wanted.items() if getattr(m, k.removeprefix("model.")) != v}
+        here = {**m.model_dump(), "head_dim": m.attention_head_dim}
+        wrong = {k: v for k, v in wanted.items() if here[k.removeprefix("model.")] != v}
         if wrong:
             key = next(iter(wrong))
-            mine = getattr(m, key.removeprefix("model."))
+            mine = here[key.removeprefix("model.")]
             pairs = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in wrong.items())
             raise UserError(f"{key} is {mine}, and the layers of {self.folder} have {wrong[key]}; set {pairs}")
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Width of an attention head that a config.json says, or leaves to its other sizes."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def _name(logical: str) -> str:

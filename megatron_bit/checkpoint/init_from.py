@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bit.checkpoint.folder import problems, read_meta
-from megatron_bit.checkpoint.huggingface import BITLM, HuggingFaceWeights
+from megatron_bit.checkpoint.huggingface import BITLM, HuggingFaceWeights, head_dim_of
 from megatron_bit.checkpoint.index import Rectangle, owned_rectangles
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config
@@ -107,6 +107,7 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
         ("model.num_layers", m.num_layers, there.get("num_hidden_layers")),
         ("model.num_heads", m.num_heads, there.get("num_attention_heads")),
         ("model.num_kv_heads", m.num_kv_heads, there.get("num_key_value_heads")),
+        ("model.head_dim", m.attention_head_dim, head_dim_of(there)),
         ("model.qk_norm", m.qk_norm, there.get("qk_norm")),
         ("model.norm_eps", m.norm_eps, there.get("rms_norm_eps")),
         ("model.head.kind", m.head.kind, there.get("head_kind")),

@@ -186,7 +186,7 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
 
 
 def _backbone_layer(m: ModelConfig, to: str, logical: str) -> Iterator[Part]:
-    d, f, head_dim = m.hidden_size, m.ffn_hidden_size, m.hidden_size // m.num_heads
+    d, f, head_dim = m.hidden_size, m.ffn_hidden_size, m.attention_head_dim
     queries = m.num_heads // m.num_kv_heads  # of one group
     fused = ((m.num_heads + 2 * m.num_kv_heads) * head_dim, d)
     # the rows go group by group: the group's query heads, its key head, its value head
@@ -198,7 +198,7 @@ def _backbone_layer(m: ModelConfig, to: str, logical: str) -> Iterator[Part]:
         yield Part(
             f"{to}self_attn.{letter}_proj.weight", shape, f"{logical}self_attention.linear_qkv.weight", fused, cut
         )
-    same = [("self_attn.o_proj", "self_attention.linear_proj", (d, d))]
+    same = [("self_attn.o_proj", "self_attention.linear_proj", (d, m.query_width))]
     if m.qk_norm:
         same += [(f"self_attn.{x}_norm", f"self_attention.{x}_layernorm", (head_dim,)) for x in "qk"]
     same += [
@@ -240,6 +240,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.attention_head_dim,
         "max_position_embeddings": config.data.seq_length,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_base,
@@ -280,7 +281,7 @@ def softmax_config(config: Config, **more: Any) -> Any:
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.hidden_size // m.num_heads,
+        "head_dim": m.attention_head_dim,
         "max_position_embeddings": config.data.seq_length,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_base,

@@ -14,6 +14,7 @@ from gloo_ranks import run_ranks
 
 from megatron_bit.checkpoint.folder import complete
 
+HEAD_DIM = {"llama": 12, "qwen3": 20}  # hidden size / heads, and what is not
 GQA = {"model.num_kv_heads": 2, "model.norm_eps": 1e-6, "train.steps": 2}
 
 
@@ -39,7 +40,8 @@ def _llama(folder: Path, kind: str) -> Any:
     config_class, model_class = (getattr(transformers, name) for name in names)
     config = config_class(
         vocab_size=11, hidden_size=48, intermediate_size=88, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-6, head_dim=12, rope_theta=10000.0, attn_implementation="eager",
+        num_key_value_heads=2, rms_norm_eps=1e-6, head_dim=HEAD_DIM[kind], rope_theta=10000.0,
+        attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(1)
     model = model_class(config).eval()
@@ -85,6 +87,7 @@ def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -
 
     model = _llama(tmp_path / "hf", kind)
     settings = {"train.init_from": tmp_path / "hf", "model.qk_norm": kind == "qwen3"}
+    settings |= {"model.head_dim": HEAD_DIM[kind]}
     weights = _start(tmp_path / "run", tiny_data, 2, **settings, **{"parallel.tp": 2})
     config = load_config(None, tiny_runs.overrides(tmp_path / "x", tiny_data, {**GQA, **settings}))
     chunk = build_model(config, 421, process_groups.init(config))[0]
@@ -101,6 +104,7 @@ def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -
 
 
 BAD = {
+    "head_dim": ({"model.head_dim": 16}, "model.head_dim is 16, and the layers of .* have 12; set model.head_dim=12"),
     "sizes": ({"model.num_layers": 4}, "model.num_layers is 4, and the layers of .* have 5; set model.num_layers=5"),
     "qk_norm": ({"model.qk_norm": True}, "set model.qk_norm=false"),
     "nothing": ({"train.init_from": "/nowhere"}, "/nowhere has no complete checkpoint"),

@@ -25,7 +25,16 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
 @pytest.mark.parametrize("preset", ["laptop", "125m"])
 @pytest.mark.parametrize(
     "extra",
-    [[], ["train.precision=fp32"], ["parallel.recompute=full"], ["model.qk_norm=false"], SOFTMAX, JOINT, BITS],
+    [
+        [],
+        ["train.precision=fp32"],
+        ["parallel.recompute=full"],
+        ["model.qk_norm=false"],
+        ["model.head_dim=128"],
+        SOFTMAX,
+        JOINT,
+        BITS,
+    ],
     ids=lambda extra: ",".join(extra),
 )
 def test_parameters_and_activations(preset: str, extra: list[str]) -> None:

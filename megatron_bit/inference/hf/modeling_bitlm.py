@@ -48,6 +48,7 @@ class BitLMConfig(PretrainedConfig):
         num_hidden_layers: int = 2,
         num_attention_heads: int = 4,
         num_key_value_heads: int = 2,
+        head_dim: int | None = None,
         max_position_embeddings: int = 128,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -81,6 +82,7 @@ class BitLMConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings  # the length it was trained at
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
@@ -403,12 +405,12 @@ class BitLMAttention(nn.Module):
     def __init__(self, config: BitLMConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.head_dim = config.head_dim
+        queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = BitLMRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = BitLMRMSNorm(self.head_dim, config.rms_norm_eps)
@@ -487,8 +489,8 @@ class BlockCache:
     """
 
     def __init__(self, config: BitLMConfig, rows: int, blocks: int, like: Tensor) -> None:
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, blocks * config.block_size, head_dim)
+        slots = blocks * config.block_size
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.position_ids = torch.full((rows, shape[3]), -1, device=like.device)
 
@@ -545,8 +547,7 @@ class BitLMModel(BitLMPreTrainedModel):
             [b, s, D]; the state at position p conditions token p.
         """
         x = self.embed_tokens(self.code_table[input_ids], position_ids)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = _rope(position_ids, head_dim, self.config.rope_theta, x.dtype)
+        cos, sin = _rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         keys = position_ids
         if past_key_values is not None and slots is not None:
             keys = past_key_values.position_ids.index_copy_(1, slots, position_ids)
