@@ -86,9 +86,7 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
         if weights.kind == BITLM:
             chunk = optimizer.chunks[0]
             assert isinstance(chunk, BitInput)
-            if isinstance(chunk.codec, RawCodec):
-                raise UserError(f"model.code is raw, and {path} is a model of tokens with a vocabulary")
-            _check_bitlm(weights, config, chunk.codec.table.cpu())
+            _check_bitlm(weights, config, None if isinstance(chunk.codec, RawCodec) else chunk.codec.table.cpu())
         return weights
     folder = newest_checkpoint(path)
     if found := problems(folder, groups.rank, groups.dims.world_size):
@@ -98,8 +96,12 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
     return CheckpointWeights(folder)
 
 
-def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> None:
+def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor | None) -> None:
+    """UserError for another model than this run's. table: of the codes, int8 [V, B]; None for raw records."""
     m, there = config.model, weights.config
+    if (table is None) != (there.get("vocab_size") == 0):
+        kind = "tokens with a vocabulary" if table is None else "raw records"
+        raise UserError(f"model.code is {m.code}, and {weights.folder} is a model of {kind}")
     for key, value, other in (
         ("model.bits", m.bits, there.get("bits")),
         ("model.block_size", m.block_size, there.get("block_size")),
@@ -125,7 +127,7 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
             f"diffusion.self_condition is {config.diffusion.self_condition}, and {weights.folder} was trained "
             f"{'with' if shown else 'without'} it; set diffusion.self_condition={0.5 if shown else 0}"
         )
-    if not torch.equal(weights.code_table(), table):
+    if table is not None and not torch.equal(weights.code_table(), table):
         raise UserError(
             f"{weights.folder} has another table of codes than this run (model.code, model.bits and the vocabulary of "
             "data.path make it); its weights would mean other tokens"

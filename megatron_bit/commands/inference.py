@@ -27,16 +27,18 @@ def generate(
     stream: bool = False,
     weights: Literal["trained", "ema"] = "trained",
     data: str | None = None,
+    out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Generate text from the newest checkpoint of a run, or from a converted folder, in one process.
 
-    Prompt number i with one seed has one text, whatever the batch.
+    Prompt number i with one seed has one text, whatever the batch. A model of raw records (model.code=raw) makes
+    records, and shows each as a line of hexadecimal digits.
 
     Args:
         run: run folder, checkpoint folder, or what `convert` has made.
-        prompt: one or more texts to continue; without any, a text from its beginning.
-        prompt_file: texts to continue, one a line, after those of --prompt.
+        prompt: one or more texts to continue; without any, a text from its beginning. Of records: hexadecimal digits.
+        prompt_file: texts to continue, one a line, after those of --prompt. Of records: a file of them, one prompt.
         max_tokens: most tokens to produce for a prompt.
         steps: denoising steps a block, of a diffusion head; default 32.
         sampler: how a diffusion head removes the noise: ode (default), heun, dpm, em, churn.
@@ -49,6 +51,7 @@ def generate(
         stream: print the text as it is made, one prompt at a time.
         weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
+        out: file for the new records of all prompts, as bytes, instead of lines.
         json: print JSON lines.
     """
     for option, value, least in (
@@ -62,7 +65,7 @@ def generate(
         raise UserError("--stream prints one text at a time: leave out --json and --batch-size")
     if "" in stop:
         raise UserError("--stop '' is an empty string; give the text to stop at")
-    prompts = [*prompt, *(_lines(prompt_file) if prompt_file is not None else ())]
+    file = None if prompt_file is None else (prompt_file, _content(prompt_file))
     from megatron_bit.inference import generate as job
 
     if temperature is not None and not 0 <= temperature < float("inf"):
@@ -71,12 +74,13 @@ def generate(
         raise UserError(f"--guidance {guidance} has to be 0 (without the backbone) or above; 1 is no guidance")
     if sampler is not None and sampler not in job.SAMPLERS:
         raise UserError(f"--sampler {sampler} does not exist; choose one of {', '.join(job.SAMPLERS)}")
-    prompts = prompts or [""]
     how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     results = job.main(
         run,
-        prompts,
+        prompt,
         max_tokens,
+        file=file,
+        out=out,
         seed=seed,
         data=data,
         batch_size=batch_size,
@@ -95,19 +99,19 @@ def generate(
             f"--- step {result['step']}, {result['tokens']} tokens in {result['seconds']} s, "
             f"{result['tokens_per_second']} tokens/s, first block after {result['seconds_to_first_block']} s"
         )
+        if out is not None:
+            print(f"{line}, in {out}", flush=True)
+            continue
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
         print(line if stream else f"{line}\n{result['prompt']}{bold}{result['text']}{plain}", flush=True)
     return 0
 
 
-def _lines(path: Path) -> list[str]:
+def _content(path: Path) -> bytes:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise UserError(f"--prompt-file {path} cannot be read: {error}; give a text file, one prompt a line") from None
-    if not lines:
-        raise UserError(f"--prompt-file {path} is empty; give one prompt a line")
-    return lines
 
 
 def convert(

@@ -39,7 +39,7 @@ class Part:
 
 
 class Source:
-    """A checkpoint to read weights from, with the data folder's tokenizer."""
+    """A checkpoint to read weights from, with the data folder's tokenizer. Raw records have neither."""
 
     def __init__(self, run: Path, data: str | None = None, weights: WeightsOf = "trained") -> None:
         """
@@ -62,14 +62,20 @@ class Source:
         self.weights = weights
         self.step = int(meta["step"])
         self.noise_table: dict[str, Any] | None = meta.get("noise_table")
+        self.config: Config = config
+        self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model and one of records have none
+        self.vocab_size = 0
+        if self.records:
+            if data is not None:
+                raise UserError(f"--data {data} has no use here: {run} is of raw records, without a tokenizer")
+            return
         self.manifest: Manifest = load_manifest(data or config.data.folders[0], check_files=False)
-        self.manifest.need_vocabulary("a model that generates or is converted")
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"
             )
-        self.config: Config = config.with_vocab_size(self.manifest.vocab_size)
-        self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model has none
+        self.vocab_size = self.manifest.vocab_size
+        self.config = config.with_vocab_size(self.vocab_size)
         if self.softmax:
             return
         m = self.config.model
@@ -86,6 +92,11 @@ class Source:
     def softmax(self) -> bool:
         """Whether it is of the autoregressive peer."""
         return self.config.model.head.kind == "softmax"
+
+    @property
+    def records(self) -> bool:
+        """Whether its tokens are raw records."""
+        return self.config.model.code == "raw"
 
     def parts(self) -> list[Part]:
         """All weights, a layer's side by side."""
@@ -224,6 +235,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
     """Keyword arguments of BitLMConfig.
 
     Args:
+        vocab_size: 0 for raw records.
         noise_table: of the checkpoint; without it a measured distribution is that of an untrained model.
     """
     m, d = config.model, config.diffusion

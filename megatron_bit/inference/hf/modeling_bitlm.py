@@ -5,6 +5,9 @@ backbone reads the bits one block of K tokens behind, so that row p of its state
 decides the K tokens of a block. A diffusion head takes the noise off all their bits together, in `steps` evaluations; a
 chain head draws one group after another, in K G evaluations of one token. The backbone runs once a block.
 
+A model with `vocab_size` 0 has no ids: its tokens are records of B bits, uint8 [..., ceil(B / 8)] with the highest bit
+of a byte first. Where it says "ids int64 [b, S]" below, they are uint8 [b, S, ceil(B / 8)].
+
 Shape letters: b rows, S tokens, n blocks, K block size, M noise levels of a block, B bits, G groups, U values of a
 group, D width, W head width. Noise is a function of (seed, sequence, block), not of a generator's state: text does not
 depend on the batch.
@@ -73,7 +76,7 @@ class BitLMConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size  # 0: tokens are records of `bits` bits, without ids
         self.bits = bits
         self.block_size = block_size
         self.block_causal = block_causal  # a token sees its whole block of the backbone's input, not only what is left
@@ -133,6 +136,30 @@ def _codes(size: int, like: Tensor) -> Tensor:
     value = torch.arange(2**size, device=like.device)
     digits = torch.arange(size - 1, -1, -1, device=like.device)
     return ((value[:, None] >> digits) & 1).to(like.dtype) * 2 - 1
+
+
+def _bits_of(config: BitLMConfig, values: Tensor) -> Tensor:
+    """Values of the groups int64 [..., G] to bits float32 [..., B]."""
+    like = torch.zeros((), device=values.device)
+    sizes = enumerate(config.group_sizes)
+    return torch.cat([_codes(size, like)[values[..., i]] for i, size in sizes], dim=-1)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Bits [..., B] (above 0 or not) to records uint8 [..., ceil(B / 8)]; what is left of the last byte is 0."""
+    ones = F.pad((bits > 0).to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (ones << torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(records: Tensor, bits: int) -> Tensor:
+    """Records uint8 [..., ceil(B / 8)] to bits int8 [..., B] of -1 and +1."""
+    ones = (records[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=records.device)) & 1
+    return ones.flatten(-2)[..., :bits].to(torch.int8) * 2 - 1
+
+
+def _fill_front(tokens: Tensor, count: int, value: int) -> Tensor:
+    """Tokens [b, S] or records [b, S, bytes] with so many more in front (or without so many, below 0)."""
+    return F.pad(tokens, (*[0, 0] * (tokens.dim() - 2), count, 0), value=value)
 
 
 def _look_up(table: Tensor, values: Tensor) -> Tensor:
@@ -297,6 +324,10 @@ class Posterior:
             return F.softplus(-x * logits)
         values = group_values(self.config, x)[..., None]
         return -logits.gather(-1, values.expand(*logits.shape[:-1], 1)).squeeze(-1)
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The likeliest value of every group, or bit, as bits [..., B]."""
+        return _bits_of(self.config, logits.argmax(-1)) if self.groups else logits.sign()
 
     def token_scores(self, logits: Tensor, table: Tensor) -> Tensor:
         """Log-probability of every token but for a constant, [..., V], from the code table [V, B]."""
@@ -520,9 +551,10 @@ class BitLMModel(BitLMPreTrainedModel):
 
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__(config)
-        digits = torch.arange(config.bits - 1, -1, -1)
-        table = (((torch.arange(config.vocab_size)[:, None] >> digits) & 1) * 2 - 1).to(torch.int8)
-        self.register_buffer("code_table", table)  # the plain binary code, until a checkpoint brings its own
+        if config.vocab_size:
+            digits = torch.arange(config.bits - 1, -1, -1)
+            table = (((torch.arange(config.vocab_size)[:, None] >> digits) & 1) * 2 - 1).to(torch.int8)
+            self.register_buffer("code_table", table)  # the plain binary code, until a checkpoint brings its own
         self.embed_tokens = BitLMEmbedding(config)
         self.layers = nn.ModuleList(BitLMLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -546,7 +578,7 @@ class BitLMModel(BitLMPreTrainedModel):
         Returns:
             [b, s, D]; the state at position p conditions token p.
         """
-        x = self.embed_tokens(self.code_table[input_ids], position_ids)
+        x = self.embed_tokens(self.bits(input_ids), position_ids)
         cos, sin = _rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         keys = position_ids
         if past_key_values is not None and slots is not None:
@@ -555,6 +587,10 @@ class BitLMModel(BitLMPreTrainedModel):
         for layer in self.layers:
             x = layer(x, cos, sin, mask, past_key_values, slots)
         return self.norm(x)
+
+    def bits(self, tokens: Tensor) -> Tensor:
+        """Of ids [...] or records [..., bytes]: int8 [..., B] of -1 and +1."""
+        return self.code_table[tokens] if self.config.vocab_size else unpack(tokens, self.config.bits)
 
     def _mask(self, query: Tensor, key: Tensor) -> Tensor:
         """bool [b, 1, q, k]. What is no token sees everything: a row that saw nothing would be not a number."""
@@ -844,7 +880,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         states = self._states(ids, lead)[:, :-k].unflatten(1, (-1, k))
         sequence = self._sequences(sequence_ids, len(ids))
         block = torch.arange(ids.shape[1] // k, device=ids.device) - lead[:, None]
-        x = self.model.code_table[ids].float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
+        x = self.model.bits(ids).float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
 
         if self.config.head_kind == "chain":
             nats = self._chain_nats(ids, states, block)
@@ -905,8 +941,9 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             streamer: gets the prompt and then tokens, as transformers' streamers expect it.
             tokenizer: needed for `stop_strings`.
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
-            kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text),
-                seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a chain temperature.
+            kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text;
+                records have no end), seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a
+                chain temperature.
                 guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
                 at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
                 the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
@@ -924,7 +961,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         given = inputs if input_ids is None else input_ids
         assert given is not None
         base, kind = generation_config or self.generation_config, self.config.head_kind
-        settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind)
+        settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind, records=not self.config.vocab_size)
         if settings.guidance != 1.0 and not self.config.condition_drop:
             raise ValueError(f"generate: guidance={settings.guidance:g} {UNGUIDED}")
         k, device = self.config.block_size, self.device
@@ -935,7 +972,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         rows = [_Row(settings) for _ in range(len(given))]
         context = _Context(self, lead.tolist(), tokens.shape[1] // k + -(-settings.max_new_tokens // k))
         chain = _Chain(self, len(given)) if self.config.head_kind == "chain" else None
-        made: list[list[int]] = []  # columns of new tokens
+        made: list[Tensor] = []  # columns of new tokens
         while len(made) < settings.max_new_tokens and any(row.open for row in rows):
             states, position = context.advance(tokens)
             index = tokens.shape[1] // k - lead
@@ -944,15 +981,17 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             else:
                 block = self._denoise(states[:, -k:].contiguous(), settings, sequence, index)  # one layout: one graph
             tokens = torch.cat((tokens, block), dim=1)
-            for column in block.t().tolist():
+            for column in block.transpose(0, 1).cpu():
                 if len(made) < settings.max_new_tokens and any(row.open for row in rows):
-                    made.append([row.take(token) for row, token in zip(rows, column, strict=True)])
+                    if self.config.vocab_size:
+                        taken = [row.take(token) for row, token in zip(rows, column.tolist(), strict=True)]
+                        column = torch.tensor(taken)
+                    made.append(column)
                     if streamer is not None:
-                        streamer.put(torch.tensor(made[-1]))
+                        streamer.put(column)
         if streamer is not None:
             streamer.end()
-        new = torch.tensor(made, dtype=torch.int64, device=given.device).view(-1, len(given)).t()
-        return torch.cat((given, new), dim=1)
+        return torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1)
 
     def _denoise(self, hidden: Tensor, settings: _Settings, sequence: Tensor, block: Tensor) -> Tensor:
         """hidden [b, K, D], sequence and index of the block in its text [b] to ids int64 [b, K]."""
@@ -980,27 +1019,32 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
 
         z = SAMPLERS[settings.sampler](denoised, noise, grid)
         final = logits(z, grid[-1])[:, 0, 0]
+        if not self.config.vocab_size:
+            return pack(self.posterior.likeliest(final))
         return self.posterior.token_scores(final, self.model.code_table).argmax(-1)
 
     def _blocks(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows moved to the right and filled up in front to whole blocks: ids [b, n K], empty blocks in front [b]."""
-        k, fill = self.config.block_size, self._eos()
+        k, fill = self.config.block_size, self._eos() if self.config.vocab_size else 0
         length = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         if attention_mask is not None:
             mask = attention_mask.to(input_ids.device).bool()
             order = mask.int().argsort(dim=1, stable=True)
-            input_ids = input_ids.gather(1, order).masked_fill(~mask.gather(1, order), fill)
+            rest = (1,) * (input_ids.dim() - 2)
+            missing = ~mask.gather(1, order).view(*order.shape, *rest)
+            input_ids = input_ids.gather(1, order.view(*order.shape, *rest).expand_as(input_ids))
+            input_ids = input_ids.masked_fill(missing, fill)
             length = mask.sum(1)
         blocks = -(-length // k)
         width = int(blocks.max()) * k if len(blocks) else 0
-        ids = F.pad(input_ids, (width - input_ids.shape[1], 0), value=fill)
+        ids = _fill_front(input_ids, width - input_ids.shape[1], fill)
         return ids, width // k - blocks
 
     def _states(self, ids: Tensor, lead: Tensor) -> Tensor:
         """ids [b, n K] and empty blocks in front [b] to the backbone's states [b, (n + 1) K, D]."""
         k = self.config.block_size
         position = torch.arange(ids.shape[1] + k, device=ids.device) - lead[:, None] * k
-        return self.model(F.pad(ids, (k, 0)), position)
+        return self.model(_fill_front(ids, k, 0), position)
 
     def _sequences(self, sequence_ids: Tensor | Sequence[int] | None, rows: int) -> Tensor:
         values = torch.as_tensor(range(rows) if sequence_ids is None else sequence_ids, dtype=torch.int64)
@@ -1049,13 +1093,14 @@ class _Settings:
 
     @classmethod
     def read(
-        cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str
+        cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str, records: bool
     ) -> _Settings:
         values: dict[str, Any] = {
             "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0
         }  # fmt: skip
         other = {"temperature"} if kind == "diffusion" else {"steps", "sampler"}
-        known = {*values, "max_length", "eos_token_id", "pad_token_id", "stop_strings"} - other
+        ends = set() if records else {"eos_token_id", "pad_token_id", "stop_strings"}
+        known = {*values, "max_length", *ends} - other
         aside = {"transformers_version", "bos_token_id", "_from_model_config"}
         own = {k: v for k, v in (base.to_diff_dict() if base is not None else {}).items() if k not in aside}
         if "max_length" in kwargs:
@@ -1063,8 +1108,8 @@ class _Settings:
         unknown = sorted({*own, *kwargs} - known)
         if unknown:
             raise ValueError(
-                f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head; it knows "
-                f"{', '.join(sorted(known))}"
+                f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head{' over records' * records}; it "
+                f"knows {', '.join(sorted(known))}"
             )
         for source in (own, {k: v for k, v in kwargs.items() if v is not None}):
             values.update(copy.copy(source))
@@ -1153,7 +1198,7 @@ class _Context:
         else:
             self.begin = begin
             self.cache.clear()
-            inputs, slot = F.pad(tokens[:, min(begin) * k :], (k, 0)), 0
+            inputs, slot = _fill_front(tokens[:, min(begin) * k :], k, 0), 0
         slots = torch.arange(slot, slot + inputs.shape[1], device=tokens.device)
         empty = torch.tensor(begin, device=tokens.device)[:, None] - min(begin)
         position = slots - empty * k
@@ -1165,15 +1210,21 @@ class _Chain:
 
     def __init__(self, model: BitLMForCausalLM, rows: int) -> None:
         self.head, self.config = model.head, model.config
-        self.table = group_values(model.config, model.model.code_table)  # [V, G]
+        self.bits = model.model.bits
+        # of all tokens, [V, G]; of records everything is one
+        self.table = group_values(self.config, model.model.code_table) if self.config.vocab_size else None
         self.past: list[list[list[Tensor]]] = []  # stage, layer, what BitLMHeadAttention.slide keeps
 
     def _forget(self) -> None:
         self.past = [[[] for _ in self.head.layers] for _ in self.config.group_sizes]
 
-    def _before(self, ids: Tensor, known: Tensor) -> Tensor:
+    def _values(self, tokens: Tensor) -> Tensor:
+        """Of the groups of tokens, int64 [..., G]."""
+        return group_values(self.config, self.bits(tokens)) if self.table is None else self.table[tokens]
+
+    def _before(self, tokens: Tensor, known: Tensor) -> Tensor:
         """The embeddings of the tokens before [...], zero where `known` is false: [..., W]."""
-        return _look_up(self.head.previous, self.table[ids]).sum(-2) * known[..., None]
+        return _look_up(self.head.previous, self._values(tokens)).sum(-2) * known[..., None]
 
     def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         blocks = states if states.dim() == 4 else states.unflatten(1, (-1, self.config.block_size))
@@ -1189,9 +1240,9 @@ class _Chain:
         self._forget()
         context, prior = self._of_block(states)
         place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
-        values = self.table[ids]
+        values = self._values(ids)
         own = _look_up(self.head.values, values)
-        known, nats = self._before(ids.roll(1, 1), position > 0), torch.zeros(ids.shape, device=ids.device)
+        known, nats = self._before(ids.roll(1, 1), position > 0), torch.zeros(ids.shape[:2], device=ids.device)
         for stage, past in enumerate(self.past):
             (modulation,) = self.head.modulations(context, slice(stage, stage + 1))
             log_p = self.head.stage(stage, known, context, modulation, prior, place, position, past)
@@ -1208,25 +1259,26 @@ class _Chain:
         before has its conditions, as in training, which drops those of single blocks.
 
         Args:
-            tokens: int64 [b, n K], all so far.
+            tokens: int64 [b, n K], all so far (or records).
             states, position: from `_Context.advance`.
             sequence, block: int64 [b], keys of the noise.
         """
-        k, groups, b = self.config.block_size, self.table.shape[1], len(tokens)
+        k, groups, b = self.config.block_size, len(self.config.group_sizes), len(tokens)
         if states.shape[1] > k or not self.past:
             self.read(tokens[:, tokens.shape[1] - (states.shape[1] - k) :], states[:, :-k], position[:, :-k])
         context, prior = self._of_block(states[:, -k:])
         position, device = position[:, -k:], states.device
         elements = torch.arange(-(-k * groups // 4), device=device)
         uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
-        before = tokens[:, -1:] if tokens.shape[1] else torch.zeros(b, 1, dtype=torch.int64, device=device)
+        before = tokens[:, -1:] if tokens.shape[1] else tokens.new_zeros(b, 1, *tokens.shape[2:])
         free, nothing = [[[*layer] for layer in stage] for stage in self.past], torch.zeros_like(context[:, :1])
         modulations, guided = self.head.modulations(context, slice(None)), settings.guidance != 1.0
         unconditional = self.head.modulations(nothing, slice(None)) if guided else []
         ids: list[Tensor] = []
         for i in range(k):
             here, known = slice(i, i + 1), self._before(before, position[:, i : i + 1] > 0)
-            left = torch.ones(b, len(self.table), dtype=torch.bool, device=device)  # tokens that can still come
+            left = None if self.table is None else torch.ones(b, len(self.table), dtype=torch.bool, device=device)
+            values: list[Tensor] = []
             for stage in range(groups):
                 place, rest = torch.tensor([i], device=device), None if prior is None else prior[:, here]
                 layers, last = modulations[stage]
@@ -1239,13 +1291,19 @@ class _Chain:
                         stage, known, nothing, unconditional[stage], None, place, position[:, here], free[stage]
                     )[:, 0]
                     log_p = _guide(log_p, other, settings.guidance).log_softmax(-1)
-                count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
-                count.scatter_add_(1, self.table[:, stage].expand(b, -1), left.int())
-                log_p = log_p.masked_fill(count == 0, float("-inf"))
+                if self.table is not None and left is not None:  # the tokens that can still come
+                    count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
+                    count.scatter_add_(1, self.table[:, stage].expand(b, -1), left.int())
+                    log_p = log_p.masked_fill(count == 0, float("-inf"))
                 value = _draw(log_p, uniforms[:, i * groups + stage], settings.temperature)
-                left &= self.table[:, stage] == value[:, None]
+                if self.table is not None and left is not None:
+                    left &= self.table[:, stage] == value[:, None]
+                values.append(value)
                 known = known + self.head.values.unflatten(0, (groups, -1))[stage, value][:, None]
-            ids.append(left.int().argmax(-1))  # one is left
+            if left is not None:
+                ids.append(left.int().argmax(-1))  # one is left
+            else:
+                ids.append(pack(_bits_of(self.config, torch.stack(values, dim=-1))))
             before = ids[-1][:, None]
         return torch.stack(ids, dim=1)
 
