@@ -496,10 +496,16 @@ def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{name}", field
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    given: tuple[str, dict[str, Any]] | None = None,
+) -> Config:
     """Merge the layers and validate.
 
-    A YAML file may itself name a `preset`. Raises UserError with one line: key, value, where it was set, what to do.
+    A YAML file may itself name a `preset`. `given` is one more layer, above the preset: what it is, and its tree.
+    Raises UserError with one line: key, value, where it was set, what to do.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
@@ -513,6 +519,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
             raise UserError(f"preset {preset!r} does not exist; choose one of {', '.join(preset_names())}")
         text = resources.files("megatron_bit.presets").joinpath(f"{preset}.yaml").read_text()
         layers.insert(0, (f"preset {preset}", yaml.safe_load(text)))
+    if given is not None:
+        layers.insert(preset is not None, given)
     layers.extend(("command line", _parse_override(item)) for item in overrides)
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}

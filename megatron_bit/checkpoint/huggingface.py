@@ -73,7 +73,7 @@ class HuggingFaceWeights:
         """
         self.folder = folder
         self._model = model
-        self.config = _json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         self.kind: str = self.config.get("model_type", "")
         if self.kind not in (*LLAMA_LAYOUT, BITLM):
             raise UserError(
@@ -90,7 +90,7 @@ class HuggingFaceWeights:
         # the same number of tokens: a softmax model can take their rows as well
         self.has_tokens = model.head.kind == "softmax" and self.config.get("vocab_size") == model.vocab_size
         index = folder / "model.safetensors.index.json"
-        self._where: dict[str, str] = _json(index)["weight_map"] if index.exists() else {}
+        self._where: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
         self._files: dict[str, Any] = {}
 
     @property
@@ -114,6 +114,10 @@ class HuggingFaceWeights:
         if name in VOCABULARY:
             return self._tokens(name, full_shape[1], box)
         return self._slice(_name(name), full_shape, box)
+
+    def forget(self) -> None:
+        """Unmap the files: what was read of them stays in memory until then."""
+        self._files.clear()
 
     def code_table(self) -> Tensor:
         """int8 [V, B] of a converted BitLM."""
@@ -168,9 +172,8 @@ class HuggingFaceWeights:
     def _check_layers(self) -> None:
         """Every difference in one line, as the key=value pairs that mend it."""
         there, m = self.config, self._model
-        rope = there.get("rope_parameters") or there.get("rope_scaling") or {}
+        rope = _rope(there)
         kind = rope.get("rope_type", rope.get("type", "default"))
-        heads = there["num_attention_heads"]
         for key, value, allowed in (
             ("attention_bias", there.get("attention_bias", False), False),
             ("mlp_bias", there.get("mlp_bias", False), False),
@@ -179,17 +182,7 @@ class HuggingFaceWeights:
         ):
             if value != allowed:
                 raise UserError(f"{self.folder} has {key} {value}, and a layer here can only have {allowed}")
-        wanted = {
-            "model.num_layers": there["num_hidden_layers"],
-            "model.hidden_size": there["hidden_size"],
-            "model.num_heads": heads,
-            "model.num_kv_heads": there.get("num_key_value_heads") or heads,
-            "model.head_dim": head_dim_of(there),
-            "model.ffn_hidden_size": there["intermediate_size"],
-            "model.norm_eps": there.get("rms_norm_eps", 1e-6),
-            "model.rope_base": rope.get("rope_theta", there.get("rope_theta", 10000.0)),
-            "model.qk_norm": self.kind == "qwen3",
-        }
+        wanted = {f"model.{key}": value for key, value in layer_settings(there).items()}
         here = {**m.model_dump(), "head_dim": m.attention_head_dim}
         wrong = {k: v for k, v in wanted.items() if here[k.removeprefix("model.")] != v}
         if wrong:
@@ -197,6 +190,26 @@ class HuggingFaceWeights:
             mine = here[key.removeprefix("model.")]
             pairs = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in wrong.items())
             raise UserError(f"{key} is {mine}, and the layers of {self.folder} have {wrong[key]}; set {pairs}")
+
+
+def layer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ModelConfig that the layers of a config.json of the Llama layout decide."""
+    heads = config["num_attention_heads"]
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim_of(config),
+        "ffn_hidden_size": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_base": _rope(config).get("rope_theta", config.get("rope_theta", 10000.0)),
+        "qk_norm": config.get("qk_norm", config.get("model_type") == "qwen3"),
+    }
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
@@ -213,7 +226,8 @@ def _name(logical: str) -> str:
     return _OUTSIDE.get(logical, logical.replace("head.noise_level.", "head.noise_embed."))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError if there is none."""
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:

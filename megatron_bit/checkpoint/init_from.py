@@ -86,7 +86,7 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
         if weights.kind == BITLM:
             chunk = optimizer.chunks[0]
             assert isinstance(chunk, BitInput)
-            _check_bitlm(weights, config, None if isinstance(chunk.codec, RawCodec) else chunk.codec.table.cpu())
+            check_bitlm(weights, config, None if isinstance(chunk.codec, RawCodec) else chunk.codec.table.cpu())
         return weights
     folder = newest_checkpoint(path)
     if found := problems(folder, groups.rank, groups.dims.world_size):
@@ -96,7 +96,7 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
     return CheckpointWeights(folder)
 
 
-def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor | None) -> None:
+def check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor | None) -> None:
     """UserError for another model than this run's. table: of the codes, int8 [V, B]; None for raw records."""
     m, there = config.model, weights.config
     if (table is None) != (there.get("vocab_size") == 0):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit.commands.arguments import Args, bitlm_configuration
+from megatron_bit.commands.arguments import Args, bitlm_configuration, split
 from megatron_bit.errors import UserError
 
 
@@ -117,26 +117,49 @@ def _content(path: Path) -> bytes:
 def convert(
     run: Annotated[Path, tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.Positional],
-    to: Literal["hf"] = "hf",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    shard_size: str = "5GB",
-    weights: Literal["trained", "ema"] = "trained",
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
+    *,
+    from_: Annotated[Literal["run", "hf"], tyro.conf.arg(name="from")] = "run",
+    to: Literal["hf", "run"] = "hf",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    shard_size: str | None = None,
+    weights: Literal["trained", "ema"] | None = None,
     data: str | None = None,
 ) -> int:
-    """Convert a checkpoint to a Hugging Face folder: weights, tokenizer and the code that runs them in transformers.
+    """Convert a checkpoint to a Hugging Face folder, or with --from hf --to run such a folder to a run to train on.
+
+    The folder has weights, tokenizer and the code that runs them in transformers. The run has a checkpoint of step 0,
+    which `train` continues at any layout.
 
     Args:
-        run: run folder (its newest checkpoint) or checkpoint folder.
+        run: run folder (its newest checkpoint) or checkpoint folder; with --from hf the Hugging Face folder.
         out: folder to make; it may not have anything in it.
-        to: the form: hf.
-        dtype: of the weights.
-        shard_size: above it the weights are several files, such as 5GB or 500MiB.
+        args: with --to run: a YAML file and key=value pairs, such as data.path=DIR; the model's are in the folder.
+        from_: what is converted: a run, or a Hugging Face folder (hf).
+        to: what is made of it.
+        dtype: of the weights; default float32.
+        shard_size: above it the weights are several files, such as 500MiB; default 5GB.
         weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
     """
+    if from_ == to:
+        raise UserError(f"--from {from_} --to {to} converts nothing; write --to hf, or --from hf --to run")
+    if to == "run":
+        options = {"--dtype": dtype, "--shard-size": shard_size, "--weights": weights, "--data": data}
+        for option, value in options.items():
+            if value is not None:
+                instead = "; say data.path=DIR" if option == "--data" else ""
+                raise UserError(f"{option} {value} is for --to hf{instead}")
+        from megatron_bit.inference.from_hf import to_run
+
+        target, overrides = split(args)
+        to_run(run, out, target, overrides)
+        return 0
+    if args:
+        raise UserError(f"{args[0]!r} is a key of a run to make (--from hf --to run), and this makes a folder")
     from megatron_bit.inference.convert import to_hf
 
-    to_hf(run, out, dtype=dtype, shard_size=shard_size, data=data, weights=weights)
+    to_hf(run, out, dtype=dtype or "float32", shard_size=shard_size or "5GB", data=data, weights=weights or "trained")
     return 0
 
 

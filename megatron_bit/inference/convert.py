@@ -54,12 +54,11 @@ def to_hf(
         UserError: no checkpoint, another tokenizer, an output folder with something in it, or it cannot be written.
     """
     shard_bytes = _bytes(shard_size)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
+    check_free(out)
     source = Source(run, data, weights)
     begin = time.perf_counter()
     try:
-        with _temporary(out) as folder:
+        with temporary_folder(out) as folder:
             _write_small_files(source, folder, dtype)
             written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
             sync_folder(folder)
@@ -169,8 +168,14 @@ def _write_weights(source: Source, folder: Path, dtype: torch.dtype, shard_bytes
     return sum(spec.nbytes for spec in specs)
 
 
+def check_free(out: Path) -> None:
+    """UserError if the output is there and has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
+
+
 @contextlib.contextmanager
-def _temporary(out: Path) -> Iterator[Path]:
+def temporary_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, removed at the end if it is still there."""
     folder = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
     folder.mkdir(parents=True)

@@ -118,6 +118,11 @@ class Source:
             yield CODE_TABLE, self.code_table
 
 
+def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every logical tensor of the model and its shape, layer by layer. The vocabulary has to be known."""
+    return {part.logical: part.logical_shape for part in _parts(config)}
+
+
 def _read(reader: Reader, part: Part, state: str) -> Tensor:
     shape = reader.shape(part.logical)
     if shape != part.logical_shape:
