@@ -125,9 +125,11 @@ def test_a_chain_draws_what_the_head_that_trains_says(
     start, codes = len(rows), [hf._codes(size, torch.zeros(1)) for size in sizes]
     while len(rows) < start + 12:
         block = len(rows) // k
-        elements = torch.arange(-(-k * len(sizes) // 4))
+        shape = (k, len(sizes), 2 ** max(sizes))
+        elements = torch.arange(-(-k * len(sizes) * 2 ** max(sizes) // 4))
         words = hf._uniforms(9, hf.SAMPLING, torch.tensor([6]), torch.tensor([[block]]), 1, elements)
-        uniforms = torch.stack(words, -1).flatten()
+        uniforms = torch.stack(words, -1).flatten()[: k * len(sizes) * 2 ** max(sizes)]
+        gumbel = -(-uniforms.log()).log().view(shape)
         window = torch.tensor([rows + [[0, 0, 0]] * k], dtype=torch.uint8)
         with torch.no_grad():
             hidden = model.hidden(window)
@@ -139,8 +141,8 @@ def test_a_chain_draws_what_the_head_that_trains_says(
                 known = torch.arange(len(tried)) > 0
                 with torch.no_grad():
                     nats = model.head(tried, tried.roll(1, 0), known, hidden.expand(-1, 2**size, -1))
-                u = uniforms[(at - len(rows)) * len(sizes) + stage][None]
-                values[at, 0, stage] = hf._draw(-nats[None, at, :, stage], u, temperature)[0]
+                log_p, noise = -nats[at, :, stage], gumbel[at - len(rows), stage, : 2**size]
+                values[at, 0, stage] = (log_p / temperature + noise if temperature else log_p).argmax()
         for at in range(len(rows), len(rows) + k):
             bits = torch.cat([codes[i][values[at, 0, i]] for i in range(len(sizes))])
             rows.append(np.packbits((bits > 0).numpy()).tolist())
