@@ -205,12 +205,14 @@ def bench_generate(
     vocab_size: int = 4096,
     batch: tuple[int, ...] = (1, 8, 64),
     steps: tuple[int, ...] = (),
+    ahead: tuple[int, ...] = (0,),
+    run: Path | None = None,
     tokens: int = 64,
     prompt: int = 32,
     repeats: int = 5,
     json: bool = False,
 ) -> int:
-    """Time generation against softmax models of the same backbone, in turn. All are untrained.
+    """Time generation against softmax models of the same backbone, in turn. All are untrained, but for --run.
 
     Args:
         args: a YAML file and key=value pairs.
@@ -218,6 +220,8 @@ def bench_generate(
         vocab_size: of all models.
         batch: batch sizes.
         steps: denoising steps a block to try, of a diffusion head; default 8 16 32.
+        ahead: of a chain head: tokens whose groups are guessed and checked at once, to try; 0 is one after another.
+        run: a run whose BitLM is timed, instead of an untrained one of the preset; what a guess is worth needs it.
         tokens: new tokens of each text.
         prompt: tokens of each prompt.
         repeats: timed runs of each, in turn.
@@ -228,9 +232,14 @@ def bench_generate(
     if min(*batch, *steps, tokens, prompt, repeats) < 1 or 1 in steps:
         raise UserError("bench generate: --steps are at least 2, all other numbers at least 1")
     config = bitlm_configuration(args, preset)
+    if min(ahead) < 0 or (any(ahead) and run is None):
+        raise UserError(
+            f"--ahead {max(ahead, key=abs)}: give 0 or above, and a trained run (--run RUN), because how often guesses "
+            "are right depends on the weights"
+        )
     if steps and config.model.head.kind == "chain":
         raise UserError("--steps mean nothing to a chain head; leave them out, or add model.head.kind=diffusion")
     return job.main(
-        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), tokens=tokens, prompt=prompt,
-        repeats=repeats, as_json=json,
+        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), ahead=ahead, run=run, tokens=tokens,
+        prompt=prompt, repeats=repeats, as_json=json,
     )  # fmt: skip
