@@ -80,6 +80,8 @@ class ModelConfig(Section):
     """Query heads; divisible by `parallel.tp`."""
     num_kv_heads: int = Field(default=2, ge=1)
     """Key/value heads (grouped-query attention); divisible by `parallel.tp`."""
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of an attention head of the backbone; without one `hidden_size` / `num_heads`."""
     ffn_hidden_size: int = Field(default=640, ge=8)
     """SwiGLU width; divisible by `parallel.tp`."""
     qk_norm: bool = True
@@ -102,13 +104,31 @@ class ModelConfig(Section):
             raise ValueError(f"bits {self.bits} is more than the 62 of a token id; only code=raw has up to 256")
         if self.group_bits > self.bits:
             raise ValueError(f"group_bits {self.group_bits} is more than the bits {self.bits} of a token")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}")
-        if (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} has to be even for RoPE")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}, or head_dim be set"
+            )
+        if self.attention_head_dim % 2:
+            name = "hidden_size / num_heads =" if self.head_dim is None else "head_dim"
+            raise ValueError(f"{name} {self.attention_head_dim} has to be even for RoPE")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} has to be a multiple of num_kv_heads {self.num_kv_heads}")
         return self
+
+    @property
+    def attention_head_dim(self) -> int:
+        """`head_dim`, resolved."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads, and of what they attend to."""
+        return self.num_heads * self.attention_head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.attention_head_dim
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -531,10 +551,16 @@ def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield f"{prefix}{name}", field
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    given: tuple[str, dict[str, Any]] | None = None,
+) -> Config:
     """Merge the layers and validate.
 
-    A YAML file may itself name a `preset`. Raises UserError with one line: key, value, where it was set, what to do.
+    A YAML file may itself name a `preset`. `given` is one more layer, above the preset: what it is, and its tree.
+    Raises UserError with one line: key, value, where it was set, what to do.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is not None:
@@ -548,6 +574,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
             raise UserError(f"preset {preset!r} does not exist; choose one of {', '.join(preset_names())}")
         text = resources.files("megatron_bit.presets").joinpath(f"{preset}.yaml").read_text()
         layers.insert(0, (f"preset {preset}", yaml.safe_load(text)))
+    if given is not None:
+        layers.insert(preset is not None, given)
     layers.extend(("command line", _parse_override(item)) for item in overrides)
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}

@@ -15,8 +15,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters of the unsharded model, by part. A test holds them against the built model."""
     m, h = config.model, config.model.head
     d, w = m.hidden_size, h.hidden_size
-    head_dim = d // m.num_heads
-    attention = d * (d + 2 * head_dim * m.num_kv_heads) + d * d + (2 * head_dim if m.qk_norm else 0)
+    attention = 2 * d * (m.query_width + m.kv_width) + (2 * m.attention_head_dim if m.qk_norm else 0)
     layer = attention + 3 * d * m.ffn_hidden_size + 2 * d
     if h.kind == "softmax":
         table = m.padded_vocab_size * d
@@ -53,7 +52,7 @@ def local_parameters(config: Config, tp: int) -> dict[str, float]:
     """
     m, h = config.model, config.model.head
     counts = parameter_counts(config)
-    norms = 2 * m.hidden_size + (2 * m.hidden_size // m.num_heads if m.qk_norm else 0)
+    norms = 2 * m.hidden_size + (2 * m.attention_head_dim if m.qk_norm else 0)
     layer = (counts["backbone"] - m.hidden_size) // m.num_layers
     embedding, head = counts["embedding"], counts["head"]
     split = h.num_layers * (4 * h.hidden_size**2 + 3 * h.hidden_size * h.ffn_hidden_size)

@@ -137,7 +137,7 @@ def group_slices(config: Config) -> list[tuple[int, int]]:
 def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Logical name to shape of every parameter."""
     m, h = config.model, config.model.head
-    d, w, head_dim = m.hidden_size, h.hidden_size, m.hidden_size // m.num_heads
+    d, w, head_dim = m.hidden_size, h.hidden_size, m.head_dim or m.hidden_size // m.num_heads
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.start": (m.block_size, d),
         "embedding.norm.weight": (d,),
@@ -181,7 +181,7 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         layer = f"backbone.layers.{i}."
         shapes[f"{layer}input_layernorm.weight"] = (d,)
         shapes[f"{layer}self_attention.linear_qkv.weight"] = ((m.num_heads + 2 * m.num_kv_heads) * head_dim, d)
-        shapes[f"{layer}self_attention.linear_proj.weight"] = (d, d)
+        shapes[f"{layer}self_attention.linear_proj.weight"] = (d, m.num_heads * head_dim)
         if m.qk_norm:
             shapes[f"{layer}self_attention.q_layernorm.weight"] = (head_dim,)
             shapes[f"{layer}self_attention.k_layernorm.weight"] = (head_dim,)
@@ -321,13 +321,13 @@ class ReferenceModel:
 
     def _rope_angles(self, length: int) -> Tensor:
         m = self.config.model
-        dim = m.hidden_size // m.num_heads
+        dim = m.head_dim or m.hidden_size // m.num_heads
         inverse = 1.0 / m.rope_base ** (torch.arange(0, dim, 2).float() / dim)
         return torch.outer(torch.arange(length).float(), inverse)  # [S, d / 2]
 
     def _attention(self, x: Tensor, prefix: str, angle: Tensor, mask: Tensor | None) -> Tensor:
         m = self.config.model
-        dim, group = m.hidden_size // m.num_heads, m.num_heads // m.num_kv_heads
+        dim, group = m.head_dim or m.hidden_size // m.num_heads, m.num_heads // m.num_kv_heads
         # the fused rows go group by group: the group's query heads, its key head, its value head
         mixed = (x @ self.weights[f"{prefix}linear_qkv.weight"].T).unflatten(-1, (m.num_kv_heads, group + 2, dim))
         q, k, v = mixed[..., :group, :].flatten(2, 3), mixed[..., group, :], mixed[..., group + 1, :]

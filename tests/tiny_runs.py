@@ -84,6 +84,15 @@ def train_fp32_around(arguments: list[str]) -> int:
     return train(arguments)
 
 
+def train_file(file: Path | None, arguments: list[str]) -> int:
+    """Runs in a rank: `megatron-bit train FILE key=value ...`, as it is."""
+    from megatron_bit import train as job
+    from megatron_bit.config import load_config
+
+    torch.set_num_threads(1)
+    return job.main(load_config(file, arguments))
+
+
 def read(run: Path) -> Result:
     """Log and newest checkpoint of a run."""
     from megatron_bit.run_folder import newest_checkpoint

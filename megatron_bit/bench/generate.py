@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
+from megatron_bit.errors import UserError
+from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
-from megatron_bit.inference.hf_names import model_arguments, softmax_config
+from megatron_bit.inference.hf_names import Source, model_arguments, softmax_config
 
 PEERS = ("softmax peer", "Llama")
 
@@ -30,16 +33,27 @@ def main(
     vocab_size: int,
     batches: Sequence[int],
     steps: Sequence[int],
+    ahead: Sequence[int] = (0,),
+    run: Path | None = None,
     tokens: int,
     prompt: int,
     repeats: int,
     as_json: bool,
 ) -> int:
-    """Time all models, untrained (speed does not depend on the weights), in turn; print medians and ratios."""
+    """Time all models in turn; print medians and ratios.
+
+    They are untrained: speed does not depend on the weights, but for how often a guess is right (`ahead`). With `run`
+    the BitLM is that of a run, and the others have its sizes; prompts are its own text.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     transformers_logging.set_verbosity_error()
     bitlm: Any = _bitlm(config, vocab_size)
+    if run is not None:
+        source = Source(run)
+        if source.softmax or source.records:
+            raise UserError(f"--run {run} is no BitLM of text; give one, or leave it out")
+        config, vocab_size, bitlm = source.config, source.vocab_size, Generator(run).model
     peer_config = softmax_config(config.with_vocab_size(vocab_size))
     peers = dict(zip(PEERS, (_causal(peer_config), _causal(_llama(peer_config))), strict=True))
     for model in (bitlm, *peers.values()):
@@ -47,9 +61,12 @@ def main(
     rows = []
     for batch in batches:
         ids = torch.randint(0, vocab_size, (batch, prompt), device=device)
+        if run is not None:
+            ids = bitlm.generate(ids[:, :0], max_new_tokens=prompt, eos_token_id=[])
         ways: dict[str, dict[str, Any]] = {f"BitLM, {count} steps": {"steps": count} for count in steps}
         if config.model.head.kind == "chain":
-            ways = {"BitLM, chain": {}}
+            ways = {f"BitLM, chain{f', {n} ahead' if n else ''}": {"ahead": n} for n in ahead}
+        evaluations = {name: _evaluations(bitlm, ids, tokens, how) for name, how in ways.items()}
         runs: dict[str, Callable[[], Any]] = {
             name: lambda how=how, ids=ids: bitlm.generate(ids, max_new_tokens=tokens, eos_token_id=[], **how)
             for name, how in ways.items()
@@ -58,7 +75,8 @@ def main(
             runs[name] = lambda ids=ids, peer=peer: peer.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
             )
-        rows += _measure(runs, batch, tokens, repeats, device)
+        for row in _measure(runs, batch, tokens, repeats, device):
+            rows.append({**row, "evaluations": evaluations.get(row["model"])})
     result = {
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}",
@@ -71,6 +89,22 @@ def main(
     }
     print(json.dumps(result, indent=1) if as_json else _table(result))
     return 0
+
+
+def _evaluations(bitlm: Any, ids: torch.Tensor, tokens: int, how: dict[str, Any]) -> float:
+    """Evaluations of the head for one block, of a text of `tokens` tokens behind `ids`."""
+    count, name = 0, "groups" if bitlm.config.head_kind == "chain" else "forward"
+    plain, prompt = getattr(bitlm.head, name), len(bitlm.config.group_sizes) if name == "groups" else 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(*given)
+
+    setattr(bitlm.head, name, counted)
+    bitlm.generate(ids, max_new_tokens=tokens, eos_token_id=[], **how)
+    setattr(bitlm.head, name, plain)
+    return (count - prompt) / -(-tokens // bitlm.config.block_size)
 
 
 def _bitlm(config: Config, vocab_size: int) -> BitLMForCausalLM:
@@ -127,10 +161,12 @@ def _count(model: torch.nn.Module) -> int:
 def _table(result: dict[str, Any]) -> str:
     parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
     lines = [result["machine"], result["model"], f"parameters: {parameters}", ""]
-    lines.append(f"{'batch':>5}  {'model':16} {'tokens/s':>24}" + "".join(f"  {f'times {peer}':>18}" for peer in PEERS))
+    heads = "".join(f"  {f'times {peer}':>18}" for peer in PEERS)
+    lines.append(f"{'batch':>5}  {'model':21} {'tokens/s':>24}{heads}  evaluations of the head a block")
     for row in result["rows"]:
         cells = [(row["tokens_per_second"], 1, 24), *((row["times"][peer], 2, 18) for peer in PEERS)]
         texts = [(f"{v['median']:.{d}f} ({v['min']:.{d}f}-{v['max']:.{d}f})", width) for v, d, width in cells]
         first, *rest = (f"{text:>{width}}" for text, width in texts)
-        lines.append(f"{row['batch']:>5}  {row['model']:16} {first}" + "".join(f"  {text}" for text in rest))
+        often = "" if row["evaluations"] is None else f"  {row['evaluations']:.1f}"
+        lines.append(f"{row['batch']:>5}  {row['model']:21} {first}" + "".join(f"  {text}" for text in rest) + often)
     return "\n".join(lines)

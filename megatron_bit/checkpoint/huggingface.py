@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class HuggingFaceWeights:
         """
         self.folder = folder
         self._model = model
-        self.config = _json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         self.kind: str = self.config.get("model_type", "")
         if self.kind not in (*LLAMA_LAYOUT, BITLM):
             raise UserError(
@@ -89,7 +90,7 @@ class HuggingFaceWeights:
         # the same number of tokens: a softmax model can take their rows as well
         self.has_tokens = model.head.kind == "softmax" and self.config.get("vocab_size") == model.vocab_size
         index = folder / "model.safetensors.index.json"
-        self._where: dict[str, str] = _json(index)["weight_map"] if index.exists() else {}
+        self._where: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
         self._files: dict[str, Any] = {}
 
     @property
@@ -106,13 +107,17 @@ class HuggingFaceWeights:
         m = self._model
         if (match := _LAYER.match(name)) and match.group(2) == "self_attention.linear_qkv.weight":
             prefix, queries = f"model.layers.{match.group(1)}.self_attn.", m.num_heads // m.num_kv_heads
-            return self._fused(prefix, (m.num_kv_heads, m.hidden_size // m.num_heads), queries, box)
+            return self._fused(prefix, (m.num_kv_heads, m.attention_head_dim), queries, box)
         if (match := _HEAD_LAYER.match(name)) and match.group(2) == "qkv.weight":
             heads = m.head.num_heads
             return self._fused(f"head.layers.{match.group(1)}.self_attn.", (heads, m.head.hidden_size // heads), 1, box)
         if name in VOCABULARY:
             return self._tokens(name, full_shape[1], box)
         return self._slice(_name(name), full_shape, box)
+
+    def forget(self) -> None:
+        """Unmap the files: what was read of them stays in memory until then."""
+        self._files.clear()
 
     def code_table(self) -> Tensor:
         """int8 [V, B] of a converted BitLM."""
@@ -167,35 +172,49 @@ class HuggingFaceWeights:
     def _check_layers(self) -> None:
         """Every difference in one line, as the key=value pairs that mend it."""
         there, m = self.config, self._model
-        rope = there.get("rope_parameters") or there.get("rope_scaling") or {}
+        rope = _rope(there)
         kind = rope.get("rope_type", rope.get("type", "default"))
-        heads = there["num_attention_heads"]
-        head_dim = there.get("head_dim") or there["hidden_size"] // heads
         for key, value, allowed in (
             ("attention_bias", there.get("attention_bias", False), False),
             ("mlp_bias", there.get("mlp_bias", False), False),
             ("hidden_act", there.get("hidden_act", "silu"), "silu"),
             ("rope type", kind, "default"),
-            ("head_dim", head_dim, there["hidden_size"] // heads),
         ):
             if value != allowed:
                 raise UserError(f"{self.folder} has {key} {value}, and a layer here can only have {allowed}")
-        wanted = {
-            "model.num_layers": there["num_hidden_layers"],
-            "model.hidden_size": there["hidden_size"],
-            "model.num_heads": heads,
-            "model.num_kv_heads": there.get("num_key_value_heads") or heads,
-            "model.ffn_hidden_size": there["intermediate_size"],
-            "model.norm_eps": there.get("rms_norm_eps", 1e-6),
-            "model.rope_base": rope.get("rope_theta", there.get("rope_theta", 10000.0)),
-            "model.qk_norm": self.kind == "qwen3",
-        }
-        wrong = {k: v for k, v in wanted.items() if getattr(m, k.removeprefix("model.")) != v}
+        wanted = {f"model.{key}": value for key, value in layer_settings(there).items()}
+        here = {**m.model_dump(), "head_dim": m.attention_head_dim}
+        wrong = {k: v for k, v in wanted.items() if here[k.removeprefix("model.")] != v}
         if wrong:
             key = next(iter(wrong))
-            mine = getattr(m, key.removeprefix("model."))
+            mine = here[key.removeprefix("model.")]
             pairs = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in wrong.items())
             raise UserError(f"{key} is {mine}, and the layers of {self.folder} have {wrong[key]}; set {pairs}")
+
+
+def layer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ModelConfig that the layers of a config.json of the Llama layout decide."""
+    heads = config["num_attention_heads"]
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim_of(config),
+        "ffn_hidden_size": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_base": _rope(config).get("rope_theta", config.get("rope_theta", 10000.0)),
+        "qk_norm": config.get("qk_norm", config.get("model_type") == "qwen3"),
+    }
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Width of an attention head that a config.json says, or leaves to its other sizes."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def _name(logical: str) -> str:
@@ -207,7 +226,8 @@ def _name(logical: str) -> str:
     return _OUTSIDE.get(logical, logical.replace("head.noise_level.", "head.noise_embed."))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError if there is none."""
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bit.checkpoint.folder import problems, read_meta
-from megatron_bit.checkpoint.huggingface import BITLM, HuggingFaceWeights
+from megatron_bit.checkpoint.huggingface import BITLM, HuggingFaceWeights, head_dim_of
 from megatron_bit.checkpoint.index import Rectangle, owned_rectangles
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config
@@ -86,9 +86,7 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
         if weights.kind == BITLM:
             chunk = optimizer.chunks[0]
             assert isinstance(chunk, BitInput)
-            if isinstance(chunk.codec, RawCodec):
-                raise UserError(f"model.code is raw, and {path} is a model of tokens with a vocabulary")
-            _check_bitlm(weights, config, chunk.codec.table.cpu())
+            check_bitlm(weights, config, None if isinstance(chunk.codec, RawCodec) else chunk.codec.table.cpu())
         return weights
     folder = newest_checkpoint(path)
     if found := problems(folder, groups.rank, groups.dims.world_size):
@@ -98,8 +96,12 @@ def _open(path: Path, config: Config, mine: dict[str, Any], optimizer: Optimizer
     return CheckpointWeights(folder)
 
 
-def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> None:
+def check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor | None) -> None:
+    """UserError for another model than this run's. table: of the codes, int8 [V, B]; None for raw records."""
     m, there = config.model, weights.config
+    if (table is None) != (there.get("vocab_size") == 0):
+        kind = "tokens with a vocabulary" if table is None else "raw records"
+        raise UserError(f"model.code is {m.code}, and {weights.folder} is a model of {kind}")
     for key, value, other in (
         ("model.bits", m.bits, there.get("bits")),
         ("model.block_size", m.block_size, there.get("block_size")),
@@ -107,6 +109,7 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
         ("model.num_layers", m.num_layers, there.get("num_hidden_layers")),
         ("model.num_heads", m.num_heads, there.get("num_attention_heads")),
         ("model.num_kv_heads", m.num_kv_heads, there.get("num_key_value_heads")),
+        ("model.head_dim", m.attention_head_dim, head_dim_of(there)),
         ("model.qk_norm", m.qk_norm, there.get("qk_norm")),
         ("model.norm_eps", m.norm_eps, there.get("rms_norm_eps")),
         ("model.head.kind", m.head.kind, there.get("head_kind")),
@@ -124,7 +127,7 @@ def _check_bitlm(weights: HuggingFaceWeights, config: Config, table: Tensor) -> 
             f"diffusion.self_condition is {config.diffusion.self_condition}, and {weights.folder} was trained "
             f"{'with' if shown else 'without'} it; set diffusion.self_condition={0.5 if shown else 0}"
         )
-    if not torch.equal(weights.code_table(), table):
+    if table is not None and not torch.equal(weights.code_table(), table):
         raise UserError(
             f"{weights.folder} has another table of codes than this run (model.code, model.bits and the vocabulary of "
             "data.path make it); its weights would mean other tokens"

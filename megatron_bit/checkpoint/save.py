@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,12 +85,19 @@ def file_name(rank: int) -> str:
 
 def write_rank(folder: Path, rank: int, part: Snapshot) -> None:
     """Write one rank's file, and last `rank-N.json`, which says that it is there; UserError if that fails."""
+    specs = [Spec(key, tuple(tensor.shape), tensor.dtype) for key, tensor in part.tensors.items()]
+    write_part(folder, rank, specs, part.tensors.values(), part.index)
+
+
+def write_part(
+    folder: Path, rank: int, specs: Sequence[Spec], tensors: Iterable[Tensor], index: Mapping[str, Any]
+) -> None:
+    """The same of tensors that need not be in memory together, with an index as of `Snapshot`."""
     path = folder / file_name(rank)
     try:
         total = hashlib.sha256()
-        specs = [Spec(key, tuple(tensor.shape), tensor.dtype) for key, tensor in part.tensors.items()]
-        size = write_file(path, specs, part.tensors.values(), also=total.update)
+        size = write_file(path, specs, tensors, also=total.update)
         files = {path.name: {"sha256": total.hexdigest(), "bytes": size}}
-        write_atomic(folder / f"rank-{rank:05d}.json", json.dumps({"index": part.index, "files": files}).encode())
+        write_atomic(folder / f"rank-{rank:05d}.json", json.dumps({"index": index, "files": files}).encode())
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be written: {error.strerror}") from None

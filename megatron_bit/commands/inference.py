@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit.commands.arguments import Args, bitlm_configuration
+from megatron_bit.commands.arguments import Args, bitlm_configuration, split
 from megatron_bit.errors import UserError
 
 
@@ -27,16 +27,18 @@ def generate(
     stream: bool = False,
     weights: Literal["trained", "ema"] = "trained",
     data: str | None = None,
+    out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Generate text from the newest checkpoint of a run, or from a converted folder, in one process.
 
-    Prompt number i with one seed has one text, whatever the batch.
+    Prompt number i with one seed has one text, whatever the batch. A model of raw records (model.code=raw) makes
+    records, and shows each as a line of hexadecimal digits.
 
     Args:
         run: run folder, checkpoint folder, or what `convert` has made.
-        prompt: one or more texts to continue; without any, a text from its beginning.
-        prompt_file: texts to continue, one a line, after those of --prompt.
+        prompt: one or more texts to continue; without any, a text from its beginning. Of records: hexadecimal digits.
+        prompt_file: texts to continue, one a line, after those of --prompt. Of records: a file of them, one prompt.
         max_tokens: most tokens to produce for a prompt.
         steps: denoising steps a block, of a diffusion head; default 32.
         sampler: how a diffusion head removes the noise: ode (default), heun, dpm, em, churn.
@@ -49,6 +51,7 @@ def generate(
         stream: print the text as it is made, one prompt at a time.
         weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
+        out: file for the new records of all prompts, as bytes, instead of lines.
         json: print JSON lines.
     """
     for option, value, least in (
@@ -62,7 +65,7 @@ def generate(
         raise UserError("--stream prints one text at a time: leave out --json and --batch-size")
     if "" in stop:
         raise UserError("--stop '' is an empty string; give the text to stop at")
-    prompts = [*prompt, *(_lines(prompt_file) if prompt_file is not None else ())]
+    file = None if prompt_file is None else (prompt_file, _content(prompt_file))
     from megatron_bit.inference import generate as job
 
     if temperature is not None and not 0 <= temperature < float("inf"):
@@ -71,12 +74,13 @@ def generate(
         raise UserError(f"--guidance {guidance} has to be 0 (without the backbone) or above; 1 is no guidance")
     if sampler is not None and sampler not in job.SAMPLERS:
         raise UserError(f"--sampler {sampler} does not exist; choose one of {', '.join(job.SAMPLERS)}")
-    prompts = prompts or [""]
     how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     results = job.main(
         run,
-        prompts,
+        prompt,
         max_tokens,
+        file=file,
+        out=out,
         seed=seed,
         data=data,
         batch_size=batch_size,
@@ -95,44 +99,67 @@ def generate(
             f"--- step {result['step']}, {result['tokens']} tokens in {result['seconds']} s, "
             f"{result['tokens_per_second']} tokens/s, first block after {result['seconds_to_first_block']} s"
         )
+        if out is not None:
+            print(f"{line}, in {out}", flush=True)
+            continue
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
         print(line if stream else f"{line}\n{result['prompt']}{bold}{result['text']}{plain}", flush=True)
     return 0
 
 
-def _lines(path: Path) -> list[str]:
+def _content(path: Path) -> bytes:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise UserError(f"--prompt-file {path} cannot be read: {error}; give a text file, one prompt a line") from None
-    if not lines:
-        raise UserError(f"--prompt-file {path} is empty; give one prompt a line")
-    return lines
 
 
 def convert(
     run: Annotated[Path, tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.Positional],
-    to: Literal["hf"] = "hf",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    shard_size: str = "5GB",
-    weights: Literal["trained", "ema"] = "trained",
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
+    *,
+    from_: Annotated[Literal["run", "hf"], tyro.conf.arg(name="from")] = "run",
+    to: Literal["hf", "run"] = "hf",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    shard_size: str | None = None,
+    weights: Literal["trained", "ema"] | None = None,
     data: str | None = None,
 ) -> int:
-    """Convert a checkpoint to a Hugging Face folder: weights, tokenizer and the code that runs them in transformers.
+    """Convert a checkpoint to a Hugging Face folder, or with --from hf --to run such a folder to a run to train on.
+
+    The folder has weights, tokenizer and the code that runs them in transformers. The run has a checkpoint of step 0,
+    which `train` continues at any layout.
 
     Args:
-        run: run folder (its newest checkpoint) or checkpoint folder.
+        run: run folder (its newest checkpoint) or checkpoint folder; with --from hf the Hugging Face folder.
         out: folder to make; it may not have anything in it.
-        to: the form: hf.
-        dtype: of the weights.
-        shard_size: above it the weights are several files, such as 5GB or 500MiB.
+        args: with --to run: a YAML file and key=value pairs, such as data.path=DIR; the model's are in the folder.
+        from_: what is converted: a run, or a Hugging Face folder (hf).
+        to: what is made of it.
+        dtype: of the weights; default float32.
+        shard_size: above it the weights are several files, such as 500MiB; default 5GB.
         weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
     """
+    if from_ == to:
+        raise UserError(f"--from {from_} --to {to} converts nothing; write --to hf, or --from hf --to run")
+    if to == "run":
+        options = {"--dtype": dtype, "--shard-size": shard_size, "--weights": weights, "--data": data}
+        for option, value in options.items():
+            if value is not None:
+                instead = "; say data.path=DIR" if option == "--data" else ""
+                raise UserError(f"{option} {value} is for --to hf{instead}")
+        from megatron_bit.inference.from_hf import to_run
+
+        target, overrides = split(args)
+        to_run(run, out, target, overrides)
+        return 0
+    if args:
+        raise UserError(f"{args[0]!r} is a key of a run to make (--from hf --to run), and this makes a folder")
     from megatron_bit.inference.convert import to_hf
 
-    to_hf(run, out, dtype=dtype, shard_size=shard_size, data=data, weights=weights)
+    to_hf(run, out, dtype=dtype or "float32", shard_size=shard_size or "5GB", data=data, weights=weights or "trained")
     return 0
 
 
@@ -178,12 +205,14 @@ def bench_generate(
     vocab_size: int = 4096,
     batch: tuple[int, ...] = (1, 8, 64),
     steps: tuple[int, ...] = (),
+    ahead: tuple[int, ...] = (0,),
+    run: Path | None = None,
     tokens: int = 64,
     prompt: int = 32,
     repeats: int = 5,
     json: bool = False,
 ) -> int:
-    """Time generation against softmax models of the same backbone, in turn. All are untrained.
+    """Time generation against softmax models of the same backbone, in turn. All are untrained, but for --run.
 
     Args:
         args: a YAML file and key=value pairs.
@@ -191,6 +220,8 @@ def bench_generate(
         vocab_size: of all models.
         batch: batch sizes.
         steps: denoising steps a block to try, of a diffusion head; default 8 16 32.
+        ahead: of a chain head: tokens whose groups are guessed and checked at once, to try; 0 is one after another.
+        run: a run whose BitLM is timed, instead of an untrained one of the preset; what a guess is worth needs it.
         tokens: new tokens of each text.
         prompt: tokens of each prompt.
         repeats: timed runs of each, in turn.
@@ -201,9 +232,14 @@ def bench_generate(
     if min(*batch, *steps, tokens, prompt, repeats) < 1 or 1 in steps:
         raise UserError("bench generate: --steps are at least 2, all other numbers at least 1")
     config = bitlm_configuration(args, preset)
+    if min(ahead) < 0 or (any(ahead) and run is None):
+        raise UserError(
+            f"--ahead {max(ahead, key=abs)}: give 0 or above, and a trained run (--run RUN), because how often guesses "
+            "are right depends on the weights"
+        )
     if steps and config.model.head.kind == "chain":
         raise UserError("--steps mean nothing to a chain head; leave them out, or add model.head.kind=diffusion")
     return job.main(
-        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), tokens=tokens, prompt=prompt,
-        repeats=repeats, as_json=json,
+        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), ahead=ahead, run=run, tokens=tokens,
+        prompt=prompt, repeats=repeats, as_json=json,
     )  # fmt: skip

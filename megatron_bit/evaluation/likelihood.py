@@ -30,8 +30,9 @@ class Likelihood:
     noise_samples: int  # noise levels of a block in a pass; 0 where there is no noise
     samples: int
     tokens: int  # of all samples
-    bits_per_byte: float
-    perplexity: float  # of a token
+    bits_per_byte: float | None  # of text
+    perplexity: float | None  # of a token of text
+    bits_per_record: float | None  # of raw records, which tokens are then
 
 
 def measure(
@@ -66,20 +67,21 @@ def measure(
             break
         if len(values) >= 2 and (len(values) >= max_passes or standard_errors(values)[2] <= tolerance):
             break
-    mean = float(np.mean(values))
-    total, text, noise = standard_errors(values)
+    mean, text = float(np.mean(values)), not model.record_bits
+    total, of_text, noise = standard_errors(values)
     return Likelihood(
         nats_per_token=mean,
         standard_error=total,
-        text_standard_error=text,
+        text_standard_error=of_text,
         noise_standard_error=noise,
         exact=model.exact,
         passes=len(values),
         noise_samples=0 if model.exact else model.noise_samples,
         samples=len(rows),
         tokens=len(rows) * model.context,
-        bits_per_byte=mean / math.log(2) / validation.bytes_per_token,
-        perplexity=math.exp(mean),
+        bits_per_byte=mean / math.log(2) / validation.bytes_per_token if text else None,
+        perplexity=math.exp(mean) if text else None,
+        bits_per_record=None if text else mean / math.log(2),
     )
 
 

@@ -39,7 +39,7 @@ def open_model(path: Path, data: str | None = None, weights: WeightsOf = "traine
     checkpoint = newest_checkpoint(path)
     meta = read_meta(checkpoint)
     config = config_from_dict(meta["config"])
-    home = data if _moved(config, meta) else None
+    home = data if config.model.code != "raw" and _moved(config, meta) else None
     if config.model.head.kind == "softmax":
         model: Model = causal.from_checkpoint(path, checkpoint, home, weights)
     else:

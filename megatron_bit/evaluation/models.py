@@ -23,7 +23,8 @@ class Model(ABC):
     head: str  # diffusion, chain or softmax
     block_size: int  # tokens that are decided together
     context: int  # tokens of the longest row that `nats` takes, a multiple of block_size
-    eos_id: int  # end of a document
+    eos_id: int  # end of a document; of raw records there is none, and this is -1
+    record_bits: int = 0  # of raw records, which its tokens are then: lists of bytes
     step: int | None  # of training; None if the folder does not say
     training: Config | None = None  # of a run of ours
     tokenizer_sha256: str = ""  # of the data folder's tokenizer; "" for a folder with one of its own
@@ -85,8 +86,9 @@ class BitModel(Model):
         config = generator.model.config
         self.path, self._generator = path, generator
         self.head, self.block_size = config.head_kind, config.block_size
-        self.context, self.eos_id = config.max_position_embeddings, generator.eos_id
-        self.step = generator.step
+        self.context, self.step = config.max_position_embeddings, generator.step
+        self.record_bits = 0 if generator.records is None else config.bits
+        self.eos_id = -1 if self.record_bits else generator.eos_id
 
     def encode(self, text: str) -> list[int]:
         return self._generator.text.encode(text)
@@ -95,10 +97,8 @@ class BitModel(Model):
         return self._generator.text.decode(ids)
 
     def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        device = self._generator.device
+        ids, mask = self._generator.padded(rows)
+        width, device = ids.shape[1], self._generator.device
         score = self._generator.model.score(
             ids.to(device), mask.to(device), noise_samples=self.noise_samples, seed=seed,
             sequence_ids=torch.tensor(list(keys)),

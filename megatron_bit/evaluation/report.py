@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Report:
     likelihood: Likelihood | None
     samples: Samples | None
     tasks: tuple[Ranking | LastWord, ...]
+    skipped: str = ""  # what was asked for and does not go with this model
 
 
 def main(path: Path, request: Request, *, as_json: bool, out: Path | None) -> int:
@@ -83,6 +84,9 @@ def evaluate(path: Path, request: Request) -> Report:
         assert request.tasks_data is not None
         items[task] = task_files.thin(task_files.read(task, request.tasks_data), request.limit)
     model = open_model(path, request.data, request.weights)
+    skipped = ""
+    if model.record_bits:
+        request, items, skipped = _without_text(model, request)
     _set_noise(model, request)
     model.check(request.how)
     scorer = open_model(request.scorer, request.data) if request.scorer is not None else None
@@ -109,8 +113,18 @@ def evaluate(path: Path, request: Request) -> Report:
         for task, some in items.items()
     ]
     return Report(
-        str(path), model.head, model.block_size, model.step, request.weights, request.seed, found, made, tuple(results)
-    )
+        str(path), model.head, model.block_size, model.step, request.weights, request.seed, found, made,
+        tuple(results), skipped,
+    )  # fmt: skip
+
+
+def _without_text(model: Model, request: Request) -> tuple[Request, dict[str, Any], str]:
+    """The same without what is of text: no tasks, and a line that says so. UserError if nothing is left."""
+    parts = ["--texts"] * bool(request.texts) + ["--tasks"] * bool(request.tasks)
+    if not request.likelihood:
+        raise UserError(f"{' and '.join(parts)} are about text, and {model.path} is a model of raw records")
+    said = f"skipped, because its tokens are raw records and no text: {', '.join(parts)}" if parts else ""
+    return replace(request, texts=0, tasks=(), how={}, scorer=None), {}, said
 
 
 def _set_noise(model: Model, request: Request) -> None:
@@ -142,6 +156,8 @@ def render(report: Report) -> str:
         lines += ["", *_likelihood(report.likelihood)]
     if report.samples is not None:
         lines += ["", *_samples(report.samples)]
+    if report.skipped:
+        lines += ["", report.skipped]
     if report.tasks:
         lines += ["", *_tasks(report.tasks)]
     return "\n".join(lines)
@@ -154,6 +170,12 @@ def _likelihood(it: Likelihood) -> list[str]:
         else f"an upper bound; text +- {it.text_standard_error:.4f}, noise +- {it.noise_standard_error:.4f} after "
         f"{it.passes} passes of {it.noise_samples} noise levels"
     )
+    if it.bits_per_record is not None:
+        return [
+            f"validation ({it.samples} samples, {it.tokens:,} records)",
+            f"  nats/record  {it.nats_per_token:.4f} +- {it.standard_error:.4f}  ({noise})",
+            f"  bits/record  {it.bits_per_record:.4f}",
+        ]
     return [
         f"validation ({it.samples} samples, {it.tokens:,} tokens)",
         f"  nats/token   {it.nats_per_token:.4f} +- {it.standard_error:.4f}  ({noise})",

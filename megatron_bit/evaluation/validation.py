@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,11 @@ class Validation:
     def __init__(self, model: Model, folder: Path | str) -> None:
         """UserError: the folder is none of `megatron-bit prepare`, is damaged, or has no validation split."""
         self._model, self.manifest = model, load_manifest(folder)
-        self.manifest.need_vocabulary("`evaluate`")
+        if self.manifest.raw_bits != model.record_bits:
+            here, there = (f"records of {n} bits" if n else "text" for n in (model.record_bits, self.manifest.raw_bits))
+            raise UserError(f"{model.path} is a model of {here}, and {folder} holds {there}; give --data DIR of {here}")
         self._split = self.manifest.split("validation")
-        self._same = model.tokenizer_sha256 == self.manifest.tokenizer_sha256
+        self._same = bool(model.record_bits) or model.tokenizer_sha256 == self.manifest.tokenizer_sha256
         self._bytes = self._tokens = 0  # of what was tokenized again
         if not self._same:
             from mbit_data.tokenizer import Tokenizer
@@ -38,8 +41,10 @@ class Validation:
             return self._split.text_bytes / self._split.tokens
         return self._bytes / self._tokens
 
-    def samples(self, count: int, length: int) -> list[list[int]]:
+    def samples(self, count: int, length: int) -> list[list[Any]]:
         """The first pieces of `length` tokens, as training's validation takes them: shard by shard, in order.
+
+        A record is a list of its bytes.
 
         Raises:
             UserError: the split has not two of them.
@@ -92,7 +97,7 @@ class Validation:
 
 
 def _cut(tokens: np.ndarray, length: int) -> np.ndarray:
-    return tokens[: len(tokens) // length * length].reshape(-1, length)
+    return tokens[: len(tokens) // length * length].reshape(-1, length, *tokens.shape[1:])
 
 
 def _spread(pieces: Iterator[np.ndarray], count: int, length: int, of: Validation) -> list[list[int]]:

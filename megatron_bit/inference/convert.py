@@ -54,12 +54,11 @@ def to_hf(
         UserError: no checkpoint, another tokenizer, an output folder with something in it, or it cannot be written.
     """
     shard_bytes = _bytes(shard_size)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
+    check_free(out)
     source = Source(run, data, weights)
     begin = time.perf_counter()
     try:
-        with _temporary(out) as folder:
+        with temporary_folder(out) as folder:
             _write_small_files(source, folder, dtype)
             written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
             sync_folder(folder)
@@ -74,16 +73,18 @@ def to_hf(
 
 
 def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
+    common: dict[str, Any] = {"dtype": dtype, "training_step": source.step}
+    if source.weights != "trained":
+        common["training_weights"] = source.weights
+    if source.records:
+        _write_bitlm(source, folder, common)
+        return
     from megatron_bit.inference.tokenizer_json import convert_tokenizer
 
     tokenizer = Tokenizer(source.manifest.tokenizer_path)
     eos = tokenizer.eos_id
     fast = convert_tokenizer(tokenizer)
-    common: dict[str, Any] = {
-        "dtype": dtype, "eos_token_id": eos, "pad_token_id": eos, "training_step": source.step
-    }  # fmt: skip
-    if source.weights != "trained":
-        common["training_weights"] = source.weights
+    common |= {"eos_token_id": eos, "pad_token_id": eos}
     if source.softmax:
         _write_llama(source, folder, common, fast)
     else:
@@ -107,7 +108,7 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
 
     from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig
 
-    arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size, source.noise_table)
+    arguments: dict[str, Any] = model_arguments(source.config, source.vocab_size, source.noise_table)
     BitLMConfig(
         **arguments,
         **common,
@@ -117,10 +118,10 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
             "AutoModelForCausalLM": "modeling_bitlm.BitLMForCausalLM",
         },
     ).save_pretrained(folder)
-    eos = common["eos_token_id"]
+    ends = {key: common[key] for key in ("eos_token_id", "pad_token_id") if key in common}  # records have none
     chain = source.config.model.head.kind == "chain"
     how: dict[str, Any] = {} if chain else {"steps": 32, "sampler": "ode"}  # a chain: temperature, 1 if not said
-    GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, seed=0, **how).save_pretrained(folder)
+    GenerationConfig(**ends, max_new_tokens=128, seed=0, **how).save_pretrained(folder)
     shutil.copyfile(MODELING, folder / MODELING.name)
 
 
@@ -167,8 +168,14 @@ def _write_weights(source: Source, folder: Path, dtype: torch.dtype, shard_bytes
     return sum(spec.nbytes for spec in specs)
 
 
+def check_free(out: Path) -> None:
+    """UserError if the output is there and has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
+
+
 @contextlib.contextmanager
-def _temporary(out: Path) -> Iterator[Path]:
+def temporary_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, removed at the end if it is still there."""
     folder = out.absolute().with_name(f"{out.absolute().name}.partial-{os.getpid()}")
     folder.mkdir(parents=True)

@@ -25,8 +25,8 @@ _ENDED = -1  # no token: what a row of a batch holds behind its end
 
 
 class _Text(Protocol):
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], **_: Any) -> str: ...
+    def encode(self, text: str) -> list[Any]: ...  # ids, or the bytes of records
+    def decode(self, ids: Sequence[Any], **_: Any) -> str: ...
 
 
 class _SentencePiece:
@@ -47,6 +47,28 @@ class _Converted:
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class _Records:
+    """Raw records as text: a line of hexadecimal digits each."""
+
+    def __init__(self, bits: int) -> None:
+        self.bytes = -(-bits // 8)
+
+    def encode(self, text: str) -> list[list[int]]:
+        try:
+            return self.split(bytes.fromhex(text))
+        except ValueError as error:
+            raise UserError(f"--prompt {text[:40]!r}: {error}; give records as hexadecimal digits") from None
+
+    def split(self, content: bytes) -> list[list[int]]:
+        """Records of a file; ValueError if the last one is not whole."""
+        if len(content) % self.bytes:
+            raise ValueError(f"{len(content)} bytes are no whole number of records of {self.bytes}")
+        return [[*content[at : at + self.bytes]] for at in range(0, len(content), self.bytes)]
+
+    def decode(self, ids: Sequence[Sequence[int]], **_: Any) -> str:
+        return "\n".join(bytes(record).hex() for record in ids)
 
 
 class Generator:
@@ -86,7 +108,7 @@ class Generator:
         self.model.to(self.device).eval()  # type: ignore[arg-type]
 
     def _open_checkpoint(self, source: Source) -> None:
-        arguments: dict[str, Any] = model_arguments(source.config, source.manifest.vocab_size, source.noise_table)
+        arguments: dict[str, Any] = model_arguments(source.config, source.vocab_size, source.noise_table)
         with torch.device("meta"):
             self.model = BitLMForCausalLM(BitLMConfig(**arguments))
         dtype = training_dtype(source.config)
@@ -94,9 +116,14 @@ class Generator:
         for name, tensor in source.tensors():
             weights[name] = tensor.to(self.device, dtype if tensor.is_floating_point() else None)
         self.model.load_state_dict(weights, assign=True)
+        self.step = source.step
+        if source.records:
+            self.model.generation_config = GenerationConfig()
+            self.text = _Records(self.model.config.bits)
+            return
         tokenizer = Tokenizer(source.manifest.tokenizer_path)
         self.model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
-        self.text, self.step = _SentencePiece(tokenizer), source.step
+        self.text = _SentencePiece(tokenizer)
 
     def _open_converted(self, folder: Path) -> None:
         transformers_logging.disable_progress_bar()
@@ -109,7 +136,7 @@ class Generator:
                 )
             loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
             self.model, found = loaded
-            self.text = _Converted(folder)
+            self.text = _Converted(folder) if self.model.config.vocab_size else _Records(self.model.config.bits)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"converted folder {folder} cannot be read: {error}") from None
         wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
@@ -147,7 +174,7 @@ class Generator:
         rate = sum(map(len, produced)) / seconds
         return [
             {
-                "prompt": prompt,
+                "prompt": prompt if self.records is None or not row else f"{self.text.decode(row)}\n",
                 "text": self.text.decode(new),
                 "tokens": len(new),
                 "seconds": round(seconds, 3),
@@ -155,12 +182,12 @@ class Generator:
                 "tokens_per_second": round(rate, 1),
                 "step": self.step,
             }
-            for prompt, new in zip(prompts, produced, strict=True)
+            for prompt, row, new in zip(prompts, rows, produced, strict=True)
         ]
 
     def run(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[Any]],
         max_tokens: int,
         *,
         streamer: Any,
@@ -168,24 +195,36 @@ class Generator:
         sequences: Sequence[int] | None = None,
         stop: Sequence[str] = (),
         **how: Any,
-    ) -> list[list[int]]:
-        """Continue rows of token ids; returns the new ids of each. `streamer` gets what transformers' streamers get."""
-        pad, width = self.eos_id, max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], dtype=torch.int64)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ) -> list[list[Any]]:
+        """Continue rows of token ids, or of records (lists of their bytes); returns the new ones of each.
+
+        `streamer` gets what transformers' streamers get.
+        """
+        ids, mask = self.padded(rows)
+        ends: dict[str, Any] = {}
+        if self.records is None:
+            ends = {"tokenizer": self.text, "stop_strings": list(stop), "pad_token_id": _ENDED}
         out = self.model.generate(
-            ids.view(len(rows), width),
-            attention_mask=mask.view(len(rows), width),
-            max_new_tokens=max_tokens,
-            streamer=streamer,
-            tokenizer=self.text,
-            sequence_ids=sequences,
-            stop_strings=list(stop),
-            pad_token_id=_ENDED,
-            seed=seed,
-            **how,
-        )
-        return [[token for token in row if token != _ENDED] for row in out[:, width:].tolist()]
+            ids, attention_mask=mask, max_new_tokens=max_tokens, streamer=streamer, sequence_ids=sequences, seed=seed,
+            **ends, **how,
+        )  # fmt: skip
+        return [[token for token in row if token != _ENDED] for row in out[:, ids.shape[1] :].tolist()]
+
+    def padded(self, rows: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
+        """Rows as a batch: ids int64 [b, S], or records uint8 [b, S, bytes], padded in front; and the mask [b, S]."""
+        count, width = len(rows), max(map(len, rows))
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).view(count, width)
+        if self.records is None:
+            ids = [[self.eos_id] * (width - len(row)) + [*row] for row in rows]
+            return torch.tensor(ids, dtype=torch.int64).view(count, width), mask
+        size = self.records.bytes
+        ids = [[[0] * size] * (width - len(row)) + [*row] for row in rows]
+        return torch.tensor(ids, dtype=torch.uint8).view(count, width, size), mask
+
+    @property
+    def records(self) -> _Records | None:
+        """What its tokens are if they are raw records; None if they are text."""
+        return self.text if isinstance(self.text, _Records) else None
 
     def check(self, how: Mapping[str, Any]) -> None:
         """UserError, which begins with the name, for what this model's head does not know."""
@@ -232,6 +271,8 @@ def main(
     prompts: Sequence[str],
     max_tokens: int,
     *,
+    file: tuple[Path, bytes] | None,
+    out: Path | None,
     seed: int,
     data: str | None,
     batch_size: int,
@@ -240,10 +281,57 @@ def main(
     weights: WeightsOf,
     how: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Generate for every prompt, `batch_size` at a time; prompt i has sequence i, whatever the batch."""
+    """Generate for every prompt, `batch_size` at a time; prompt i has sequence i, whatever the batch.
+
+    Args:
+        file: name and content of a file with further prompts: a text a line, or the records of one prompt.
+        out: file for the new records, prompt after prompt; not for text.
+    """
     generator = Generator(run, data, weights)
     generator.check(how)
+    _check_kind(generator, run, out, stop, show)
+    prompts = [*prompts, *(_prompts(generator, *file) if file is not None else ())] or [""]
+    results = _of_prompts(generator, prompts, max_tokens, batch_size, seed=seed, stop=stop, show=show, **how)
+    if out is None:
+        yield from results
+        return
+    try:
+        with open(out, "wb") as binary:
+            for result in results:
+                binary.write(bytes.fromhex(result["text"]))
+                yield {**result, "text": "", "out": str(out)}
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+
+
+def _check_kind(generator: Generator, run: Path, out: Path | None, stop: Sequence[str], show: bool) -> None:
+    """UserError for an option that is of text and the model of records, or the other way round."""
+    if generator.records is None:
+        if out is not None:
+            raise UserError(f"--out {out} is for raw records, and {run} writes text; redirect the output instead")
+        return
+    for option in ("--stop",) * bool(stop) + ("--stream",) * show:
+        raise UserError(f"{option} is for text, and {run} makes raw records; leave it out")
+
+
+def _prompts(generator: Generator, path: Path, content: bytes) -> list[str]:
+    if generator.records is not None:
+        try:
+            return [generator.records.decode(generator.records.split(content))]
+        except ValueError as error:
+            raise UserError(f"--prompt-file {path}: {error}") from None
+    try:
+        lines = content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path} cannot be read: {error}; give a text file, one prompt a line") from None
+    if not lines:
+        raise UserError(f"--prompt-file {path} is empty; give one prompt a line")
+    return lines
+
+
+def _of_prompts(
+    generator: Generator, prompts: Sequence[str], max_tokens: int, batch_size: int, **more: Any
+) -> Iterator[dict[str, Any]]:
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
-        sequences = range(start, start + len(some))
-        yield from generator.generate(some, max_tokens, seed=seed, sequences=sequences, stop=stop, show=show, **how)
+        yield from generator.generate(some, max_tokens, sequences=range(start, start + len(some)), **more)

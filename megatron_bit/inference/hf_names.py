@@ -39,7 +39,7 @@ class Part:
 
 
 class Source:
-    """A checkpoint to read weights from, with the data folder's tokenizer."""
+    """A checkpoint to read weights from, with the data folder's tokenizer. Raw records have neither."""
 
     def __init__(self, run: Path, data: str | None = None, weights: WeightsOf = "trained") -> None:
         """
@@ -62,14 +62,20 @@ class Source:
         self.weights = weights
         self.step = int(meta["step"])
         self.noise_table: dict[str, Any] | None = meta.get("noise_table")
+        self.config: Config = config
+        self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model and one of records have none
+        self.vocab_size = 0
+        if self.records:
+            if data is not None:
+                raise UserError(f"--data {data} has no use here: {run} is of raw records, without a tokenizer")
+            return
         self.manifest: Manifest = load_manifest(data or config.data.folders[0], check_files=False)
-        self.manifest.need_vocabulary("a model that generates or is converted")
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"
             )
-        self.config: Config = config.with_vocab_size(self.manifest.vocab_size)
-        self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model has none
+        self.vocab_size = self.manifest.vocab_size
+        self.config = config.with_vocab_size(self.vocab_size)
         if self.softmax:
             return
         m = self.config.model
@@ -86,6 +92,11 @@ class Source:
     def softmax(self) -> bool:
         """Whether it is of the autoregressive peer."""
         return self.config.model.head.kind == "softmax"
+
+    @property
+    def records(self) -> bool:
+        """Whether its tokens are raw records."""
+        return self.config.model.code == "raw"
 
     def parts(self) -> list[Part]:
         """All weights, a layer's side by side."""
@@ -105,6 +116,11 @@ class Source:
             yield part.name, _read(reader, part, EMA if self.weights == "ema" else "param")
         if self.code_table is not None:
             yield CODE_TABLE, self.code_table
+
+
+def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every logical tensor of the model and its shape, layer by layer. The vocabulary has to be known."""
+    return {part.logical: part.logical_shape for part in _parts(config)}
 
 
 def _read(reader: Reader, part: Part, state: str) -> Tensor:
@@ -186,7 +202,7 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
 
 
 def _backbone_layer(m: ModelConfig, to: str, logical: str) -> Iterator[Part]:
-    d, f, head_dim = m.hidden_size, m.ffn_hidden_size, m.hidden_size // m.num_heads
+    d, f, head_dim = m.hidden_size, m.ffn_hidden_size, m.attention_head_dim
     queries = m.num_heads // m.num_kv_heads  # of one group
     fused = ((m.num_heads + 2 * m.num_kv_heads) * head_dim, d)
     # the rows go group by group: the group's query heads, its key head, its value head
@@ -198,7 +214,7 @@ def _backbone_layer(m: ModelConfig, to: str, logical: str) -> Iterator[Part]:
         yield Part(
             f"{to}self_attn.{letter}_proj.weight", shape, f"{logical}self_attention.linear_qkv.weight", fused, cut
         )
-    same = [("self_attn.o_proj", "self_attention.linear_proj", (d, d))]
+    same = [("self_attn.o_proj", "self_attention.linear_proj", (d, m.query_width))]
     if m.qk_norm:
         same += [(f"self_attn.{x}_norm", f"self_attention.{x}_layernorm", (head_dim,)) for x in "qk"]
     same += [
@@ -224,6 +240,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
     """Keyword arguments of BitLMConfig.
 
     Args:
+        vocab_size: 0 for raw records.
         noise_table: of the checkpoint; without it a measured distribution is that of an untrained model.
     """
     m, d = config.model, config.diffusion
@@ -240,6 +257,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.attention_head_dim,
         "max_position_embeddings": config.data.seq_length,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_base,
@@ -280,7 +298,7 @@ def softmax_config(config: Config, **more: Any) -> Any:
         "num_hidden_layers": m.num_layers,
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.hidden_size // m.num_heads,
+        "head_dim": m.attention_head_dim,
         "max_position_embeddings": config.data.seq_length,
         "rms_norm_eps": m.norm_eps,
         "rope_theta": m.rope_base,

@@ -321,7 +321,12 @@ def main(
             listener.bind((host, port))  # before the model is read, which may take long
         except OSError as error:
             raise UserError(f"--host {host} --port {port} cannot be used: {error.strerror}; choose others") from None
-        server = Server(Generator(run, data), name, concurrency, waiting, Limits(max_tokens=max_tokens))
+        generator = Generator(run, data)
+        if generator.records is not None:
+            raise UserError(
+                f"{run} makes raw records, and serve is for text; use `megatron-bit generate {run} --out FILE`"
+            )
+        server = Server(generator, name, concurrency, waiting, Limits(max_tokens=max_tokens))
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"serving {name!r} on {address}/v1 (also /health and /metrics); Ctrl-C ends it", flush=True)
         if not os.environ.get(KEY) and not _loopback(host):

@@ -42,6 +42,7 @@ def transformer_config(config: Config, groups: Groups) -> Any:
         hidden_size=m.hidden_size,
         num_attention_heads=m.num_heads,
         num_query_groups=m.num_kv_heads,
+        kv_channels=m.attention_head_dim,
         ffn_hidden_size=m.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,

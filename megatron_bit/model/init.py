@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.logical import VOCABULARY, Piece, pieces
+from megatron_bit.model.logical import VOCABULARY, pieces
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import FREQUENCIES
 
@@ -29,18 +29,19 @@ def initialize(chunk: nn.Module, config: Config, groups: Groups) -> None:
     parameters = dict(chunk.named_parameters())
     for name, parts in pieces(chunk, groups).items():
         for part in parts:
-            part.of(parameters[name]).copy_(_draw(part, config, groups.device)[part.slices()])
+            part.of(parameters[name]).copy_(draw(part.name, part.full_shape, config, groups.device)[part.slices()])
 
 
-def _draw(part: Piece, config: Config, device: torch.device) -> torch.Tensor:
-    if _ONES.search(part.name):
-        return torch.ones(part.full_shape, device=device)
-    if _ZEROS.search(part.name):
-        return torch.zeros(part.full_shape, device=device)
-    digest = hashlib.sha256(f"{config.train.seed}/{part.name}".encode()).digest()
+def draw(name: str, shape: tuple[int, ...], config: Config, device: torch.device) -> torch.Tensor:
+    """The initial values of a whole logical tensor, float32."""
+    if _ONES.search(name):
+        return torch.ones(shape, device=device)
+    if _ZEROS.search(name):
+        return torch.zeros(shape, device=device)
+    digest = hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    whole = torch.randn(part.full_shape, generator=generator, device=device) * _std(part.name, config)
-    if part.name in VOCABULARY:
+    whole = torch.randn(shape, generator=generator, device=device) * _std(name, config)
+    if name in VOCABULARY:
         whole[config.model.vocab_size :] = 0.0
     return whole
 

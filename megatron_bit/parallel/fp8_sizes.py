@@ -14,10 +14,10 @@ def check_fp8_sizes(config: Config, tp: int, sequence_parallel: bool) -> None:
     if not config.fp8_products:
         return
     m, h, block = config.model, config.model.head, BLOCKS.get(config.fp8.recipe, 1)
-    kv = m.hidden_size // m.num_heads * m.num_kv_heads
     channels = {
         "model.hidden_size": m.hidden_size,
-        "model.hidden_size + 2 x the width of keys": m.hidden_size + 2 * kv,
+        "model.num_heads x the width of a head": m.query_width,
+        "(model.num_heads + 2 x model.num_kv_heads) x the width of a head": m.query_width + 2 * m.kv_width,
         "model.ffn_hidden_size": m.ffn_hidden_size,
     }
     if h.kind != "softmax":

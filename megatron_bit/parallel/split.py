@@ -8,9 +8,8 @@ from megatron_bit.config import Config
 def layer_flops(config: Config) -> float:
     """Forward FLOPs of one backbone layer for one token (multiply-adds count twice; causal attention half)."""
     m, s = config.model, config.data.seq_length
-    kv = m.hidden_size // m.num_heads * m.num_kv_heads
-    projections = m.hidden_size * (2 * m.hidden_size + 2 * kv)
-    return 2.0 * (projections + 3 * m.hidden_size * m.ffn_hidden_size) + 2.0 * s * m.hidden_size
+    projections = m.hidden_size * (2 * m.query_width + 2 * m.kv_width)
+    return 2.0 * (projections + 3 * m.hidden_size * m.ffn_hidden_size) + 2.0 * s * m.query_width
 
 
 def head_flops(config: Config) -> float:

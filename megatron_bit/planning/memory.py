@@ -97,9 +97,9 @@ def layer_activations(config: Config, dims: ParallelDims) -> float:
     Under sequence parallelism what lies outside the tensor-parallel regions is split over TP too.
     """
     m = config.model
-    d, kv = m.hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads
+    d, q, kv = m.hidden_size, m.query_width, m.kv_width
     shared = dims.tp if dims.sequence_parallel else 1
-    inside = (5 if m.qk_norm else 4) * d + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size
+    inside = (5 if m.qk_norm else 4) * q + (4 if m.qk_norm else 3) * kv + 3 * m.ffn_hidden_size
     return 4 * d / shared + inside / dims.tp
 
 

@@ -52,18 +52,18 @@ class Work:
 def layer_work(config: Config, dims: ParallelDims) -> Work:
     """One layer of the backbone."""
     m, tp, tokens = config.model, dims.tp, config.train.micro_batch_size * config.data.seq_length
-    d, f, kv = m.hidden_size, m.ffn_hidden_size, m.hidden_size // m.num_heads * m.num_kv_heads
+    d, f, q, kv = m.hidden_size, m.ffn_hidden_size, m.query_width, m.kv_width
     shared = tp if dims.sequence_parallel else 1
     outside = 10 * d / shared  # two norms (in, out) and two residual sums (in, in, out)
-    inside = (d + kv) * (4 if m.qk_norm else 2) / tp + 3 * f / tp  # norm and RoPE of queries and keys, SwiGLU
+    inside = (q + kv) * (4 if m.qk_norm else 2) / tp + 3 * f / tp  # norm and RoPE of queries and keys, SwiGLU
     return Work(
         [
-            Product(tokens, (d + 2 * kv) / tp, d),
-            Product(tokens, d, d / tp),
+            Product(tokens, (q + 2 * kv) / tp, d),
+            Product(tokens, d, q / tp),
             Product(tokens, 2 * f / tp, d),
             Product(tokens, d, f / tp),
         ],
-        attention_flops=2.0 * tokens * config.data.seq_length * d / tp,  # causal: half of the scores
+        attention_flops=2.0 * tokens * config.data.seq_length * q / tp,  # causal: half of the scores
         elements=tokens * (outside + inside),
         collectives=4 if tp > 1 else 0,
         collective_elements=tokens * d,

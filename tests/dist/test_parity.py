@@ -100,6 +100,7 @@ def test_variants_under_tp_and_pp(
         {"diffusion.self_condition": 0.5, "model.group_bits": 4},
         {"parallel.recompute": "head", "diffusion.condition_drop": 0.4},
         {"parallel.recompute": "head", "model.head.kind": "chain", "model.group_bits": 4},
+        {"model.head_dim": 18, "model.num_kv_heads": 2},
     ],
     ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()),
 )

@@ -39,6 +39,7 @@ _ODD = {
     "model.hidden_size": 36, "model.num_heads": 6, "model.num_kv_heads": 3, "model.ffn_hidden_size": 39,
     "model.bits": 11, "model.head.hidden_size": 20, "model.head.num_heads": 5, "model.head.ffn_hidden_size": 27,
     "model.head.num_layers": 2, "model.num_layers": 2, "model.norm_eps": 2e-5, "model.rope_base": 500.0,
+    "model.head_dim": 8,
 }  # fmt: skip
 VARIANTS = {
     "sharded_training": Variant({"parallel.tp": 2, "parallel.pp": 2, "parallel.zero_stage": 1}, ranks=4),
@@ -58,7 +59,7 @@ VARIANTS = {
     "direct": Variant({**_ODD, "model.group_bits": 6, "diffusion.parameterization": "direct"}),
     "chain": Variant(
         {
-            "model.head.kind": "chain", "model.group_bits": 4, "model.head.window": 5,
+            "model.head.kind": "chain", "model.head_dim": 14, "model.group_bits": 4, "model.head.window": 5,
             "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2,
         },
         ranks=4,

@@ -80,6 +80,14 @@ def test_cached_text_is_the_text_computed_again_for_every_block(name, length, ge
     assert len(set(expected)) > 20
 
 
+def gumbel_of_block(seed, sequence, block, k, groups, values):
+    """float64 [K, G, U]: minus the logarithm of minus the logarithm of the words' uniforms, four words a counter."""
+    elements = torch.arange(-(-k * groups * values // 4))
+    words = hf._uniforms(seed, hf.SAMPLING, torch.tensor([sequence]), torch.tensor([[block]]), 1, elements)
+    uniforms = torch.stack(words, -1).flatten()[: k * groups * values].double()
+    return -torch.log(-torch.log(uniforms)).view(k, groups, values)
+
+
 def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None):
     """The same for a chain: each group's probabilities from the nats of all its values, by the head that trains.
 
@@ -93,9 +101,7 @@ def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None
         blocks = len(ids) // k
         while blocks - first > most - 1:
             first += max(1, most // 2)
-        elements = torch.arange(-(-k * len(sizes) // 4))
-        words = hf._uniforms(seed, hf.SAMPLING, torch.tensor([sequence]), torch.tensor([[blocks]]), 1, elements)
-        uniforms = torch.stack(words, -1).flatten()
+        gumbel = gumbel_of_block(seed, sequence, blocks, k, len(sizes), 2 ** max(sizes))
         window = ids[first * k :]
         hidden = ours.hidden(torch.tensor([window + [0] * k]))[0, :, None]
         free = torch.cat((hidden[:-k], torch.zeros_like(hidden[-k:])))
@@ -114,8 +120,8 @@ def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None
                     log_p = ((1 - guidance) * -other[at, :, stage] + guidance * log_p).log_softmax(-1)
                 possible = torch.zeros(2**size, dtype=torch.bool).index_fill(0, table[left, stage], True)
                 log_p = log_p.masked_fill(~possible, float("-inf"))
-                u = uniforms[place * len(sizes) + stage : place * len(sizes) + stage + 1]
-                index[at, 0, stage] = hf._draw(log_p[None], u, temperature)[0]
+                keen = log_p / temperature + gumbel[place, stage, : 2**size] if temperature else log_p
+                index[at, 0, stage] = keen.argmax()
                 left &= table[:, stage] == index[at, 0, stage]
             window.append(int(left.nonzero()))
         ids += window[-k:]
@@ -158,10 +164,10 @@ def test_guidance_is_its_formula(name, length, guidance, generator, trainer):
 def test_guidance_of_the_head_s_outputs_before_they_become_probabilities(name, generator, monkeypatch):
     """One block, its evaluations one by one: 1 is what it is without, and costs nothing; else there are two."""
     it, chain = generator(name), name == "chain"
-    call, calls = ("stage" if chain else "forward"), []
+    call, calls = ("groups" if chain else "forward"), []
     inner = getattr(it.model.head, call)
     monkeypatch.setattr(it.model.head, call, lambda *given: calls.append((given, inner(*given))) or calls[-1][1])
-    k, how = it.model.config.block_size, {"steps": None} if chain else {}
+    k, how = it.model.config.block_size, {"steps": None, "ahead": 0} if chain else {}
     plain = generate(it, [tokens(2, k)], k, **how)
     once = len(calls)
     assert generate(it, [tokens(2, k)], k, guidance=1.0, **how) == plain and len(calls) == 2 * once
@@ -324,3 +330,73 @@ def test_commands(converted, tmp_path):
         for result, other in zip(results, expected, strict=True):
             assert [result[key] for key in KEYS] == [other[key] for key in KEYS]
             assert result["tokens_per_second"] > 0 and 0 < result["seconds_to_first_block"] <= result["seconds"]
+
+
+def chain_of(seed, **settings):
+    """A chain of random weights large enough that draws depend on the values before them."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1}
+    head = {"head_kind": "chain", "head_hidden_size": 24, "head_intermediate_size": 32, "head_num_attention_heads": 2}
+    given = {**sizes, **head, "max_position_embeddings": 24, "condition_drop": 0.5, "initializer_range": 0.3}
+    model = hf.BitLMForCausalLM(hf.BitLMConfig(**{**given, **settings})).eval()
+    model.generation_config = GenerationConfig(
+        **({"pad_token_id": 0, "eos_token_id": 0} if settings["vocab_size"] else {})
+    )
+    return model
+
+
+SHAPES = [
+    {"vocab_size": 300, "bits": 9, "group_sizes": [5, 4], "block_size": 4, "head_window": 3},
+    {"vocab_size": 256, "bits": 8, "group_sizes": [8], "block_size": 6, "head_window": 8},  # every code is a token
+    {"vocab_size": 37, "bits": 7, "block_size": 3, "head_window": 1, "head_prior": False},  # groups of one bit
+    {"vocab_size": 37, "bits": 7, "group_sizes": [4, 3], "block_size": 1, "head_window": 5, "head_num_layers": 2},
+    {"vocab_size": 0, "bits": 19, "group_sizes": [7, 6, 6], "block_size": 2, "head_window": 4},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"V{shape['vocab_size']}-K{shape['block_size']}")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_text_does_not_depend_on_how_many_tokens_are_guessed_ahead(shape, rows, monkeypatch):
+    """One group after another, against all numbers of tokens at once; 30 ways to draw, and two contexts."""
+    k, groups = shape["block_size"], len(shape.get("group_sizes", [1] * shape["bits"]))
+    evaluations, inner, saved = [], hf.BitLMHead.groups, 0
+    monkeypatch.setattr(hf.BitLMHead, "groups", lambda *given: evaluations.append(1) or inner(*given))
+    for seed in range(5):
+        model = chain_of(seed, **shape)
+        given = torch.randint(0, shape["vocab_size"] or 256, (rows, 2 * k))
+        if not shape["vocab_size"]:
+            given = hf.pack(torch.randn(rows, 2 * k, shape["bits"]))
+        ends = {"eos_token_id": []} if shape["vocab_size"] else {}
+        for temperature, guidance in ((1.0, 1.0), (0.6, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 2.5), (0.0, 0.5)):
+            how = {"max_new_tokens": 10 * k, "seed": seed, "temperature": temperature, "guidance": guidance, **ends}
+            evaluations.clear()
+            expected = model.generate(given, ahead=0, **how)
+            once = len(evaluations)
+            for ahead in sorted({1, 2, k}):
+                evaluations.clear()
+                assert torch.equal(model.generate(given, ahead=ahead, **how), expected), (seed, how, ahead)
+                assert len(evaluations) <= once
+                saved += once - len(evaluations)
+    assert saved > 0 or k * groups == 1
+
+
+def test_ahead_of_what_is_not_a_number_of_tokens(generator):
+    with pytest.raises(ValueError, match="ahead=-2 has to be 0"):
+        generate(generator("chain"), [[5]], 6, steps=None, ahead=-2)
+    with pytest.raises(ValueError, match="ahead means nothing"):
+        generate(generator("k4"), [[5]], 6, ahead=2)
+
+
+def test_draws_have_their_probabilities():
+    """First groups of 20,000 sequences against what the head says of them."""
+    model = chain_of(3, **SHAPES[0])
+    count = 20_000
+    settings = hf._Settings.read(None, {"seed": 4, "temperature": 0.7, "max_new_tokens": 1}, 0, None, "chain", False)
+    noise = hf._gumbel(settings, model.config, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+    log_p = torch.randn(32, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
+    drawn = hf._draw(log_p.expand(count, 4, 2, 32), noise, 0.7)
+    for place in (0, 3):
+        for group in (0, 1):
+            expected = (log_p / 0.7).softmax(-1) * count
+            found = torch.bincount(drawn[:, place, group], minlength=32)
+            assert ((found - expected).square() / expected).sum() < 31 + 5 * (2 * 31) ** 0.5

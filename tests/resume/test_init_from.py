@@ -14,6 +14,7 @@ from gloo_ranks import run_ranks
 
 from megatron_bit.checkpoint.folder import complete
 
+HEAD_DIM = {"llama": 12, "qwen3": 20}  # hidden size / heads, and what is not
 GQA = {"model.num_kv_heads": 2, "model.norm_eps": 1e-6, "train.steps": 2}
 
 
@@ -39,7 +40,8 @@ def _llama(folder: Path, kind: str) -> Any:
     config_class, model_class = (getattr(transformers, name) for name in names)
     config = config_class(
         vocab_size=11, hidden_size=48, intermediate_size=88, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-6, head_dim=12, rope_theta=10000.0, attn_implementation="eager",
+        num_key_value_heads=2, rms_norm_eps=1e-6, head_dim=HEAD_DIM[kind], rope_theta=10000.0,
+        attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(1)
     model = model_class(config).eval()
@@ -85,6 +87,7 @@ def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -
 
     model = _llama(tmp_path / "hf", kind)
     settings = {"train.init_from": tmp_path / "hf", "model.qk_norm": kind == "qwen3"}
+    settings |= {"model.head_dim": HEAD_DIM[kind]}
     weights = _start(tmp_path / "run", tiny_data, 2, **settings, **{"parallel.tp": 2})
     config = load_config(None, tiny_runs.overrides(tmp_path / "x", tiny_data, {**GQA, **settings}))
     chunk = build_model(config, 421, process_groups.init(config))[0]
@@ -101,6 +104,7 @@ def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -
 
 
 BAD = {
+    "head_dim": ({"model.head_dim": 16}, "model.head_dim is 16, and the layers of .* have 12; set model.head_dim=12"),
     "sizes": ({"model.num_layers": 4}, "model.num_layers is 4, and the layers of .* have 5; set model.num_layers=5"),
     "qk_norm": ({"model.qk_norm": True}, "set model.qk_norm=false"),
     "nothing": ({"train.init_from": "/nowhere"}, "/nowhere has no complete checkpoint"),
@@ -132,3 +136,93 @@ def test_damaged_weights(trained: Path, tiny_data: Path, tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(AssertionError, match=r"UserError: train.init_from .*rank-00000.safetensors has changed"):
         _start(tmp_path / "run", tiny_data, 2, **{"train.init_from": source, "parallel.tp": 2})
+
+
+def _to_run(source: Path, run: Path, data: Path, **settings: Any) -> Path:
+    """`convert --from hf --to run`, with the training of tiny_runs; the checkpoint of step 0."""
+    from megatron_bit.inference.from_hf import to_run
+
+    own = {k: v for k, v in {**tiny_runs.SETTINGS, **GQA}.items() if not k.startswith("model.")} | {"data.path": data}
+    to_run(source, run, None, tuple(f"{key}={value}" for key, value in {**own, **settings}.items()))
+    (checkpoint,) = complete(run / "checkpoints")
+    assert checkpoint.name == "step-00000000"
+    return checkpoint
+
+
+ROUND_TRIPS: dict[str, dict[str, Any]] = {
+    "diffusion": {"diffusion.self_condition": 0.5, "model.code": "gray", "model.head_dim": 18},
+    "chain": {"model.head.kind": "chain", "model.group_bits": 5, "optim.ema_decay": 0.9, "model.head.prior": False},
+    "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ROUND_TRIPS)
+def test_a_run_to_a_folder_and_back_to_a_run(kind: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Bit-identical masters, moments of zero, and training that goes on at TP 2 x PP 2 as at one process."""
+    from megatron_bit.inference.convert import to_hf
+
+    settings = ROUND_TRIPS[kind]
+    _start(tmp_path / "run", tiny_data, 2, **settings, **{"parallel.tp": 2})
+    to_hf(tmp_path / "run", tmp_path / "hf")
+    again = settings if kind == "softmax" else {"optim.ema_decay": settings.get("optim.ema_decay", 0)}
+    checkpoint = _to_run(tmp_path / "hf", tmp_path / "again", tiny_data, **again)
+    newest = complete(tmp_path / "run" / "checkpoints")[-1]
+    assert tiny_runs.worst(tiny_runs.read_state(checkpoint, "param"), tiny_runs.read_state(newest, "param"))[0] == 0.0
+    if kind == "chain":
+        assert tiny_runs.worst(*(tiny_runs.read_state(checkpoint, state) for state in ("ema", "param")))[0] == 0.0
+    losses = {}
+    for name, world, layout in (("one", 1, {}), ("four", 4, {"parallel.tp": 2, "parallel.pp": 2})):
+        shutil.copytree(tmp_path / "again", tmp_path / name)
+        arguments = [f"run={tmp_path / name}", *(f"{key}={value}" for key, value in layout.items())]
+        assert set(run_ranks(tiny_runs.train_file, world, tmp_path / name / "config.yaml", arguments)) == {0}
+        losses[name] = tiny_runs.read(tmp_path / name).loss
+        assert len(losses[name]) == GQA["train.steps"]
+    assert losses["four"] == pytest.approx(losses["one"], abs=1e-5)
+
+
+def test_raw_records_to_a_folder_and_back(tmp_path: Path) -> None:
+    from mbit_data.raw import RawOptions, prepare_raw
+
+    from megatron_bit.inference.convert import to_hf
+
+    (tmp_path / "feed.bin").write_bytes(bytes(range(256)) * 20)
+    data = prepare_raw(RawOptions((str(tmp_path / "feed.bin"),), tmp_path / "data", 16), progress=False).folder
+    _start(tmp_path / "run", data, **{"model.code": "raw", "model.bits": 16})
+    to_hf(tmp_path / "run", tmp_path / "hf")
+    checkpoint = _to_run(tmp_path / "hf", tmp_path / "again", data)
+    newest = complete(tmp_path / "run" / "checkpoints")[-1]
+    assert tiny_runs.worst(tiny_runs.read_state(checkpoint, "param"), tiny_runs.read_state(newest, "param"))[0] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_an_ar_model_to_a_run_is_what_a_run_starts_with(kind: str, tiny_data: Path, tmp_path: Path) -> None:
+    _llama(tmp_path / "hf", kind)
+    own = {k: v for k, v in tiny_runs.SETTINGS.items() if k.startswith("model.") and k != "model.hidden_size"}
+    checkpoint = _to_run(tmp_path / "hf", tmp_path / "run", tiny_data, **{**own, "model.num_kv_heads": 2})
+    settings = {"model.qk_norm": kind == "qwen3", "model.head_dim": HEAD_DIM[kind], "train.init_from": tmp_path / "hf"}
+    weights = tiny_runs.read_state(checkpoint, "param")
+    plain = tiny_runs.overrides(tmp_path / "start", tiny_data, {**GQA, "checkpoint.initial": True, **settings})
+    assert run_ranks(tiny_runs.train_file, 1, None, plain) == [0]
+    started = tiny_runs.read_state(complete(tmp_path / "start" / "checkpoints")[0], "param")
+    assert tiny_runs.worst(weights, started)[0] == 0.0
+
+
+def test_a_run_that_cannot_be_made(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    from megatron_bit.errors import UserError
+    from megatron_bit.inference.convert import to_hf
+
+    to_hf(trained, tmp_path / "hf", data=str(tiny_data))
+    for settings, message in (
+        ({"model.bits": 10}, r"model.bits is 10, and .* has 9; set model.bits=9"),
+        ({"model.code": "gray"}, "has another table of codes"),
+        ({"data.path": ""}, "data.path is not set"),
+        ({"model.hidden_size": 96, "model.head_dim": 12}, r"has shape .*, the configuration wants"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _to_run(tmp_path / "hf", tmp_path / "run", tiny_data, **settings)
+    for source, message in ((tmp_path, "has no config.json"), (trained, "has no config.json")):
+        with pytest.raises(UserError, match=message):
+            _to_run(source, tmp_path / "run", tiny_data)
+    assert {p.name for p in tmp_path.iterdir()} == {"hf"}
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        _to_run(tmp_path / "hf", trained, tiny_data)

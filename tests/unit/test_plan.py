@@ -33,7 +33,7 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
 @pytest.mark.parametrize("preset", ["laptop", "125m"])
 @pytest.mark.parametrize(
     "extra",
-    [[], ["train.precision=fp32"], ["model.qk_norm=false"], SOFTMAX, JOINT, BITS, *AGAIN],
+    [[], ["train.precision=fp32"], ["model.qk_norm=false"], ["model.head_dim=128"], SOFTMAX, JOINT, BITS, *AGAIN],
     ids=lambda extra: ",".join(extra),
 )
 def test_parameters_and_activations(preset: str, extra: list[str]) -> None:

@@ -5,6 +5,9 @@ backbone reads the bits one block of K tokens behind, so that row p of its state
 decides the K tokens of a block. A diffusion head takes the noise off all their bits together, in `steps` evaluations; a
 chain head draws one group after another, in K G evaluations of one token. The backbone runs once a block.
 
+A model with `vocab_size` 0 has no ids: its tokens are records of B bits, uint8 [..., ceil(B / 8)] with the highest bit
+of a byte first. Where it says "ids int64 [b, S]" below, they are uint8 [b, S, ceil(B / 8)].
+
 Shape letters: b rows, S tokens, n blocks, K block size, M noise levels of a block, B bits, G groups, U values of a
 group, D width, W head width. Noise is a function of (seed, sequence, block), not of a generator's state: text does not
 depend on the batch.
@@ -48,6 +51,7 @@ class BitLMConfig(PretrainedConfig):
         num_hidden_layers: int = 2,
         num_attention_heads: int = 4,
         num_key_value_heads: int = 2,
+        head_dim: int | None = None,
         max_position_embeddings: int = 128,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -72,7 +76,7 @@ class BitLMConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size  # 0: tokens are records of `bits` bits, without ids
         self.bits = bits
         self.block_size = block_size
         self.block_causal = block_causal  # a token sees its whole block of the backbone's input, not only what is left
@@ -81,6 +85,7 @@ class BitLMConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings  # the length it was trained at
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
@@ -131,6 +136,30 @@ def _codes(size: int, like: Tensor) -> Tensor:
     value = torch.arange(2**size, device=like.device)
     digits = torch.arange(size - 1, -1, -1, device=like.device)
     return ((value[:, None] >> digits) & 1).to(like.dtype) * 2 - 1
+
+
+def _bits_of(config: BitLMConfig, values: Tensor) -> Tensor:
+    """Values of the groups int64 [..., G] to bits float32 [..., B]."""
+    like = torch.zeros((), device=values.device)
+    sizes = enumerate(config.group_sizes)
+    return torch.cat([_codes(size, like)[values[..., i]] for i, size in sizes], dim=-1)
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Bits [..., B] (above 0 or not) to records uint8 [..., ceil(B / 8)]; what is left of the last byte is 0."""
+    ones = F.pad((bits > 0).to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (ones << torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(records: Tensor, bits: int) -> Tensor:
+    """Records uint8 [..., ceil(B / 8)] to bits int8 [..., B] of -1 and +1."""
+    ones = (records[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=records.device)) & 1
+    return ones.flatten(-2)[..., :bits].to(torch.int8) * 2 - 1
+
+
+def _fill_front(tokens: Tensor, count: int, value: int) -> Tensor:
+    """Tokens [b, S] or records [b, S, bytes] with so many more in front (or without so many, below 0)."""
+    return F.pad(tokens, (*[0, 0] * (tokens.dim() - 2), count, 0), value=value)
 
 
 def _look_up(table: Tensor, values: Tensor) -> Tensor:
@@ -252,11 +281,11 @@ class Posterior:
         outputs = outputs.float().unflatten(-1, (len(self.config.group_sizes), -1))
         if self.config.matched_filter:
             outputs = outputs + self.evidence(odds)
-        return self._log_softmax(outputs)
+        return self.log_softmax(outputs)
 
     def likely(self, z: Tensor, sigma: Tensor) -> Tensor:
         """Probabilities of values given their own noisy bits alone, [..., G, U]."""
-        return self._log_softmax(self.evidence((2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP))).exp()
+        return self.log_softmax(self.evidence((2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP))).exp()
 
     def evidence(self, odds: Tensor) -> Tensor:
         """Log-odds of bits [..., B] to unnormalised log-probabilities of values [..., G, U]."""
@@ -266,8 +295,9 @@ class Posterior:
             parts.append(F.pad(value, (0, 2 ** max(self.config.group_sizes) - 2**size)))
         return torch.stack(parts, dim=-2)
 
-    def _log_softmax(self, logits: Tensor) -> Tensor:
-        sizes = torch.tensor(self.config.group_sizes, device=logits.device)[:, None]
+    def log_softmax(self, logits: Tensor, groups: slice = slice(None)) -> Tensor:
+        """Over the values [..., g, U] of these groups, of which a smaller one lacks some."""
+        sizes = torch.tensor(self.config.group_sizes[groups], device=logits.device)[:, None]
         missing = torch.arange(logits.shape[-1], device=logits.device) >= 2**sizes
         return logits.masked_fill(missing, float("-inf")).log_softmax(-1)
 
@@ -295,6 +325,10 @@ class Posterior:
             return F.softplus(-x * logits)
         values = group_values(self.config, x)[..., None]
         return -logits.gather(-1, values.expand(*logits.shape[:-1], 1)).squeeze(-1)
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The likeliest value of every group, or bit, as bits [..., B]."""
+        return _bits_of(self.config, logits.argmax(-1)) if self.groups else logits.sign()
 
     def token_scores(self, logits: Tensor, table: Tensor) -> Tensor:
         """Log-probability of every token but for a constant, [..., V], from the code table [V, B]."""
@@ -403,12 +437,12 @@ class BitLMAttention(nn.Module):
     def __init__(self, config: BitLMConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.head_dim = config.head_dim
+        queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = BitLMRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = BitLMRMSNorm(self.head_dim, config.rms_norm_eps)
@@ -487,8 +521,8 @@ class BlockCache:
     """
 
     def __init__(self, config: BitLMConfig, rows: int, blocks: int, like: Tensor) -> None:
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, blocks * config.block_size, head_dim)
+        slots = blocks * config.block_size
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.position_ids = torch.full((rows, shape[3]), -1, device=like.device)
 
@@ -518,9 +552,10 @@ class BitLMModel(BitLMPreTrainedModel):
 
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__(config)
-        digits = torch.arange(config.bits - 1, -1, -1)
-        table = (((torch.arange(config.vocab_size)[:, None] >> digits) & 1) * 2 - 1).to(torch.int8)
-        self.register_buffer("code_table", table)  # the plain binary code, until a checkpoint brings its own
+        if config.vocab_size:
+            digits = torch.arange(config.bits - 1, -1, -1)
+            table = (((torch.arange(config.vocab_size)[:, None] >> digits) & 1) * 2 - 1).to(torch.int8)
+            self.register_buffer("code_table", table)  # the plain binary code, until a checkpoint brings its own
         self.embed_tokens = BitLMEmbedding(config)
         self.layers = nn.ModuleList(BitLMLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -544,9 +579,8 @@ class BitLMModel(BitLMPreTrainedModel):
         Returns:
             [b, s, D]; the state at position p conditions token p.
         """
-        x = self.embed_tokens(self.code_table[input_ids], position_ids)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = _rope(position_ids, head_dim, self.config.rope_theta, x.dtype)
+        x = self.embed_tokens(self.bits(input_ids), position_ids)
+        cos, sin = _rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         keys = position_ids
         if past_key_values is not None and slots is not None:
             keys = past_key_values.position_ids.index_copy_(1, slots, position_ids)
@@ -554,6 +588,10 @@ class BitLMModel(BitLMPreTrainedModel):
         for layer in self.layers:
             x = layer(x, cos, sin, mask, past_key_values, slots)
         return self.norm(x)
+
+    def bits(self, tokens: Tensor) -> Tensor:
+        """Of ids [...] or records [..., bytes]: int8 [..., B] of -1 and +1."""
+        return self.code_table[tokens] if self.config.vocab_size else unpack(tokens, self.config.bits)
 
     def _mask(self, query: Tensor, key: Tensor) -> Tensor:
         """bool [b, 1, q, k]. What is no token sees everything: a row that saw nothing would be not a number."""
@@ -579,7 +617,7 @@ class BitLMHeadAttention(nn.Module):
     def slide(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, past: list[Tensor] | None) -> Tensor:
         """x [b, s, W] at positions int64 [b, s], of which `_rope` makes cos and sin.
 
-        `past` holds keys, values and positions of the tokens before, and takes the new ones in.
+        `past` holds keys, values and positions of the tokens before, and takes the new ones in; `_Answer` cuts it.
         """
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (t.transpose(1, 2) for t in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
@@ -588,8 +626,7 @@ class BitLMHeadAttention(nn.Module):
             if past:
                 k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
                 keys = torch.cat((past[2], position), dim=1)
-            first = max(0, k.shape[2] - (self.window - 1))  # that a later token can see
-            past[:] = [k[:, :, first:], v[:, :, first:], keys[:, first:]]
+            past[:] = [k, v, keys]
         back = position[:, :, None] - keys[:, None]
         sees = ((back >= 0) & (back < self.window) & (keys[:, None] >= 0)) | (position[:, :, None] < 0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
@@ -633,7 +670,7 @@ class BitLMNoiseEmbedding(nn.Module):
 
 
 class BitLMHead(nn.Module):
-    """The head: `forward` for diffusion, `stage` for a chain."""
+    """The head: `forward` for diffusion, `groups` for a chain."""
 
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
@@ -680,12 +717,13 @@ class BitLMHead(nn.Module):
         context = self.of_block("condition", hidden)[:, :, None]  # [b, n, 1, K, W]
         condition = F.silu(self.noise_embed(log_sigma)[:, :, :, None] + context)
         rows = (x + context + self.position).flatten(0, 2)  # [b n M, K, W]
-        out = self._layers(rows, self._modulation(condition.flatten(0, 2))).view(*z.shape[:-1], -1)
+        features = self._layers(rows, self._modulation(condition.flatten(0, 2)))
+        out = self.out_proj(features).view(*z.shape[:-1], -1)
         return out + self.of_block("prior", hidden)[:, :, None] if self.config.head_prior else out
 
-    def stage(
+    def groups(
         self,
-        stage: int,
+        stages: slice,
         known: Tensor,
         context: Tensor,
         modulation: tuple[Tensor, Tensor],
@@ -694,30 +732,34 @@ class BitLMHead(nn.Module):
         position: Tensor,
         past: list[list[Tensor]] | None = None,
     ) -> Tensor:
-        """Log-probabilities of one group's values for tokens, float32 [b, s, 2^size].
+        """Log-probabilities of some groups' values, float32 [g, b, s, U]; minus infinity for what a smaller one lacks.
 
         Args:
-            known: [b, s, W], embeddings of the token before and of the groups before this one.
-            modulation: this stage's of `modulations`.
+            stages: the groups, of which there are g; G in `advance` of a chain, one where memory matters.
+            known: [g, b, s, W], embeddings of the token before and of the groups before each.
+            modulation: these groups' of `modulations`.
             context, prior: [b, s, W] and [b, s, outputs], what `of_block` says of the states.
             place: int64 [s], each token's place in its block.
             position: int64 [b, s], in the text; below 0 is padding and seen by nobody.
-            past: for each layer what this stage has of the tokens before; takes these in.
+            past: for each layer what these groups have of the tokens before; takes these in.
         """
-        groups = len(self.config.group_sizes)
-        weight = self.out_proj.weight.unflatten(0, (groups, -1))[stage]
-        logits = self._layers(known + context + self.position[place], modulation, weight, position, past)
+        count, shape = len(self.config.group_sizes), known.shape
+        rows = (known + context + self.position[place]).flatten(0, 1)
+        own = (modulation[0].flatten(0, 1), modulation[1].flatten(0, 1))
+        features = self._layers(rows, own, position.repeat(shape[0], 1), past)
+        weight = self.out_proj.weight.unflatten(0, (count, -1))[stages]
+        features = features.view(shape[0], shape[1] * shape[2], shape[3])
+        logits = (features @ weight.transpose(1, 2)).unflatten(1, shape[1:3])
         if prior is not None:
-            logits = logits + prior.unflatten(-1, (groups, -1))[..., stage, :]
-        return logits[..., : 2 ** self.config.group_sizes[stage]].float().log_softmax(-1)
+            logits = logits + prior.unflatten(-1, (count, -1))[..., stages, :].movedim(2, 0)
+        return self.posterior.log_softmax(logits.float().movedim(0, 2), stages).movedim(2, 0)
 
-    def modulations(self, context: Tensor, stages: slice) -> list[tuple[Tensor, Tensor]]:
-        """Each stage's modulation of the layers and of the last norm, [b, s, 6 W] and [b, s, 2 W], for `stage`.
+    def modulations(self, context: Tensor, stages: slice) -> tuple[Tensor, Tensor]:
+        """The modulation of the layers and of the last norm, [g, b, s, 6 W] and [g, b, s, 2 W], for `groups`.
 
         They do not depend on what is drawn: a block's are made at once, with one reading of the weights.
         """
-        layers, last = self._modulation(F.silu(self.stages[stages, None, None] + context))
-        return list(zip(layers, last, strict=True))
+        return self._modulation(F.silu(self.stages[stages, None, None] + context))
 
     def _modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         return self.modulation(condition), self.final_modulation(condition)
@@ -726,11 +768,10 @@ class BitLMHead(nn.Module):
         self,
         rows: Tensor,
         modulation: tuple[Tensor, Tensor],
-        weight: Tensor | None = None,
         position: Tensor | None = None,
         past: list[list[Tensor]] | None = None,
     ) -> Tensor:
-        """rows [r, s, W] and their modulation to outputs [r, s, outputs] (by the rows `weight` of the projection)."""
+        """rows [r, s, W] and their modulation to what the projection onto outputs takes, [r, s, W]."""
         each, last = modulation[0].chunk(6, dim=-1), modulation[1]
         slide: tuple[Any, ...] = ()
         if position is not None:
@@ -740,7 +781,7 @@ class BitLMHead(nn.Module):
             own = (*slide, None if past is None else past[i]) if slide else ()
             rows = layer(rows, each, *own)
         shift, gain = last.chunk(2, dim=-1)
-        return F.linear(_modulate(rows, shift, gain), self.out_proj.weight if weight is None else weight)
+        return _modulate(rows, shift, gain)
 
     def of_block(self, name: str, hidden: Tensor) -> Tensor:
         """hidden [b, n, K, D]: linear in a token's own state and in the state of its block's last row."""
@@ -843,7 +884,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         states = self._states(ids, lead)[:, :-k].unflatten(1, (-1, k))
         sequence = self._sequences(sequence_ids, len(ids))
         block = torch.arange(ids.shape[1] // k, device=ids.device) - lead[:, None]
-        x = self.model.code_table[ids].float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
+        x = self.model.bits(ids).float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
 
         if self.config.head_kind == "chain":
             nats = self._chain_nats(ids, states, block)
@@ -904,8 +945,10 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             streamer: gets the prompt and then tokens, as transformers' streamers expect it.
             tokenizer: needed for `stop_strings`.
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
-            kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text),
-                seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a chain temperature.
+            kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text;
+                records have no end), seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a
+                chain temperature and ahead (tokens of which all groups are guessed and checked at once; default 0: one
+                group after another. The text does not depend on it, but for rounding).
                 guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
                 at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
                 the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
@@ -923,7 +966,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         given = inputs if input_ids is None else input_ids
         assert given is not None
         base, kind = generation_config or self.generation_config, self.config.head_kind
-        settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind)
+        settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind, records=not self.config.vocab_size)
         if settings.guidance != 1.0 and not self.config.condition_drop:
             raise ValueError(f"generate: guidance={settings.guidance:g} {UNGUIDED}")
         k, device = self.config.block_size, self.device
@@ -934,7 +977,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         rows = [_Row(settings) for _ in range(len(given))]
         context = _Context(self, lead.tolist(), tokens.shape[1] // k + -(-settings.max_new_tokens // k))
         chain = _Chain(self, len(given)) if self.config.head_kind == "chain" else None
-        made: list[list[int]] = []  # columns of new tokens
+        made: list[Tensor] = []  # columns of new tokens
         while len(made) < settings.max_new_tokens and any(row.open for row in rows):
             states, position = context.advance(tokens)
             index = tokens.shape[1] // k - lead
@@ -943,15 +986,17 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             else:
                 block = self._denoise(states[:, -k:].contiguous(), settings, sequence, index)  # one layout: one graph
             tokens = torch.cat((tokens, block), dim=1)
-            for column in block.t().tolist():
+            for column in block.transpose(0, 1).cpu():
                 if len(made) < settings.max_new_tokens and any(row.open for row in rows):
-                    made.append([row.take(token) for row, token in zip(rows, column, strict=True)])
+                    if self.config.vocab_size:
+                        taken = [row.take(token) for row, token in zip(rows, column.tolist(), strict=True)]
+                        column = torch.tensor(taken)
+                    made.append(column)
                     if streamer is not None:
-                        streamer.put(torch.tensor(made[-1]))
+                        streamer.put(column)
         if streamer is not None:
             streamer.end()
-        new = torch.tensor(made, dtype=torch.int64, device=given.device).view(-1, len(given)).t()
-        return torch.cat((given, new), dim=1)
+        return torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1)
 
     def _denoise(self, hidden: Tensor, settings: _Settings, sequence: Tensor, block: Tensor) -> Tensor:
         """hidden [b, K, D], sequence and index of the block in its text [b] to ids int64 [b, K]."""
@@ -979,27 +1024,32 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
 
         z = SAMPLERS[settings.sampler](denoised, noise, grid)
         final = logits(z, grid[-1])[:, 0, 0]
+        if not self.config.vocab_size:
+            return pack(self.posterior.likeliest(final))
         return self.posterior.token_scores(final, self.model.code_table).argmax(-1)
 
     def _blocks(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows moved to the right and filled up in front to whole blocks: ids [b, n K], empty blocks in front [b]."""
-        k, fill = self.config.block_size, self._eos()
+        k, fill = self.config.block_size, self._eos() if self.config.vocab_size else 0
         length = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
         if attention_mask is not None:
             mask = attention_mask.to(input_ids.device).bool()
             order = mask.int().argsort(dim=1, stable=True)
-            input_ids = input_ids.gather(1, order).masked_fill(~mask.gather(1, order), fill)
+            rest = (1,) * (input_ids.dim() - 2)
+            missing = ~mask.gather(1, order).view(*order.shape, *rest)
+            input_ids = input_ids.gather(1, order.view(*order.shape, *rest).expand_as(input_ids))
+            input_ids = input_ids.masked_fill(missing, fill)
             length = mask.sum(1)
         blocks = -(-length // k)
         width = int(blocks.max()) * k if len(blocks) else 0
-        ids = F.pad(input_ids, (width - input_ids.shape[1], 0), value=fill)
+        ids = _fill_front(input_ids, width - input_ids.shape[1], fill)
         return ids, width // k - blocks
 
     def _states(self, ids: Tensor, lead: Tensor) -> Tensor:
         """ids [b, n K] and empty blocks in front [b] to the backbone's states [b, (n + 1) K, D]."""
         k = self.config.block_size
         position = torch.arange(ids.shape[1] + k, device=ids.device) - lead[:, None] * k
-        return self.model(F.pad(ids, (k, 0)), position)
+        return self.model(_fill_front(ids, k, 0), position)
 
     def _sequences(self, sequence_ids: Tensor | Sequence[int] | None, rows: int) -> Tensor:
         values = torch.as_tensor(range(rows) if sequence_ids is None else sequence_ids, dtype=torch.int64)
@@ -1023,14 +1073,17 @@ def _guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _draw(log_p: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Values [b] from log-probabilities [b, U] by uniforms [b]: the inverse of the distribution function."""
-    if temperature == 0.0:
-        return log_p.argmax(-1)
-    total = (log_p / temperature).softmax(-1).cumsum(-1)
-    drawn = (total <= u[:, None] * total[:, -1:]).sum(-1)
-    last = log_p.shape[-1] - 1 - (log_p > float("-inf")).flip(-1).int().argmax(-1)  # rounding must not pass it
-    return torch.minimum(drawn, last)
+def _gumbel(settings: _Settings, config: BitLMConfig, sequence: Tensor, block: Tensor) -> Tensor:
+    """Gumbel noise float32 [b, K, G, U] of a block: what decides its draws, whatever is evaluated when."""
+    shape = (config.block_size, len(config.group_sizes), 2 ** max(config.group_sizes))
+    elements = torch.arange(-(-math.prod(shape) // 4), device=block.device)
+    uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
+    return -(-uniforms[:, : math.prod(shape)].log()).log().unflatten(1, shape)
+
+
+def _draw(log_p: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Values [...] from log-probabilities [..., U] by Gumbel noise: the same ones where those change a little."""
+    return (log_p / temperature + noise if temperature else log_p).argmax(-1)
 
 
 @dataclass
@@ -1044,17 +1097,20 @@ class _Settings:
     sampler: str
     temperature: float
     guidance: float
+    ahead: int
     tokenizer: Any
 
     @classmethod
     def read(
-        cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str
+        cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str, records: bool
     ) -> _Settings:
         values: dict[str, Any] = {
-            "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0
+            "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0,
+            "ahead": 0,
         }  # fmt: skip
-        other = {"temperature"} if kind == "diffusion" else {"steps", "sampler"}
-        known = {*values, "max_length", "eos_token_id", "pad_token_id", "stop_strings"} - other
+        other = {"temperature", "ahead"} if kind == "diffusion" else {"steps", "sampler"}
+        ends = set() if records else {"eos_token_id", "pad_token_id", "stop_strings"}
+        known = {*values, "max_length", *ends} - other
         aside = {"transformers_version", "bos_token_id", "_from_model_config"}
         own = {k: v for k, v in (base.to_diff_dict() if base is not None else {}).items() if k not in aside}
         if "max_length" in kwargs:
@@ -1062,8 +1118,8 @@ class _Settings:
         unknown = sorted({*own, *kwargs} - known)
         if unknown:
             raise ValueError(
-                f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head; it knows "
-                f"{', '.join(sorted(known))}"
+                f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head{' over records' * records}; it "
+                f"knows {', '.join(sorted(known))}"
             )
         for source in (own, {k: v for k, v in kwargs.items() if v is not None}):
             values.update(copy.copy(source))
@@ -1086,6 +1142,8 @@ class _Settings:
             raise ValueError(f"generate: temperature={values['temperature']} has to be 0 (the likeliest) or above")
         if not 0.0 <= float(values["guidance"]) < math.inf:
             raise ValueError(f"generate: guidance={values['guidance']} has to be 0 (no condition) or above; 1 is none")
+        if int(values["ahead"]) < 0:
+            raise ValueError(f"generate: ahead={values['ahead']} has to be 0 (one group after another) or above")
         if values["sampler"] not in SAMPLERS:
             raise ValueError(
                 f"generate: sampler={values['sampler']!r} does not exist; choose one of {', '.join(SAMPLERS)}"
@@ -1093,7 +1151,8 @@ class _Settings:
         pad = pad if pad is not None else eos[0] if eos else 0
         return cls(
             int(values["max_new_tokens"]), frozenset(eos), pad, stops, int(values["seed"]), int(values["steps"]),
-            str(values["sampler"]), float(values["temperature"]), float(values["guidance"]), tokenizer,
+            str(values["sampler"]), float(values["temperature"]), float(values["guidance"]),
+            int(values["ahead"]), tokenizer,
         )  # fmt: skip
 
 
@@ -1152,27 +1211,117 @@ class _Context:
         else:
             self.begin = begin
             self.cache.clear()
-            inputs, slot = F.pad(tokens[:, min(begin) * k :], (k, 0)), 0
+            inputs, slot = _fill_front(tokens[:, min(begin) * k :], k, 0), 0
         slots = torch.arange(slot, slot + inputs.shape[1], device=tokens.device)
         empty = torch.tensor(begin, device=tokens.device)[:, None] - min(begin)
         position = slots - empty * k
         return self.model(inputs, position, self.cache, slots), position
 
 
+class _Codes:
+    """The codes of all tokens in order: which values a group can still have, and which token values mean."""
+
+    def __init__(self, config: BitLMConfig, table: Tensor) -> None:
+        self.sizes, self.full = config.group_sizes, len(table) == 2**config.bits
+        self.codes, self.ids = self.join(group_values(config, table)).sort()  # int64 [V]
+
+    def join(self, values: Tensor) -> Tensor:
+        """Values of the first groups int64 [..., g] to the number that their bits are, int64 [...]."""
+        code = torch.zeros_like(values[..., 0])
+        for i, size in zip(range(values.shape[-1]), self.sizes, strict=False):
+            code = (code << size) + values[..., i]
+        return code
+
+    def impossible(self, before: Tensor) -> Tensor:
+        """bool [..., U]: values of group g that no token has behind those of the groups before, int64 [..., g].
+
+        Behind values that no token has nothing is impossible: such a guess is never drawn from.
+        """
+        group, most = before.shape[-1], 2 ** max(self.sizes)
+        prefix = self.join(before) if group else torch.zeros_like(before.sum(-1))
+        value = torch.arange(2 ** self.sizes[group] + 1, device=before.device)
+        ends = ((prefix[..., None] << self.sizes[group]) + value) << sum(self.sizes[group + 1 :])
+        place = torch.searchsorted(self.codes, ends)
+        empty = place[..., 1:] == place[..., :-1]
+        return F.pad(empty & ~empty.all(-1, keepdim=True), (0, most - empty.shape[-1]), value=True)
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """Values of all groups int64 [..., G], of a token each, to ids int64 [...]."""
+        return self.ids[torch.searchsorted(self.codes, self.join(values))]
+
+
+@dataclass
+class _Draft:
+    """A block that is being drawn."""
+
+    before: Tensor  # int64 [b, 1, G], values of the token before it
+    values: Tensor  # int64 [b, K, G], final or guessed
+    position: Tensor  # int64 [b, K]
+    noise: Tensor  # [b, K, G, U]
+
+
+class _Answer:
+    """What a head is given to answer for a block: its condition, and what its attention needs of the tokens before."""
+
+    def __init__(self, head: BitLMHead, context: Tensor, prior: Tensor | None, past: list[list[Tensor]]) -> None:
+        """context [b, K, W], prior [b, K, outputs]; past: of rows [G b]."""
+        self.context, self.prior, self.past = context, prior, past
+        self.layers, self.last = head.modulations(context, slice(None))  # [G, b, K, ...]
+        self._parts: list[list[list[Tensor]]] = []  # of the groups of a token, one after another
+
+    def evaluate(self, head: BitLMHead, stages: slice, known: Tensor, here: slice, position: Tensor) -> Tensor:
+        """Log-probabilities [g, b, s, U] of groups of the tokens at the places `here`, which are taken in."""
+        past, groups = self.past, len(self.layers)
+        if stages.stop - stages.start < groups:
+            past = [[t.unflatten(0, (groups, -1))[stages].flatten(0, 1) for t in layer] for layer in past]
+            self._parts.append(past)
+        return head.groups(
+            stages, known, self.context[:, here], (self.layers[stages, :, here], self.last[stages, :, here]),
+            None if self.prior is None else self.prior[:, here],
+            torch.arange(here.start, here.stop, device=known.device), position, past,
+        )  # fmt: skip
+
+    def merge(self) -> None:
+        """All groups of a token have been evaluated, one after another."""
+        if self._parts:
+            self.past, self._parts = _merged(self._parts), []
+
+    def cut(self, count: int) -> None:
+        """Forget the tokens that were taken in behind the first `count`: their groups were guesses."""
+        self.past = [[k[:, :, :count], v[:, :, :count], position[:, :count]] for k, v, position in self.past]
+
+    def slide(self, most: int) -> None:
+        """Forget what no later token can see."""
+        self.past = _newest(self.past, most)
+
+
+def _merged(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
+    """The pasts of all groups, rows [b] each, as one, rows [G b]."""
+    return [[torch.cat(own) for own in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)]
+
+
+def _newest(past: list[list[Tensor]], most: int) -> list[list[Tensor]]:
+    first = [max(0, layer[2].shape[1] - most) for layer in past]
+    return [[k[:, :, n:], v[:, :, n:], position[:, n:]] for (k, v, position), n in zip(past, first, strict=True)]
+
+
 class _Chain:
     """A chain head at work: draws blocks, and keeps what its attention needs of the tokens before."""
 
     def __init__(self, model: BitLMForCausalLM, rows: int) -> None:
-        self.head, self.config = model.head, model.config
-        self.table = group_values(model.config, model.model.code_table)  # [V, G]
-        self.past: list[list[list[Tensor]]] = []  # stage, layer, what BitLMHeadAttention.slide keeps
+        self.head, self.config, self.bits = model.head, model.config, model.model.bits
+        self.codes = _Codes(self.config, model.model.code_table) if self.config.vocab_size else None
+        self.past: list[list[Tensor]] = []  # layer, what BitLMHeadAttention.slide keeps of rows [G b]
 
-    def _forget(self) -> None:
-        self.past = [[[] for _ in self.head.layers] for _ in self.config.group_sizes]
+    def _values(self, tokens: Tensor) -> Tensor:
+        """The values of the tokens' groups, int64 [..., G]."""
+        return group_values(self.config, self.bits(tokens))
 
-    def _before(self, ids: Tensor, known: Tensor) -> Tensor:
-        """The embeddings of the tokens before [...], zero where `known` is false: [..., W]."""
-        return _look_up(self.head.previous, self.table[ids]).sum(-2) * known[..., None]
+    def _known(self, values: Tensor, previous: Tensor, position: Tensor) -> Tensor:
+        """What groups see of others: values and those of the tokens before int64 [b, s, G] to [G, b, s, W]."""
+        own = _look_up(self.head.values, values)
+        before = _look_up(self.head.previous, previous).sum(-2) * (position > 0)[..., None]
+        return (before[:, :, None] + own.cumsum(-2) - own).movedim(2, 0)
 
     def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         blocks = states if states.dim() == 4 else states.unflatten(1, (-1, self.config.block_size))
@@ -1185,68 +1334,114 @@ class _Chain:
         Returns:
             their nats, float32 [b, s].
         """
-        self._forget()
         context, prior = self._of_block(states)
         place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
-        values = self.table[ids]
-        own = _look_up(self.head.values, values)
-        known, nats = self._before(ids.roll(1, 1), position > 0), torch.zeros(ids.shape, device=ids.device)
-        for stage, past in enumerate(self.past):
-            (modulation,) = self.head.modulations(context, slice(stage, stage + 1))
-            log_p = self.head.stage(stage, known, context, modulation, prior, place, position, past)
-            nats = nats - log_p.gather(-1, values[..., stage, None]).squeeze(-1)
-            known = known + own[..., stage, :]
+        values = self._values(ids)
+        known, nats = self._known(values, values.roll(1, 1), position), torch.zeros(ids.shape[:2], device=ids.device)
+        pasts: list[list[list[Tensor]]] = []
+        for i in range(len(known)):
+            stage, past = slice(i, i + 1), [[] for _ in self.head.layers]
+            modulation = self.head.modulations(context, stage)
+            log_p = self.head.groups(stage, known[stage], context, modulation, prior, place, position, past)
+            nats = nats - log_p[0].gather(-1, values[..., i, None]).squeeze(-1)
+            pasts.append(_newest(past, self.config.head_window - 1))
+        self.past = _merged(pasts)
         return nats
 
     def advance(
         self, tokens: Tensor, states: Tensor, position: Tensor, settings: _Settings, sequence: Tensor, block: Tensor
     ) -> Tensor:
-        """Draw the next block, ids int64 [b, K]: group after group, of those values that some token still has.
+        """Draw the next block, ids int64 [b, K]: each group behind those before it, of the values that a token has.
+
+        Every group has its own uniform number, so its value is a function of the values before it, and a guess of all
+        of them can be checked at once: one evaluation draws every group as if the guesses before it were right, and
+        those are final before which they all were, and the first one behind. What was drawn is the next guess. The
+        result is that of drawing one group after another, in fewer evaluations.
 
         The unconditional answer that guidance needs has a past of its own from the beginning of the block on; what is
         before has its conditions, as in training, which drops those of single blocks.
 
         Args:
-            tokens: int64 [b, n K], all so far.
+            tokens: int64 [b, n K], all so far (or records).
             states, position: from `_Context.advance`.
             sequence, block: int64 [b], keys of the noise.
         """
-        k, groups, b = self.config.block_size, self.table.shape[1], len(tokens)
+        k, groups, b, device = self.config.block_size, len(self.config.group_sizes), len(tokens), states.device
         if states.shape[1] > k or not self.past:
             self.read(tokens[:, tokens.shape[1] - (states.shape[1] - k) :], states[:, :-k], position[:, :-k])
-        context, prior = self._of_block(states[:, -k:])
-        position, device = position[:, -k:], states.device
-        elements = torch.arange(-(-k * groups // 4), device=device)
-        uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
-        before = tokens[:, -1:] if tokens.shape[1] else torch.zeros(b, 1, dtype=torch.int64, device=device)
-        free, nothing = [[[*layer] for layer in stage] for stage in self.past], torch.zeros_like(context[:, :1])
-        modulations, guided = self.head.modulations(context, slice(None)), settings.guidance != 1.0
-        unconditional = self.head.modulations(nothing, slice(None)) if guided else []
-        ids: list[Tensor] = []
-        for i in range(k):
-            here, known = slice(i, i + 1), self._before(before, position[:, i : i + 1] > 0)
-            left = torch.ones(b, len(self.table), dtype=torch.bool, device=device)  # tokens that can still come
-            for stage in range(groups):
-                place, rest = torch.tensor([i], device=device), None if prior is None else prior[:, here]
-                layers, last = modulations[stage]
-                log_p = self.head.stage(
-                    stage, known, context[:, here], (layers[:, here], last[:, here]), rest, place, position[:, here],
-                    self.past[stage],
-                )[:, 0]  # fmt: skip
-                if guided:  # the same of log-probabilities as of logits, but for a constant
-                    other = self.head.stage(
-                        stage, known, nothing, unconditional[stage], None, place, position[:, here], free[stage]
-                    )[:, 0]
-                    log_p = _guide(log_p, other, settings.guidance).log_softmax(-1)
-                count = torch.zeros(log_p.shape, dtype=torch.int32, device=device)
-                count.scatter_add_(1, self.table[:, stage].expand(b, -1), left.int())
-                log_p = log_p.masked_fill(count == 0, float("-inf"))
-                value = _draw(log_p, uniforms[:, i * groups + stage], settings.temperature)
-                left &= self.table[:, stage] == value[:, None]
-                known = known + self.head.values.unflatten(0, (groups, -1))[stage, value][:, None]
-            ids.append(left.int().argmax(-1))  # one is left
-            before = ids[-1][:, None]
-        return torch.stack(ids, dim=1)
+        answers, position = self._answers(states[:, -k:], settings.guidance), position[:, -k:]
+        noise, ahead = _gumbel(settings, self.config, sequence, block), settings.ahead
+        before = self._values(tokens[:, -1:] if tokens.shape[1] else tokens.new_zeros(b, 1, *tokens.shape[2:]))
+        guess = self._guess(answers[0].prior if ahead else None, noise, settings.temperature)
+        draft = _Draft(before, guess, position, noise)
+        first, done = 0, torch.zeros(b, 1, dtype=torch.int64, device=device)  # tokens and groups that are final
+        while first < k:
+            if not ahead:
+                for i in range(groups):
+                    drawn = self._evaluate(answers, draft, slice(first, first + 1), slice(i, i + 1), settings)
+                    draft.values[:, first : first + 1, i : i + 1] = drawn
+                for answer in answers:
+                    answer.merge()
+                count = 1
+            else:
+                here, had = slice(first, min(k, first + ahead)), answers[0].past[0][0].shape[2]
+                drawn = self._evaluate(answers, draft, here, slice(0, groups), settings).flatten(1)
+                guess = draft.values[:, here].flatten(1)
+                number = torch.arange(here.start * groups, here.stop * groups, device=device)
+                drawn = torch.where(number < done, guess, drawn)
+                right = (drawn == guess).int().cumprod(1).sum(1, keepdim=True)
+                done = (first * groups + right + 1).clamp(max=here.stop * groups)
+                draft.values[:, here] = drawn.unflatten(1, (-1, groups))
+                count = int(done.min()) // groups - first
+                for answer in answers:
+                    answer.cut(had + count)
+            for answer in answers:
+                answer.slide(self.config.head_window - 1)
+            first += count
+        self.past = answers[0].past
+        return self._tokens(draft.values)
+
+    def _evaluate(
+        self, answers: list[_Answer], draft: _Draft, here: slice, stages: slice, settings: _Settings
+    ) -> Tensor:
+        """Draw the groups `stages` of the tokens at the places `here`, int64 [b, s, g], as if the draft were right."""
+        values, previous = draft.values[:, here], torch.cat((draft.before, draft.values), dim=1)[:, here]
+        position = draft.position[:, here]
+        known = self._known(values, previous, position)[stages]
+        log_p, *other = (answer.evaluate(self.head, stages, known, here, position) for answer in answers)
+        if other:  # the same of log-probabilities as of logits, but for a constant
+            log_p = torch.where(log_p > float("-inf"), _guide(log_p, other[0], settings.guidance), log_p)
+        return self._draw(log_p.movedim(0, 2), values, draft.noise[:, here], stages, settings.temperature)
+
+    def _answers(self, states: Tensor, guidance: float) -> list[_Answer]:
+        """What answers for a block with these states [b, K, D]; with guidance also what does without them."""
+        context, prior = self._of_block(states)
+        answers = [_Answer(self.head, context, prior, self.past)]
+        if guidance != 1.0:
+            answers.append(_Answer(self.head, torch.zeros_like(context), None, [[*layer] for layer in self.past]))
+        return answers
+
+    def _guess(self, prior: Tensor | None, noise: Tensor, temperature: float) -> Tensor:
+        """A first guess of a block's groups int64 [b, K, G]: what the prior alone draws."""
+        guess = torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)
+        if prior is not None:
+            log_p = self.head.posterior.log_softmax(prior.float().unflatten(-1, noise.shape[2:]))
+            for i in range(noise.shape[2]):
+                own = slice(i, i + 1)
+                guess[..., own] = self._draw(log_p[..., own, :], guess, noise, own, temperature)
+        return guess
+
+    def _draw(self, log_p: Tensor, values: Tensor, noise: Tensor, stages: slice, temperature: float) -> Tensor:
+        """Groups int64 [b, s, g] from their log_p [b, s, g, U], of what can follow `values` [b, s, G] before each."""
+        if self.codes is not None and not self.codes.full:
+            which = range(stages.start, stages.stop)
+            impossible = torch.stack([self.codes.impossible(values[..., :i]) for i in which], dim=-2)
+            log_p = log_p.masked_fill(impossible, float("-inf"))
+        return _draw(log_p, noise[:, :, stages], temperature)
+
+    def _tokens(self, values: Tensor) -> Tensor:
+        """Values int64 [..., G] to ids or records."""
+        return pack(_bits_of(self.config, values)) if self.codes is None else self.codes.tokens(values)
 
 
 def _where_given(nats: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

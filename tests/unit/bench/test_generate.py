@@ -18,7 +18,9 @@ def test_rows_and_sizes(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["batch"], row["model"]) for row in result["rows"]] == [
         (batch, name) for batch in (1, 3) for name in (*ours, "softmax peer", "Llama")
     ]
+    expected = {"BitLM, chain": 8, "BitLM, 2 steps": 2, "BitLM, 3 steps": 3}
     for row in result["rows"]:
+        assert row["evaluations"] == expected.get(row["model"])
         assert 0 < row["tokens_per_second"]["min"] <= row["tokens_per_second"]["median"]
         for peer, times in row["times"].items():
             assert (times["median"] == 1.0) == (peer == row["model"])

@@ -62,6 +62,8 @@ def test_loss_bound_and_every_gradient(groups, reference, make_config, make_mode
         ["model.head.kind=chain", "model.head.window=4"],
         ["model.head.kind=chain", "model.group_bits=4"],
         ["model.head.kind=chain", "model.group_bits=10", "model.head.prior=false"],
+        ["model.head_dim=14"],
+        ["model.head_dim=2", "model.qk_norm=false", "model.head.kind=chain"],
     ],
     ids=",".join,
 )
