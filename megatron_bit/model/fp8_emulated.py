@@ -122,8 +122,8 @@ class _Product(torch.autograd.Function):
         return by_input.to(x.dtype).view_as(x), by_weight.to(weight.dtype), None
 
 
-class Column(ColumnParallelLinear):
-    """megatron-core's, with its product in FP8 inside a training step."""
+class _InStep:
+    """A parallel linear layer of megatron-core, with its product in FP8 inside a training step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,26 +132,20 @@ class Column(ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
         if not self.linears.active:
-            return super()._forward_impl(input, weight, **how)
+            return super()._forward_impl(input, weight, **how)  # type: ignore[misc]
         if how["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+            input = gather_from_sequence_parallel_region(input, group=how["tp_group"])
         elif how["allreduce_dgrad"]:
-            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+            input = copy_to_tensor_model_parallel_region(input, group=how["tp_group"])
         return _Product.apply(input, weight, self.quantizer)  # type: ignore[return-value]
 
 
-class Row(RowParallelLinear):
-    """megatron-core's, with its product in FP8 inside a training step."""
+class Column(_InStep, ColumnParallelLinear):
+    pass
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.linears: EmulatedLinears = linears_of(self)  # type: ignore[assignment]
-        self.quantizer = self.linears.quantizer()
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **how: Any) -> Tensor:
-        if not self.linears.active:
-            return super()._forward_impl(input, weight, **how)
-        return _Product.apply(input, weight, self.quantizer)  # type: ignore[return-value]
+class Row(_InStep, RowParallelLinear):
+    pass
 
 
 class Replicated(nn.Linear):

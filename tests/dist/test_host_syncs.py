@@ -27,27 +27,25 @@ FP8 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("world", "settings", "waits"),
-    [
-        (1, {"train.precision": "bf16", "optim.ema_decay": 0.9}, OURS),
-        (1, CHAIN, OURS),
-        (1, {"model.group_bits": 3, "diffusion.self_condition": 0.5, "diffusion.context_noise": 0.1}, OURS),
-        (1, {"diffusion.noise": "entropy_rate", "diffusion.condition_drop": 0.1}, OURS),
-        (1, {"model.head.kind": "softmax", "model.block_size": 1}, SOFTMAX),
-        (1, FP8, OURS),
-        (4, {"parallel.tp": 2, "parallel.pp": 2}, OURS),
-        (2, {"parallel.pp": 2, "parallel.vpp": 2, "parallel.recompute": "full"}, OURS),
-        (2, {"parallel.zero_stage": 0}, OURS),
-        (2, {"parallel.pp": 2, "parallel.zero_stage": 1}, ZERO),
-        (2, {"parallel.zero_stage": 2, "train.precision": "bf16"}, BF16_ZERO),
-        (2, {"parallel.zero_stage": 3}, ZERO),
-    ],
-    ids=str,
-)
-def test_a_step_waits_for_nothing_else(
-    world: int, settings: dict[str, Any], waits: dict[str, int], tiny_data: Path, tmp_path: Path
-) -> None:
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
+    "bf16_ema": (1, {"train.precision": "bf16", "optim.ema_decay": 0.9}, OURS),
+    "chain": (1, CHAIN, OURS),
+    "groups": (1, {"model.group_bits": 3, "diffusion.self_condition": 0.5, "diffusion.context_noise": 0.1}, OURS),
+    "measured": (1, {"diffusion.noise": "entropy_rate", "diffusion.condition_drop": 0.1}, OURS),
+    "softmax": (1, {"model.head.kind": "softmax", "model.block_size": 1}, SOFTMAX),
+    "fp8": (1, FP8, OURS),
+    "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}, OURS),
+    "pp2_interleaved_recompute": (2, {"parallel.pp": 2, "parallel.vpp": 2, "parallel.recompute": "full"}, OURS),
+    "dp2_zero0": (2, {"parallel.zero_stage": 0}, OURS),
+    "pp2_zero1": (2, {"parallel.pp": 2, "parallel.zero_stage": 1}, ZERO),
+    "dp2_zero2_bf16": (2, {"parallel.zero_stage": 2, "train.precision": "bf16"}, BF16_ZERO),
+    "dp2_zero3": (2, {"parallel.zero_stage": 3}, ZERO),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_for_nothing_else(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    world, settings, waits = CASES[name]
     arguments = tiny_runs.overrides(tmp_path / "run", tiny_data, {"train.steps": 3, **settings})
     for found in run_ranks(host_syncs.train, world, arguments):
         assert found == waits
