@@ -59,7 +59,17 @@ class Run:
         return [vars(a) for path in sorted(self.folder.glob("slurm/*/attempts.jsonl")) for a in read(path)]
 
     def outcomes(self) -> list[str]:
-        return [a["outcome"] for a in self.attempts()]
+        """Of all attempts but those that SLURM ends by mistake.
+
+        When a scenario crashes a node, slurmctld may tell another job's srun of it, which then kills its own step
+        ("Node n3 not part of this job step"); the launcher sees a crash without a reason, and tries again.
+        """
+        misled = "bad SRUN_NODE_FAIL message" in self.log()
+        return [
+            a["outcome"]
+            for a in self.attempts()
+            if not (misled and a["outcome"] == "crashed" and "no rank said why" in a["reason"])
+        ]
 
     def status(self) -> dict[str, Any]:
         (row,) = json.loads(command("status", self.folder, "--json"))
