@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.optim.optimizer import EMA, STATES, Fragment, Optimizer
+from megatron_bit.parallel.dims import BUCKET
 from megatron_bit.parallel.groups import Groups
-
-BUCKET = 500_000_000  # most elements of a bucket in which gradients are reduced
 
 
 class _Mpu:

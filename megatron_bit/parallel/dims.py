@@ -9,6 +9,8 @@ from megatron_bit.errors import UserError
 from megatron_bit.parallel.fp8_sizes import check_fp8_sizes
 from megatron_bit.parallel.split import least_layers
 
+BUCKET = 500_000_000  # most elements of a bucket in which ZeRO reduces gradients; a smaller model has a smaller one
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -59,7 +61,7 @@ class ParallelDims:
             raise UserError(f"world size {world_size} is not possible; it has to be at least 1")
         if world_size % (p.tp * p.pp):
             fits = -(-world_size // (p.tp * p.pp)) * p.tp * p.pp
-            degrees = ((a, b) for a in _divisors(world_size) for b in _divisors(world_size // a))
+            degrees = ((a, b) for a in divisors(world_size) for b in divisors(world_size // a))
             layouts = [f"tp={a} pp={b}" for a, b in degrees if cls._fits(config, a, b, world_size)]
             raise UserError(
                 f"parallel.tp {p.tp} x parallel.pp {p.pp} = {p.tp * p.pp} does not divide the world size {world_size}; "
@@ -75,7 +77,7 @@ class ParallelDims:
             divided |= {"model.head.num_heads": m.head.num_heads, "model.head.ffn_hidden_size": m.head.ffn_hidden_size}
         for key, value in divided.items():
             if value % p.tp:
-                allowed = [d for d in _divisors(value) if d <= 64]
+                allowed = [d for d in divisors(value) if d <= 64]
                 raise UserError(f"{key} {value} cannot be split over parallel.tp {p.tp}; tp may be one of {allowed}")
         check_vocabulary(config)
         sequence_parallel = p.sequence_parallel and p.tp > 1
@@ -123,12 +125,13 @@ def check_vocabulary(config: Config) -> None:
     """UserError if a softmax model's vocabulary cannot be split over TP; nothing if it is not known yet."""
     m, tp = config.model, config.parallel.tp
     if m.head.kind == "softmax" and m.vocab_size is not None and m.padded_vocab_size % tp:
-        allowed = [d for d in _divisors(m.padded_vocab_size) if d <= 64]
+        allowed = [d for d in divisors(m.padded_vocab_size) if d <= 64]
         raise UserError(
             f"the vocabulary of {m.vocab_size} tokens, padded to {m.padded_vocab_size}, cannot be split over "
             f"parallel.tp {tp}; tp may be one of {allowed}"
         )
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """All of them, in order."""
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 
 from megatron_bit.config import Config
-from megatron_bit.parallel.dims import ParallelDims
+from megatron_bit.parallel.dims import BUCKET, ParallelDims
 from megatron_bit.parallel.split import split_layers
 from megatron_bit.plan import local_parameters
 
-# In elements: `reduce_bucket_size` (compat/zero.py, which imports torch); DeepSpeed's `stage3_max_live_parameters`.
-BUCKET = 5e8
-MAX_LIVE = 1e9
+MAX_LIVE = 1e9  # elements: DeepSpeed's `stage3_max_live_parameters`
 
 
 def memory_per_rank(config: Config, dims: ParallelDims, overlap: bool = True) -> dict[str, float]:

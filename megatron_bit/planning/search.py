@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
-from megatron_bit.parallel.dims import ParallelDims
+from megatron_bit.parallel.dims import ParallelDims, divisors
 from megatron_bit.parallel.split import least_layers
 from megatron_bit.planning.hardware import Hardware
 from megatron_bit.planning.memory import memory_per_rank
@@ -108,8 +108,8 @@ def layouts(config: Config, cluster: Cluster) -> list[Config]:
     world, batch = cluster.world_size, config.train.global_batch_size
     chunks = config.model.num_layers + 1 - least_layers(config)
     found, softmax = [], config.model.head.kind == "softmax"
-    for tp in _divisors(cluster.gpus_per_node):
-        for pp in (pp for pp in _divisors(world // tp) if pp <= chunks):
+    for tp in divisors(cluster.gpus_per_node):
+        for pp in (pp for pp in divisors(world // tp) if pp <= chunks):
             dp = world // (tp * pp)
             if batch % dp:
                 continue
@@ -126,7 +126,3 @@ def layouts(config: Config, cluster: Cluster) -> list[Config]:
                                 train = config.train.model_copy(update={"micro_batch_size": size})
                                 found.append(config.model_copy(update={"parallel": parallel, "train": train}))
     return found
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
