@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -297,6 +297,8 @@ class Posterior:
 
     def log_softmax(self, logits: Tensor, groups: slice = slice(None)) -> Tensor:
         """Over the values [..., g, U] of these groups, of which a smaller one lacks some."""
+        if min(self.config.group_sizes) == max(self.config.group_sizes):
+            return logits.log_softmax(-1)
         sizes = torch.tensor(self.config.group_sizes[groups], device=logits.device)[:, None]
         missing = torch.arange(logits.shape[-1], device=logits.device) >= 2**sizes
         return logits.masked_fill(missing, float("-inf")).log_softmax(-1)
@@ -403,11 +405,6 @@ SAMPLERS: dict[str, Callable[[Mean, Noise, Tensor], Tensor]] = {
 
 
 # ------------------------------------------------------------------------------------------------- layers
-def _normalize(x: Tensor, eps: float) -> Tensor:
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
 class BitLMRMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -415,7 +412,7 @@ class BitLMRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (_normalize(x, self.eps) * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class BitLMMLP(nn.Module):
@@ -463,17 +460,17 @@ class BitLMAttention(nn.Module):
 
 
 def _rope(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [b, s, 1, d / 2] for positions int64 [b, s]."""
+    """What `_rotate` multiplies with, [b, s, 1, d], for positions int64 [b, s]."""
     half = head_dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
     angle = (position.double()[..., None] * theta**-exponent)[:, :, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on [b, s, heads, d]: channel i turns together with channel i + d / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class BitLMLayer(nn.Module):
@@ -600,12 +597,59 @@ class BitLMModel(BitLMPreTrainedModel):
         return ((k >= 0) & (k // size <= q // size)) | (q < 0)
 
 
-class BitLMHeadAttention(nn.Module):
-    """Attention among the K tokens of one block; of a chain, causal in a sliding window."""
+class HeadSight(NamedTuple):
+    """Which tokens each token of a chain sees."""
 
-    def __init__(self, size: int, heads: int, window: int) -> None:
+    cos: Tensor  # [b, s, 1, d], as sin: their positions
+    sin: Tensor
+    mask: Tensor  # bool [b, 1, s, slots]
+    slots: Tensor  # int64 [s], where they are put
+
+    @classmethod
+    def of(cls, config: BitLMConfig, position: Tensor, keys: Tensor, slots: Tensor, dtype: torch.dtype) -> HeadSight:
+        """Of tokens at positions int64 [b, s] in their texts, and of slots with positions [b, slots]; -1 is padding."""
+        back = position[:, :, None] - keys[:, None]
+        sees = (back >= 0) & (back < config.head_window) & (keys[:, None] >= 0)
+        head_dim = config.head_hidden_size // config.head_num_attention_heads
+        rope = _rope(position, head_dim, config.rope_theta, dtype)
+        return cls(*rope, (sees | (position[:, :, None] < 0))[:, None], slots)
+
+    def at(self, here: slice, times: int) -> HeadSight:
+        """Of some of the tokens, for so many groups, which are rows one after another."""
+        cos, sin, mask = self.cos[:, here], self.sin[:, here], self.mask[:, :, here]
+        if times > 1:
+            cos, sin, mask = (t.repeat(times, 1, 1, 1) for t in (cos, sin, mask))
+        return HeadSight(cos, sin, mask, self.slots[here])
+
+
+class HeadCache:
+    """Keys and values of a chain's newest tokens in buffers of a fixed length, [L, G, b, heads, slots, d]; the last K
+    slots are for the block to come. `position` int64 [b, slots] says where the tokens are in their texts."""
+
+    def __init__(self, config: BitLMConfig, groups: int, rows: int, slots: int, like: Tensor) -> None:
+        heads = config.head_num_attention_heads
+        shape = (config.head_num_layers, groups, rows, heads, slots, config.head_hidden_size // heads)
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.position = torch.full((rows, slots), -1, device=like.device)
+
+    def begin(self, position: Tensor) -> None:
+        """A block at these positions int64 [b, K]: the one before it moves on, and the oldest tokens out."""
+        k = position.shape[1]
+        self.keys, self.values = self.keys.roll(-k, -2), self.values.roll(-k, -2)
+        self.position = torch.cat((self.position[:, k:], position), dim=1)
+
+    def copy(self) -> HeadCache:
+        new = copy.copy(self)
+        new.keys, new.values = self.keys.clone(), self.values.clone()
+        return new
+
+
+class BitLMHeadAttention(nn.Module):
+    """Attention among the K tokens of one block; of a chain, among those that its mask shows."""
+
+    def __init__(self, size: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -614,31 +658,19 @@ class BitLMHeadAttention(nn.Module):
         )
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def slide(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, past: list[Tensor] | None) -> Tensor:
-        """x [b, s, W] at positions int64 [b, s], of which `_rope` makes cos and sin.
-
-        `past` holds keys, values and positions of the tokens before, and takes the new ones in; `_Answer` cuts it.
-        """
+    def slide(self, x: Tensor, sight: HeadSight, keys: Tensor, values: Tensor) -> Tensor:
+        """x [r, s, W]; keys and values [r, heads, slots, d] take in the new ones, each in its slot."""
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (t.transpose(1, 2) for t in (_rotate(q, cos, sin), _rotate(k, cos, sin), v))
-        keys = position
-        if past is not None:
-            if past:
-                k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-                keys = torch.cat((past[2], position), dim=1)
-            past[:] = [k, v, keys]
-        back = position[:, :, None] - keys[:, None]
-        sees = ((back >= 0) & (back < self.window) & (keys[:, None] >= 0)) | (position[:, :, None] < 0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None])
+        q, k, v = (t.transpose(1, 2) for t in (_rotate(q, *sight[:2]), _rotate(k, *sight[:2]), v))
+        k, v = keys.index_copy_(2, sight.slots, k), values.index_copy_(2, sight.slots, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class BitLMHeadLayer(nn.Module):
     def __init__(self, config: BitLMConfig) -> None:
         super().__init__()
-        self.self_attn = BitLMHeadAttention(
-            config.head_hidden_size, config.head_num_attention_heads, config.head_window
-        )
+        self.self_attn = BitLMHeadAttention(config.head_hidden_size, config.head_num_attention_heads)
         self.mlp = BitLMMLP(config.head_hidden_size, config.head_intermediate_size)
 
     def forward(self, x: Tensor, modulation: Sequence[Tensor], *slide: Any) -> Tensor:
@@ -650,8 +682,8 @@ class BitLMHeadLayer(nn.Module):
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = _normalize(x, HEAD_EPS)
-    return (normed + normed * scale + shift).to(x.dtype)
+    normed = F.rms_norm(x, x.shape[-1:], eps=HEAD_EPS)
+    return torch.addcmul(normed, normed, scale) + shift
 
 
 class BitLMNoiseEmbedding(nn.Module):
@@ -729,8 +761,9 @@ class BitLMHead(nn.Module):
         modulation: tuple[Tensor, Tensor],
         prior: Tensor | None,
         place: Tensor,
-        position: Tensor,
-        past: list[list[Tensor]] | None = None,
+        sight: HeadSight,
+        keys: Tensor,
+        values: Tensor,
     ) -> Tensor:
         """Log-probabilities of some groups' values, float32 [g, b, s, U]; minus infinity for what a smaller one lacks.
 
@@ -740,13 +773,13 @@ class BitLMHead(nn.Module):
             modulation: these groups' of `modulations`.
             context, prior: [b, s, W] and [b, s, outputs], what `of_block` says of the states.
             place: int64 [s], each token's place in its block.
-            position: int64 [b, s], in the text; below 0 is padding and seen by nobody.
-            past: for each layer what these groups have of the tokens before; takes these in.
+            sight: of rows [g b].
+            keys, values: [L, g, b, heads, slots, d], what these groups have of the tokens before; take these in.
         """
         count, shape = len(self.config.group_sizes), known.shape
         rows = (known + context + self.position[place]).flatten(0, 1)
         own = (modulation[0].flatten(0, 1), modulation[1].flatten(0, 1))
-        features = self._layers(rows, own, position.repeat(shape[0], 1), past)
+        features = self._layers(rows, own, sight, keys, values)
         weight = self.out_proj.weight.unflatten(0, (count, -1))[stages]
         features = features.view(shape[0], shape[1] * shape[2], shape[3])
         logits = (features @ weight.transpose(1, 2)).unflatten(1, shape[1:3])
@@ -768,18 +801,13 @@ class BitLMHead(nn.Module):
         self,
         rows: Tensor,
         modulation: tuple[Tensor, Tensor],
-        position: Tensor | None = None,
-        past: list[list[Tensor]] | None = None,
+        sight: HeadSight | None = None,
+        *past: Tensor,
     ) -> Tensor:
         """rows [r, s, W] and their modulation to what the projection onto outputs takes, [r, s, W]."""
         each, last = modulation[0].chunk(6, dim=-1), modulation[1]
-        slide: tuple[Any, ...] = ()
-        if position is not None:
-            head_dim = self.config.head_hidden_size // self.config.head_num_attention_heads
-            slide = (*_rope(position, head_dim, self.config.rope_theta, rows.dtype), position)
         for i, layer in enumerate(self.layers):
-            own = (*slide, None if past is None else past[i]) if slide else ()
-            rows = layer(rows, each, *own)
+            rows = layer(rows, each, *(() if sight is None else (sight, *(t[i].flatten(0, 1) for t in past))))
         shift, gain = last.chunk(2, dim=-1)
         return _modulate(rows, shift, gain)
 
@@ -1258,51 +1286,25 @@ class _Draft:
     values: Tensor  # int64 [b, K, G], final or guessed
     position: Tensor  # int64 [b, K]
     noise: Tensor  # [b, K, G, U]
+    sight: HeadSight
 
 
 class _Answer:
     """What a head is given to answer for a block: its condition, and what its attention needs of the tokens before."""
 
-    def __init__(self, head: BitLMHead, context: Tensor, prior: Tensor | None, past: list[list[Tensor]]) -> None:
-        """context [b, K, W], prior [b, K, outputs]; past: of rows [G b]."""
-        self.context, self.prior, self.past = context, prior, past
+    def __init__(self, head: BitLMHead, context: Tensor, prior: Tensor | None, cache: HeadCache) -> None:
+        """context [b, K, W], prior [b, K, outputs]."""
+        self.context, self.prior, self.cache = context, prior, cache
         self.layers, self.last = head.modulations(context, slice(None))  # [G, b, K, ...]
-        self._parts: list[list[list[Tensor]]] = []  # of the groups of a token, one after another
 
-    def evaluate(self, head: BitLMHead, stages: slice, known: Tensor, here: slice, position: Tensor) -> Tensor:
+    def evaluate(self, head: BitLMHead, stages: slice, known: Tensor, here: slice, sight: HeadSight) -> Tensor:
         """Log-probabilities [g, b, s, U] of groups of the tokens at the places `here`, which are taken in."""
-        past, groups = self.past, len(self.layers)
-        if stages.stop - stages.start < groups:
-            past = [[t.unflatten(0, (groups, -1))[stages].flatten(0, 1) for t in layer] for layer in past]
-            self._parts.append(past)
         return head.groups(
             stages, known, self.context[:, here], (self.layers[stages, :, here], self.last[stages, :, here]),
             None if self.prior is None else self.prior[:, here],
-            torch.arange(here.start, here.stop, device=known.device), position, past,
+            torch.arange(here.start, here.stop, device=known.device),
+            sight.at(here, len(known)), self.cache.keys[:, stages], self.cache.values[:, stages],
         )  # fmt: skip
-
-    def merge(self) -> None:
-        """All groups of a token have been evaluated, one after another."""
-        if self._parts:
-            self.past, self._parts = _merged(self._parts), []
-
-    def cut(self, count: int) -> None:
-        """Forget the tokens that were taken in behind the first `count`: their groups were guesses."""
-        self.past = [[k[:, :, :count], v[:, :, :count], position[:, :count]] for k, v, position in self.past]
-
-    def slide(self, most: int) -> None:
-        """Forget what no later token can see."""
-        self.past = _newest(self.past, most)
-
-
-def _merged(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
-    """The pasts of all groups, rows [b] each, as one, rows [G b]."""
-    return [[torch.cat(own) for own in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)]
-
-
-def _newest(past: list[list[Tensor]], most: int) -> list[list[Tensor]]:
-    first = [max(0, layer[2].shape[1] - most) for layer in past]
-    return [[k[:, :, n:], v[:, :, n:], position[:, n:]] for (k, v, position), n in zip(past, first, strict=True)]
 
 
 class _Chain:
@@ -1311,7 +1313,7 @@ class _Chain:
     def __init__(self, model: BitLMForCausalLM, rows: int) -> None:
         self.head, self.config, self.bits = model.head, model.config, model.model.bits
         self.codes = _Codes(self.config, model.model.code_table) if self.config.vocab_size else None
-        self.past: list[list[Tensor]] = []  # layer, what BitLMHeadAttention.slide keeps of rows [G b]
+        self.cache: HeadCache | None = None
 
     def _values(self, tokens: Tensor) -> Tensor:
         """The values of the tokens' groups, int64 [..., G]."""
@@ -1338,14 +1340,20 @@ class _Chain:
         place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
         values = self._values(ids)
         known, nats = self._known(values, values.roll(1, 1), position), torch.zeros(ids.shape[:2], device=ids.device)
-        pasts: list[list[list[Tensor]]] = []
-        for i in range(len(known)):
-            stage, past = slice(i, i + 1), [[] for _ in self.head.layers]
-            modulation = self.head.modulations(context, stage)
-            log_p = self.head.groups(stage, known[stage], context, modulation, prior, place, position, past)
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        sight = HeadSight.of(self.config, position, position, slots, context.dtype)
+        most = self.config.head_window - 1 + self.config.block_size
+        self.cache = HeadCache(self.config, len(known), len(ids), most, context)
+        kept = min(most, len(slots))  # the newest, as many as it has slots
+        new, old = slice(len(slots) - kept, None), slice(most - kept, None)
+        self.cache.position[:, old] = position[:, new]
+        for i in range(len(known)):  # one group after another: the memory is that of one
+            stage, own = slice(i, i + 1), HeadCache(self.config, 1, len(ids), len(slots), context)
+            given = (known[stage], context, self.head.modulations(context, stage), prior, place, sight)
+            log_p = self.head.groups(stage, *given, own.keys, own.values)
             nats = nats - log_p[0].gather(-1, values[..., i, None]).squeeze(-1)
-            pasts.append(_newest(past, self.config.head_window - 1))
-        self.past = _merged(pasts)
+            self.cache.keys[:, stage, ..., old, :] = own.keys[..., new, :]
+            self.cache.values[:, stage, ..., old, :] = own.values[..., new, :]
         return nats
 
     def advance(
@@ -1367,24 +1375,28 @@ class _Chain:
             sequence, block: int64 [b], keys of the noise.
         """
         k, groups, b, device = self.config.block_size, len(self.config.group_sizes), len(tokens), states.device
-        if states.shape[1] > k or not self.past:
+        if states.shape[1] > k or self.cache is None:
             self.read(tokens[:, tokens.shape[1] - (states.shape[1] - k) :], states[:, :-k], position[:, :-k])
-        answers, position = self._answers(states[:, -k:], settings.guidance), position[:, -k:]
+        assert self.cache is not None
+        position = position[:, -k:]
+        self.cache.begin(position)
+        answers = self._answers(states[:, -k:], settings.guidance)
         noise, ahead = _gumbel(settings, self.config, sequence, block), settings.ahead
         before = self._values(tokens[:, -1:] if tokens.shape[1] else tokens.new_zeros(b, 1, *tokens.shape[2:]))
         guess = self._guess(answers[0].prior if ahead else None, noise, settings.temperature)
-        draft = _Draft(before, guess, position, noise)
+        keys = self.cache.position
+        slots = torch.arange(keys.shape[1] - k, keys.shape[1], device=device)
+        sight = HeadSight.of(self.config, position, keys, slots, states.dtype)
+        draft = _Draft(before, guess, position, noise, sight)
         first, done = 0, torch.zeros(b, 1, dtype=torch.int64, device=device)  # tokens and groups that are final
         while first < k:
             if not ahead:
                 for i in range(groups):
                     drawn = self._evaluate(answers, draft, slice(first, first + 1), slice(i, i + 1), settings)
                     draft.values[:, first : first + 1, i : i + 1] = drawn
-                for answer in answers:
-                    answer.merge()
-                count = 1
+                first += 1
             else:
-                here, had = slice(first, min(k, first + ahead)), answers[0].past[0][0].shape[2]
+                here = slice(first, min(k, first + ahead))
                 drawn = self._evaluate(answers, draft, here, slice(0, groups), settings).flatten(1)
                 guess = draft.values[:, here].flatten(1)
                 number = torch.arange(here.start * groups, here.stop * groups, device=device)
@@ -1392,13 +1404,7 @@ class _Chain:
                 right = (drawn == guess).int().cumprod(1).sum(1, keepdim=True)
                 done = (first * groups + right + 1).clamp(max=here.stop * groups)
                 draft.values[:, here] = drawn.unflatten(1, (-1, groups))
-                count = int(done.min()) // groups - first
-                for answer in answers:
-                    answer.cut(had + count)
-            for answer in answers:
-                answer.slide(self.config.head_window - 1)
-            first += count
-        self.past = answers[0].past
+                first = int(done.min()) // groups
         return self._tokens(draft.values)
 
     def _evaluate(
@@ -1408,7 +1414,7 @@ class _Chain:
         values, previous = draft.values[:, here], torch.cat((draft.before, draft.values), dim=1)[:, here]
         position = draft.position[:, here]
         known = self._known(values, previous, position)[stages]
-        log_p, *other = (answer.evaluate(self.head, stages, known, here, position) for answer in answers)
+        log_p, *other = (answer.evaluate(self.head, stages, known, here, draft.sight) for answer in answers)
         if other:  # the same of log-probabilities as of logits, but for a constant
             log_p = torch.where(log_p > float("-inf"), _guide(log_p, other[0], settings.guidance), log_p)
         return self._draw(log_p.movedim(0, 2), values, draft.noise[:, here], stages, settings.temperature)
@@ -1416,9 +1422,10 @@ class _Chain:
     def _answers(self, states: Tensor, guidance: float) -> list[_Answer]:
         """What answers for a block with these states [b, K, D]; with guidance also what does without them."""
         context, prior = self._of_block(states)
-        answers = [_Answer(self.head, context, prior, self.past)]
+        assert self.cache is not None
+        answers = [_Answer(self.head, context, prior, self.cache)]
         if guidance != 1.0:
-            answers.append(_Answer(self.head, torch.zeros_like(context), None, [[*layer] for layer in self.past]))
+            answers.append(_Answer(self.head, torch.zeros_like(context), None, self.cache.copy()))
         return answers
 
     def _guess(self, prior: Tensor | None, noise: Tensor, temperature: float) -> Tensor:
