@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
-from megatron_bit.inference.generate import Generator
+from megatron_bit.inference.generate import Generator, compile_options
 from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
-from megatron_bit.inference.hf_names import Source, model_arguments, softmax_config
+from megatron_bit.inference.hf_names import Source, model_arguments, softmax_config, training_dtype
 
 PEERS = ("softmax peer", "Llama")
 
@@ -35,6 +35,8 @@ def main(
     steps: Sequence[int],
     ahead: Sequence[int] = (0,),
     run: Path | None = None,
+    dtype: str | None = None,
+    compiled: bool = False,
     tokens: int,
     prompt: int,
     repeats: int,
@@ -46,7 +48,6 @@ def main(
     the BitLM is that of a run, and the others have its sizes; prompts are its own text.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     transformers_logging.set_verbosity_error()
     bitlm: Any = _bitlm(config, vocab_size)
     if run is not None:
@@ -54,10 +55,17 @@ def main(
         if source.softmax or source.records:
             raise UserError(f"--run {run} is no BitLM of text; give one, or leave it out")
         config, vocab_size, bitlm = source.config, source.vocab_size, Generator(run).model
+    precision: torch.dtype = getattr(torch, dtype) if dtype else training_dtype(config)
     peer_config = softmax_config(config.with_vocab_size(vocab_size))
     peers = dict(zip(PEERS, (_causal(peer_config), _causal(_llama(peer_config))), strict=True))
     for model in (bitlm, *peers.values()):
-        model.to(device=device, dtype=dtype)
+        model.to(device=device, dtype=precision)
+    cache = {}
+    if compiled:
+        options, cache = compile_options(device), {"cache_implementation": "static"}
+        bitlm.compile_parts(**options)
+        for peer in peers.values():
+            peer.forward = torch.compile(peer.forward, fullgraph=True, **options)
     rows = []
     for batch in batches:
         ids = torch.randint(0, vocab_size, (batch, prompt), device=device)
@@ -73,13 +81,15 @@ def main(
         }
         for name, peer in peers.items():
             runs[name] = lambda ids=ids, peer=peer: peer.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-            )
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                **cache,
+            )  # fmt: skip
         for row in _measure(runs, batch, tokens, repeats, device):
             rows.append({**row, "evaluations": evaluations.get(row["model"])})
     result = {
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}",
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}"
+        f"{', compiled' * compiled}",
         "model": f"{config.model.num_layers} layers of {config.model.hidden_size}, K={config.model.block_size}, "
         f"{config.model.head.kind} head {config.model.head.num_layers} of {config.model.head.hidden_size}, "
         f"{len(config.model.group_sizes)} groups of bits, vocabulary {vocab_size}; "

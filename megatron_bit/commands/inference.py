@@ -27,6 +27,7 @@ def generate(
     stream: bool = False,
     weights: Literal["trained", "ema"] = "trained",
     data: str | None = None,
+    compile: bool = False,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -51,7 +52,8 @@ def generate(
         stream: print the text as it is made, one prompt at a time.
         weights: the newest ones (default), or their running average if the run kept one (optim.ema_decay).
         data: the run's data folder, if it has moved.
-        out: file for the new records of all prompts, as bytes, instead of lines.
+        compile: run the model through torch.compile, which takes a minute or two at first: for many or long texts.
+        out: new file for the records of all prompts, as bytes, instead of lines.
         json: print JSON lines.
     """
     for option, value, least in (
@@ -87,6 +89,7 @@ def generate(
         stop=stop,
         show=stream,
         weights=weights,
+        compiled=compile,
         how={key: value for key, value in how.items() if value is not None},
     )
     for result in results:
@@ -207,6 +210,8 @@ def bench_generate(
     steps: tuple[int, ...] = (),
     ahead: tuple[int, ...] = (0,),
     run: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    compile: bool = False,
     tokens: int = 64,
     prompt: int = 32,
     repeats: int = 5,
@@ -222,6 +227,8 @@ def bench_generate(
         steps: denoising steps a block to try, of a diffusion head; default 8 16 32.
         ahead: of a chain head: tokens whose groups are guessed and checked at once, to try; 0 is one after another.
         run: a run whose BitLM is timed, instead of an untrained one of the preset; what a guess is worth needs it.
+        dtype: of all models; default that of `generate`, in which the run computes (train.precision).
+        compile: all models through torch.compile, the softmax ones with a cache of fixed length; minutes more.
         tokens: new tokens of each text.
         prompt: tokens of each prompt.
         repeats: timed runs of each, in turn.
@@ -240,6 +247,6 @@ def bench_generate(
     if steps and config.model.head.kind == "chain":
         raise UserError("--steps mean nothing to a chain head; leave them out, or add model.head.kind=diffusion")
     return job.main(
-        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), ahead=ahead, run=run, tokens=tokens,
-        prompt=prompt, repeats=repeats, as_json=json,
+        config, vocab_size=vocab_size, batches=batch, steps=steps or (8, 16, 32), ahead=ahead, run=run, dtype=dtype,
+        compiled=compile, tokens=tokens, prompt=prompt, repeats=repeats, as_json=json,
     )  # fmt: skip

@@ -299,21 +299,42 @@ def test_what_means_nothing_is_refused(arguments, words, generator):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_backbone_pass_and_head_compile_as_one_graph_each(backend, generator):
-    model = generator("k4").model
-    expected = generate(generator("k4"), [tokens(2, 7), []], 24)
-    plain = model.model.forward, model.head.forward
+@pytest.mark.parametrize(("name", "most"), [("k4", 3), ("chain", 6)])  # prompt, block; head, of a chain for each group
+def test_backbone_pass_and_head_compile_as_one_graph_each(name, most, backend, generator):
+    model = generator(name).model
+    how = {"steps": None} if name == "chain" else {}
+    expected = generate(generator(name), [tokens(2, 7), []], 24, **how)
     torch._dynamo.reset()
     try:
-        model.model.forward = torch.compile(plain[0], fullgraph=True, backend=backend)
-        model.head.forward = torch.compile(plain[1], fullgraph=True, backend=backend)
+        model.compile_parts(backend=backend, fullgraph=True)
         torch._dynamo.utils.counters.clear()
-        assert generate(generator("k4"), [tokens(2, 7), []], 24) == expected
+        assert generate(generator(name), [tokens(2, 7), []], 24, **how) == expected
         counters = torch._dynamo.utils.counters
         assert not counters["graph_break"]
-        assert counters["stats"]["unique_graphs"] == 3, "prompt, block, head"
+        assert 3 <= counters["stats"]["unique_graphs"] <= most
     finally:
-        model.model.forward, model.head.forward = plain
+        for part, method in ((model.model, "forward"), (model.head, "forward"), (model.head, "groups")):
+            part.__dict__.pop(method, None)
+
+
+def test_compiled_means_the_backbone_and_the_head(converted, generator, monkeypatch):
+    """What they are compiled to is torch's (by hand: the same texts); here, that they are and how."""
+    said = []
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: said.append((f.__name__, how)) or plain(f, backend="eager"))
+    compiled = Generator(converted["chain"].folder, compiled=True)
+    frozen = {"options": {"freezing": True}}
+    assert said == [("forward", frozen), ("groups", frozen)]
+    how = {"max_tokens": 12, "streamer": None, "seed": 3}
+    rows = [tokens(2, 7), tokens(1, 3)]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled.run(rows, **how) == generator("chain").run(rows, **how)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError, match=r"--compile needs a C\+\+ compiler on a CPU, and no-such-compiler is not there"
+    ):
+        Generator(converted["chain"].folder, compiled=True)
 
 
 def test_commands(converted, tmp_path):

@@ -211,8 +211,10 @@ def test_commands(made: Callable[..., Any], tmp_path: Path) -> None:
         (("generate", run, "--prompt", "12zz34"), "give records as hexadecimal digits"),
         (("generate", run, "--prompt-file", tmp_path / "prompt.bin"), "4 bytes are no whole number of records of 3"),
         (("generate", run, "--stream"), "--stream is for text"),
+        (("generate", run, "--max-tokens", 2, "--out", tmp_path / "o"), "is there already, and nothing is overwritten"),
         (("generate", run, "--data", tmp_path), "has no use here"),
         (("serve", run, "--port", 18123), "makes raw records, and serve is for text"),
     ):
         done = _command(*words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    assert (tmp_path / "o").read_bytes() == np.array(expected, dtype=np.uint8).tobytes()

@@ -53,23 +53,25 @@ class Run:
         return command(*words, *more, code=code)
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Records of all attempts, folded as the launcher does."""
-        from mbit_launcher.attempts import read
-
-        return [vars(a) for path in sorted(self.folder.glob("slurm/*/attempts.jsonl")) for a in read(path)]
-
-    def outcomes(self) -> list[str]:
-        """Of all attempts but those that SLURM ends by mistake.
+        """Records of all attempts, folded as the launcher does, but for those that SLURM ended by mistake.
 
         When a scenario crashes a node, slurmctld may tell another job's srun of it, which then kills its own step
         ("Node n3 not part of this job step"); the launcher sees a crash without a reason, and tries again.
         """
         misled = "bad SRUN_NODE_FAIL message" in self.log()
         return [
-            a["outcome"]
-            for a in self.attempts()
+            a
+            for a in self.all_attempts()
             if not (misled and a["outcome"] == "crashed" and "no rank said why" in a["reason"])
         ]
+
+    def all_attempts(self) -> list[dict[str, Any]]:
+        from mbit_launcher.attempts import read
+
+        return [vars(a) for path in sorted(self.folder.glob("slurm/*/attempts.jsonl")) for a in read(path)]
+
+    def outcomes(self) -> list[str]:
+        return [a["outcome"] for a in self.attempts()]
 
     def status(self) -> dict[str, Any]:
         (row,) = json.loads(command("status", self.folder, "--json"))
@@ -79,7 +81,7 @@ class Run:
         """The furthest step of the attempt that runs now; -1 before it has one."""
         from mbit_launcher import heartbeats
 
-        attempts = self.attempts()
+        attempts = self.all_attempts()
         if not attempts or attempts[-1]["outcome"] is not None:
             return -1
         return max((beat.step for beat in heartbeats.read(self.folder, attempts[-1]["attempt"])), default=-1)
@@ -94,7 +96,7 @@ class Run:
 
     def wait_until_over(self, timeout: float = 120) -> list[str]:
         """Until no attempt follows and SLURM has no job of it any more; the outcomes of all attempts."""
-        self.wait(lambda run: (a := run.attempts()) and a[-1]["outcome"] and not a[-1]["again"], timeout)
+        self.wait(lambda run: (a := run.all_attempts()) and a[-1]["outcome"] and not a[-1]["again"], timeout)
         self.wait(lambda run: not run.live(), timeout)
         return self.outcomes()
 

@@ -872,6 +872,13 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             logits = self._evaluate(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)))
         return BitLMOutput(last_hidden_state=states, logits=logits)
 
+    def compile_parts(self, **options: Any) -> None:
+        """Compile what `generate` calls: the backbone's pass and the head's evaluation. `options` are torch.compile's;
+        `fullgraph=True` holds, but more shapes than it makes graphs for are an error then, and run plainly without."""
+        name = "groups" if self.config.head_kind == "chain" else "forward"
+        for part, method in ((self.model, "forward"), (self.head, name)):
+            setattr(part, method, torch.compile(getattr(part, method), **options))
+
     def _evaluate(self, z: Tensor, log_sigma: Tensor, states: Tensor) -> Tensor:
         """The head's answer to noisy bits alone: what it sees of its own estimate is made of them, as in validation."""
         outputs = self.head(z, log_sigma, states)

@@ -27,5 +27,7 @@ def test_rows_and_sizes(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = result["parameters"]
     assert sizes["softmax peer"] - sizes["Llama"] == 2 * 2 * 64, "norms of queries and keys"
     assert sizes["Llama"] > 2 * 500 * 256
-    generate.main(config, **how, as_json=False)
-    assert "times softmax peer" in capsys.readouterr().out
+    assert result["machine"].endswith("torch.float32"), "what `generate` computes in"
+    generate.main(config, **how, dtype="bfloat16", as_json=False)
+    out = capsys.readouterr().out
+    assert "times softmax peer" in out and out.splitlines()[0].endswith("torch.bfloat16")
