@@ -1259,6 +1259,7 @@ class _Codes:
     def __init__(self, config: BitLMConfig, table: Tensor) -> None:
         self.sizes, self.full = config.group_sizes, len(table) == 2**config.bits
         self.codes, self.ids = self.join(group_values(config, table)).sort()  # int64 [V]
+        self._first = self._impossible(table.new_zeros(0, dtype=torch.int64))  # of the first group, whatever the text
 
     def join(self, values: Tensor) -> Tensor:
         """Values of the first groups int64 [..., g] to the number that their bits are, int64 [...]."""
@@ -1272,6 +1273,9 @@ class _Codes:
 
         Behind values that no token has nothing is impossible: such a guess is never drawn from.
         """
+        return self._impossible(before) if before.shape[-1] else self._first.expand(*before.shape[:-1], -1)
+
+    def _impossible(self, before: Tensor) -> Tensor:
         group, most = before.shape[-1], 2 ** max(self.sizes)
         prefix = self.join(before) if group else torch.zeros_like(before.sum(-1))
         value = torch.arange(2 ** self.sizes[group] + 1, device=before.device)
