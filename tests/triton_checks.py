@@ -215,3 +215,22 @@ def check_model(*overrides: str) -> None:
         assert grad is not None and other_grads[name] is not None, name
         limit = 1e-5 * max(grad.abs().max().item(), 1e-3)
         torch.testing.assert_close(other_grads[name], grad, rtol=1e-4, atol=limit, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def forms_of_rank() -> bool:
+    """Whether this rank runs what rank 0's device is said to be best with; rank 1's name is of another row."""
+    import os
+
+    from mbit_kernels import choice
+
+    from megatron_bit.model import kernels
+
+    rank = os.environ["RANK"]
+    table = {"A": {"bit_loss": {"winner": "compiled"}}, "B": {"nearest_token": {"winner": "compiled"}}}
+    choice.measurements = lambda: table
+    kernels.device_name = lambda device: "A" if rank == "0" else "B"
+    kernels.function = lambda operation, form: form
+    config = load_config(preset="laptop", overrides=["parallel.tp=2"])
+    bound = kernels.build_kernels(config, parallel_groups.init(config))
+    forms: dict[str, Any] = vars(bound)
+    return forms == {**dict.fromkeys(kernels.OPERATIONS, "plain"), "bit_loss": "compiled"}

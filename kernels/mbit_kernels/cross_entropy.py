@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mbit_kernels.matched_filter import at_least_float32
+
 
 def group_cross_entropy(logits: Tensor, index: Tensor, invalid: Tensor | None) -> Tensor:
     """-ln p of each group's value, p the softmax over its valid values.
@@ -16,7 +18,7 @@ def group_cross_entropy(logits: Tensor, index: Tensor, invalid: Tensor | None) -
     Returns:
         float32 [..., G], nats.
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     if invalid is not None:
         logits = logits.masked_fill(invalid, float("-inf"))
     return -logits.log_softmax(-1).gather(-1, index[..., None]).squeeze(-1)

@@ -15,9 +15,14 @@ from torch import Tensor
 CLIP = 30.0  # |log-odds| beyond this no float32 probability can tell apart
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 to float32; float64 stays, for what is compared with it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def posterior_logits(residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-    """residual + clip(2 z / sigma^2, +-30), float32; sigma broadcasts."""
-    return residual.float() + (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)
+    """residual + clip(2 z / sigma^2, +-30), at least float32; sigma broadcasts."""
+    return at_least_float32(residual) + (2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP)
 
 
 def squared_error(logits: Tensor, x: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ def bit_loss(
         float32 [s, b, M] each: the loss, and the squared error summed over bits, without a gradient.
     """
     sigma = log_sigma.exp()[..., None]
-    logits = posterior_logits(residual, z, sigma) if matched else residual.float()
+    logits = posterior_logits(residual, z, sigma) if matched else at_least_float32(residual)
     error = squared_error(logits, x)
     loss = edm_weight(sigma) * error if kind == "mse" else cross_entropy(logits, x)
     return loss.mean(-1), error.detach().sum(-1)

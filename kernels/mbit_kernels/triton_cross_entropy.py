@@ -4,6 +4,9 @@ The plain form (cross_entropy.py) makes one for the softmax, one for the mask wh
 one. Here autograd keeps the logits as they are, and a log-sum-exp for each row of U. A row is in one program.
 """
 
+# what jit makes of a function is not what pyright sees
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,8 +1,11 @@
 """Bit logits to the nearest valid token in Triton, without the scores of the vocabulary (plain form: decode.py).
 
 The vocabulary is split over programs, so that a few rows fill a GPU too; each gives its best score and id, and the
-best of those is taken in order of the ids: ties go to the smallest, whatever the split.
+first of the best is taken (torch.argmax says so): ties go to the smallest id, whatever the split.
 """
+
+# what jit makes of a function is not what pyright sees
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -54,11 +57,4 @@ def nearest_token(logits: Tensor, table: Tensor) -> Tensor:
         flat, table, score, token, rows, bits, codes, flat.stride(0), ROWS, max(16, triton.next_power_of_2(bits)),
         CODES, SPLIT, num_warps=4,
     )  # fmt: skip
-    return token.gather(1, _first_best(score)).view(logits.shape[:-1])
-
-
-def _first_best(score: Tensor) -> Tensor:
-    """[rows, splits] to the first split with the largest score, int64 [rows, 1]; argmax promises no order of ties."""
-    place = torch.arange(score.shape[1], device=score.device)
-    best = score == score.amax(dim=1, keepdim=True)
-    return torch.where(best, place, score.shape[1]).amin(dim=1, keepdim=True)
+    return token.gather(1, score.argmax(dim=1, keepdim=True)).view(logits.shape[:-1])

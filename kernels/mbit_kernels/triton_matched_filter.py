@@ -4,6 +4,9 @@ The logits exist in registers only. The backward pass computes them again, so th
 and nothing else (plain form: matched_filter.py). Sums run over a row, inside one program.
 """
 
+# what jit makes of a function is not what pyright sees
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from typing import Any, Literal

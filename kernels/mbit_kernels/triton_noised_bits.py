@@ -6,6 +6,9 @@ and they are 5 B bytes a row beside the projection's 2 W. For the same reason th
 than draw it: its loss keeps z in any case, and W / 64 tiles would each draw the noise of their rows again.
 """
 
+# what jit makes of a function is not what pyright sees
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -4,6 +4,9 @@ A program has whole rows in registers, so the backward pass computes 1 / rms aga
 Nothing is summed over rows: there is no order of sums that could differ between runs.
 """
 
+# what jit makes of a function is not what pyright sees
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from typing import Any

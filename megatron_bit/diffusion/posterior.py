@@ -38,7 +38,11 @@ class BitPosterior(nn.Module):
 
     def logits(self, residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
         """Head outputs [..., outputs] and noisy bits z float32 [..., B] to float32 logits; sigma broadcasts to z."""
-        return matched_filter.posterior_logits(residual, z, sigma) if self.matched else residual.float()
+        return (
+            matched_filter.posterior_logits(residual, z, sigma)
+            if self.matched
+            else matched_filter.at_least_float32(residual)
+        )
 
     def mean(self, logits: Tensor) -> Tensor:
         """E[x | z], float32 [..., B]."""

@@ -76,6 +76,11 @@ def function(operation: str, form: Form) -> Callable[..., Any]:
     return getattr(PLAIN, operation)
 
 
+def reference(operation: str) -> Callable[..., Any]:
+    """The plain form in operations that autograd knows, which computes float64 in float64."""
+    return OPERATIONS[operation][0]
+
+
 def missing(form: Form, device: torch.device) -> str | None:
     """Why a form cannot run on a device; None if it can."""
     triton = importlib.util.find_spec("triton") is not None

@@ -1,0 +1,25 @@
+"""The Triton kernels compiled for Hopper, on a machine without a GPU, at the sizes of presets in bf16."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import triton_compile
+from triton_worker import compiling
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+KERNELS = {
+    "rms_norm_forward", "rms_norm_backward", "matched_filter_forward", "matched_filter_backward",
+    "cross_entropy_forward", "cross_entropy_backward", "noised_bits_forward", "decode_best",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["125m", "8b"])
+def test_compiles_without_spilling(preset: str) -> None:
+    """Registers that do not fit go to the stack, which is memory; 32 bytes of it are a sine's."""
+    found = compiling(triton_compile.resources, preset)
+    assert set(found) == KERNELS
+    for name, used in found.items():
+        assert used["STACK"] <= 32 and used["REG"] < 255, (name, used)
+        assert used["SHARED"] <= 48 * 1024, (name, used)
