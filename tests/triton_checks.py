@@ -53,14 +53,19 @@ def _compare(
 
 
 def check_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """x, shift and scale are parts of one tensor, as AdaLN's are, and x also turned around."""
+    """x beside the parts of one tensor, as AdaLN's are; all three parts of one; and turned around."""
     kernel = function("modulated_rms_norm", "triton")
     joint = 2 * _random(*shape[:-1], 3 * shape[-1])
 
     def of(form: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda t: form(*t.chunk(3, dim=-1), 1e-3)
 
+    def beside(form: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, t: form(x, *t.chunk(3, dim=-1)[1:], 1e-3)
+
     _compare(of(kernel), of(modulated_rms_norm_reference), [joint.to(dtype)], dtype)
+    x = _random(*shape, dtype=dtype, seed=7)
+    _compare(beside(kernel), beside(modulated_rms_norm_reference), [x, joint.to(dtype)], dtype)
     turned = [_random(*shape, dtype=dtype, seed=i).transpose(0, -1) for i in range(3)]
     _compare(lambda *t: kernel(*t, 1e-3), lambda *t: modulated_rms_norm_reference(*t, 1e-3), turned, dtype)
 
@@ -71,7 +76,8 @@ def check_bit_loss(bits: int, dtype: torch.dtype, kind: Any, matched: bool, slic
     log_sigma = torch.linspace(-2.3, 5.0, s * b * samples)[torch.randperm(s * b * samples)].view(s, b, samples)
     x = _random(s, b, 1, bits, seed=1).sign()
     z = x + log_sigma.exp()[..., None] * _random(s, b, samples, bits, seed=2)
-    residual = (3 * _random(s, b, samples, bits, seed=3)).to(dtype)
+    against = -25 * x * (torch.arange(samples) % 2)[:, None]  # of what the clip leaves at low noise
+    residual = (3 * _random(s, b, samples, bits, seed=3) + against).to(dtype)
     if sliced:  # as recomputation calls it
         z, log_sigma, residual = z[:, :, 2:3], log_sigma[..., 2:3], residual[:, :, 2:3]
     for signs in (x, x.to(torch.int8)):
@@ -159,6 +165,9 @@ def check_decode(bits: int, codes: int, dtype: torch.dtype) -> None:
     whole = logits.float().mul(4).round()  # whole numbers: their sums are exact, and many are equal
     assert torch.equal(kernel(whole, table), nearest_token(whole, table))
     assert torch.equal(kernel(torch.zeros(2, bits), table), torch.zeros(2, dtype=torch.int64))
+    worse = torch.full((2, bits), -1.0)  # than 0, which what is behind the last code would score
+    ones = torch.ones_like(table[:40])
+    assert torch.equal(kernel(worse, ones), torch.zeros(2, dtype=torch.int64))
     turned = logits.transpose(0, 2).contiguous().transpose(0, 2)
     assert torch.equal(kernel(turned, table), got)
 

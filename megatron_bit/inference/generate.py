@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from mbit_data.tokenizer import Tokenizer
+from mbit_kernels import choice
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.errors import UserError
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
+from megatron_bit.model.kernels import device_name, function
 
 __all__ = ["SAMPLERS", "Generator", "main"]
 
@@ -106,6 +108,15 @@ class Generator:
                 )
             self._open_checkpoint(source)
         self.model.to(self.device).eval()  # type: ignore[arg-type]
+        self.bind_decoding()
+
+    def bind_decoding(self) -> None:
+        """Give the model the form of decoding that was measured as the fastest on a device of this name."""
+        posterior: Any = self.model.posterior
+        name = "nearest_token"
+        form = choice.chosen((name,), device_name(self.device), "auto", choice.measurements())[name]
+        if form != "plain" and not posterior.groups:
+            posterior.nearest_token = function(name, form)
 
     def _open_checkpoint(self, source: Source) -> None:
         arguments: dict[str, Any] = model_arguments(source.config, source.vocab_size, source.noise_table)

@@ -196,28 +196,26 @@ class DenoisingHead(BlockHead):
         Returns:
             [s, b, M, outputs], what `posterior.logits` takes.
         """
-        x = self.input(network_input(z, log_sigma).to(self.input.weight.dtype)) if projected is None else projected
         if self.estimate is None:
-            return self._evaluate(x, z, log_sigma, hidden, None)
+            return self.evaluate(z, log_sigma, hidden, None, projected)
         with torch.no_grad():
-            first = self._evaluate(x, z, log_sigma, hidden, None)
+            first = self.evaluate(z, log_sigma, hidden, None, projected)
             logits = self.posterior.logits(first, z, self._sigma(log_sigma))
             estimate = self.posterior.mean(logits)
             if shown is not None:
                 estimate = estimate * shown.repeat_interleave(self.block_size, dim=0)[..., None]
-        return self._evaluate(x, z, log_sigma, hidden, estimate)
+        return self.evaluate(z, log_sigma, hidden, estimate, projected)
 
     def _sigma(self, log_sigma: Tensor) -> Tensor:
         """[n, b, M] to sigma of every token, [s, b, M, 1]."""
         return log_sigma.exp().repeat_interleave(self.block_size, dim=0)[..., None]
 
-    def _evaluate(self, x: Tensor, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None) -> Tensor:
-        """As `forward`, once.
-
-        x: z through the input layer; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is
-        known.
-        """
-        dtype = x.dtype
+    def evaluate(
+        self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None, projected: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, once; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is known."""
+        dtype = self.input.weight.dtype
+        x = self.input(network_input(z, log_sigma).to(dtype)) if projected is None else projected
         if estimate is not None:
             assert self.estimate is not None
             x = x + self.estimate(estimate.to(dtype))
