@@ -19,8 +19,8 @@ from megatron_bit.model.kernels import function
 Resources = dict[str, dict[str, int]]  # kernel: REG, STACK, SHARED (bytes), of cuobjdump, and warps
 
 
-def resources(preset: str, capability: int = 90) -> Resources:
-    """Forward and backward of every operation at the sizes of a preset, in bf16."""
+def resources(preset: str, dtype: torch.dtype, capability: int = 90) -> Resources:
+    """Forward and backward of every operation at the sizes of a preset."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -44,18 +44,18 @@ def resources(preset: str, capability: int = 90) -> Resources:
 
     JITFunction.run = compile_only
     try:
-        _call_all(preset)
+        _call_all(preset, dtype)
     finally:
         JITFunction.run = run
     return found
 
 
-def _call_all(preset: str) -> None:
+def _call_all(preset: str, dtype: torch.dtype) -> None:
     m = load_config(preset=preset).model
     bits, width, samples, tokens, k = m.bits, m.head.hidden_size, 4, 32, m.block_size
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype, requires_grad=dtype == torch.bfloat16)
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, requires_grad=True)
 
     x, modulation = tensor(tokens, samples, width), tensor(tokens, samples, 6 * width).chunk(6, dim=-1)
     function("modulated_rms_norm", "triton")(x, *modulation[:2], 1e-6).sum().backward()

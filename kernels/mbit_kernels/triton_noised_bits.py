@@ -46,7 +46,7 @@ def _normal(sample, block, level, element, key0, key1):
 def _forward(
     ids, table, log_sigma, sample, weight, x, z, projected, key0, key1, first_block, rows, batch, samples, block_size,
     bits, width, weight_stride, PROJECT: tl.constexpr, TF32: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # of [s, b, M]
     bit = tl.arange(0, BITS)[None, :]
@@ -65,8 +65,8 @@ def _forward(
     if PROJECT:
         given = tl.where(inside, noised * tl.rsqrt(1.0 + sigma * sigma), 0.0)
         given = given.to(weight.dtype.element_ty).to(tl.float32)  # rounded as the plain form rounds it
-        for first in range(0, width, WIDTH):
-            column = first + tl.arange(0, WIDTH)[None, :]
+        for i in range(TILES):
+            column = i * WIDTH + tl.arange(0, WIDTH)[None, :]
             at = column * weight_stride + tl.arange(0, BITS)[:, None]
             there_too = (tl.arange(0, BITS)[:, None] < bits) & (column < width)
             w = tl.load(weight + at, mask=there_too, other=0.0).to(tl.float32)
@@ -101,7 +101,7 @@ def _draw(
     _forward[(triton.cdiv(rows, ROWS),)](
         ids, table, log_sigma, sample, given, x, z, projected, *key, first_block, rows, batch, samples, block_size,
         bits, width, given.stride(0), weight is not None, given.dtype != torch.float32, ROWS,
-        max(16, triton.next_power_of_2(bits)), WIDTH, num_warps=4,
+        max(16, triton.next_power_of_2(bits)), WIDTH, triton.cdiv(width, WIDTH), num_warps=4,
     )  # fmt: skip
     return x, z, projected
 

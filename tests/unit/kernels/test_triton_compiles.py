@@ -1,10 +1,11 @@
-"""The Triton kernels compiled for Hopper, on a machine without a GPU, at the sizes of presets in bf16."""
+"""The Triton kernels compiled for Hopper, on a machine without a GPU, at the sizes of presets."""
 
 from __future__ import annotations
 
 import importlib.util
 
 import pytest
+import torch
 import triton_compile
 from triton_worker import compiling
 
@@ -15,10 +16,10 @@ KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["125m", "8b"])
-def test_compiles_without_spilling(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "dtype"), [("125m", torch.float32), ("8b", torch.bfloat16)])
+def test_compiles_without_spilling(preset: str, dtype: torch.dtype) -> None:
     """Registers that do not fit go to the stack, which is memory; 32 bytes of it are a sine's."""
-    found = compiling(triton_compile.resources, preset)
+    found = compiling(triton_compile.resources, preset, dtype)
     assert set(found) == KERNELS
     for name, used in found.items():
         assert used["STACK"] <= 32 and used["REG"] < 255, (name, used)
