@@ -3,7 +3,7 @@
 The same Philox words as the plain form (megatron_bit/diffusion/noised.py), bit for bit, for a word is a function of
 global indices alone; sines and logarithms are the device's own. The bits and z come out too: the loss needs them,
 and they are 5 B bytes a row beside the projection's 2 W. For the same reason the backward pass reads z again rather
-than draw it: its loss keeps z in any case, and W / 64 tiles would each draw the noise of their rows again.
+than draw it: the loss keeps z in any case, and the weight's gradient is then one product as of any linear layer.
 """
 
 # what jit makes of a function is not what pyright sees
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS, WIDTH = 64, 128  # of a tile of the projection
+TILE, WEIGHTS = 1024, 8192  # noised bits of a program, and the weights that it multiplies them with at once, at most
 
 
 @triton.jit
@@ -97,11 +97,12 @@ def _draw(
     width = 0 if weight is None else weight.shape[0]
     given = z if weight is None else weight if weight.stride(1) == 1 else weight.contiguous()
     projected = torch.empty(length, batch, samples, width, dtype=given.dtype, device=ids.device)
-    rows = length * batch * samples
-    _forward[(triton.cdiv(rows, ROWS),)](
-        ids, table, log_sigma, sample, given, x, z, projected, *key, first_block, rows, batch, samples, block_size,
-        bits, width, given.stride(0), weight is not None, given.dtype != torch.float32, ROWS,
-        max(16, triton.next_power_of_2(bits)), WIDTH, triton.cdiv(width, WIDTH), num_warps=4,
+    count, columns = length * batch * samples, max(16, triton.next_power_of_2(bits))  # a product has 16 at least
+    rows, part = max(16, TILE // columns), min(128, WEIGHTS // columns)
+    _forward[(triton.cdiv(count, rows),)](
+        ids, table, log_sigma, sample, given, x, z, projected, *key, first_block, count, batch, samples, block_size,
+        bits, width, given.stride(0), weight is not None, given.dtype != torch.float32, rows, columns, part,
+        triton.cdiv(width, part), num_warps=4,
     )  # fmt: skip
     return x, z, projected
 
