@@ -40,7 +40,7 @@ def _compare(
     kernel: Callable[..., Any], plain: Callable[..., Any], tensors: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
     """Of functions of `tensors`: first outputs, and the gradients of all tensors under a random upstream one."""
-    mine = [t.clone().requires_grad_() for t in tensors]
+    mine = [t.detach().requires_grad_() for t in tensors]  # strides as they are
     exact = [t.double().requires_grad_() for t in tensors]
     got, wanted = kernel(*mine), plain(*exact)
     close(got, wanted, dtype)
@@ -110,6 +110,10 @@ def check_cross_entropy(sizes: tuple[int, ...], dtype: torch.dtype, layout: str)
     logits = 5 * _random(4, 3, count, values, seed=4)
     if layout == "grouped":  # as a product over the groups leaves them
         logits = logits.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    elif layout == "swapped":
+        logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "part":
+        logits = torch.cat((logits, logits), dim=2)[:, :, :count]
     elif layout == "turned":
         logits = logits.transpose(0, 3).contiguous().transpose(0, 3)
     kernel = function("group_cross_entropy", "triton")
@@ -118,7 +122,7 @@ def check_cross_entropy(sizes: tuple[int, ...], dtype: torch.dtype, layout: str)
         x = x if invalid is None else x.masked_fill(invalid, float("-inf"))
         return -x.log_softmax(-1).gather(-1, index[..., None]).squeeze(-1)
 
-    given = logits.to(dtype)
+    given = logits.to(dtype, memory_format=torch.preserve_format)
     _compare(lambda x: kernel(x, index, invalid), exact, [given], dtype)
     close(group_cross_entropy(given, index, invalid), exact(given.double()), torch.float32)
 

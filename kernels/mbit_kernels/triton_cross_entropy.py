@@ -107,9 +107,9 @@ class _GroupCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, index, mask, normalizer = ctx.saved_tensors
-        x, out = _tokens(logits), torch.empty_like(logits)  # in the layout of the logits, which the product wants
-        if out.stride(-1) != 1:
-            out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        x = _tokens(logits)
+        same = x.data_ptr() == logits.data_ptr()  # not copied: keep the layout, which the product before wants
+        out = torch.empty_like(logits, memory_format=torch.preserve_format if same else torch.contiguous_format)
         d = out.view(x.shape)
         strides = [x.stride(0), x.stride(1), d.stride(0), d.stride(1)]
         tensors = (grads[0].contiguous(), x, index, mask, normalizer, d)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mbit_kernels.matched_filter import CLIP
-from mbit_kernels.triton_tiles import rows_of, tile, warps
+from mbit_kernels.triton_tiles import rows_of, tile
 
-TILE = 1024
+TILE, WARPS = 1024, 4  # 8 elements a thread: with 16 the cross-entropy spilled registers
 
 
 @triton.jit
@@ -93,8 +93,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], residual: Tensor, z: Tenso
     count, bits = residual.shape
     rows, columns = tile(bits, TILE)
     kernel[(triton.cdiv(count, rows),)](
-        *tensors, residual.stride(0), z.stride(0), count, samples, bits, CLIP, *how, rows, columns,
-        num_warps=warps(rows, columns),
+        *tensors, residual.stride(0), z.stride(0), count, samples, bits, CLIP, *how, rows, columns, num_warps=WARPS
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def test_bit_loss(bits: int, matched: bool, sliced: bool, kind: str, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["plain", "grouped", "turned"])
+@pytest.mark.parametrize("layout", ["plain", "grouped", "swapped", "part", "turned"])
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 4, 4), (9,), (1, 1, 1)])
 def test_cross_entropy(sizes: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     interpreted(triton_checks.check_cross_entropy, sizes, dtype, layout)

@@ -18,9 +18,9 @@ KERNELS = {
 
 @pytest.mark.parametrize(("preset", "dtype"), [("125m", torch.float32), ("8b", torch.bfloat16)])
 def test_compiles_without_spilling(preset: str, dtype: torch.dtype) -> None:
-    """Registers that do not fit go to the stack, which is memory; 32 bytes of it are a sine's."""
+    """Registers that do not fit go to the stack, which is memory; the 32 bytes of a sine are no spill."""
     found = compiling(triton_compile.resources, preset, dtype)
     assert set(found) == KERNELS
     for name, used in found.items():
-        assert used["STACK"] <= 32 and used["REG"] < 255, (name, used)
+        assert used["STACK"] <= (32 if name == "noised_bits_forward" else 0), (name, used)
         assert used["SHARED"] <= 48 * 1024, (name, used)
