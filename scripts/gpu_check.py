@@ -30,7 +30,7 @@ CHECKS = {  # name: seconds it may take
     "training": 120,
     "waits": 60,
     "layers": 60,
-    "kernels": 180,
+    "kernels": 240,
     "profile": 90,
     "bench_125m": 150,
     "bench_fp8": 180,

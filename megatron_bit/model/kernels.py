@@ -62,7 +62,7 @@ def bind(forms: Mapping[str, Form], device: torch.device) -> Kernels:
     for form in sorted(set(forms.values())):
         reason = missing(form, device)
         if reason:
-            raise UserError(f"train.kernels {form} is not possible here: {reason}; use train.kernels=auto")
+            raise UserError(f"train.kernels {form} is not possible here: {reason}; use train.kernels=plain")
     return Kernels(**{name: function(name, form) for name, form in forms.items()})
 
 

@@ -100,7 +100,7 @@ def test_forced_forms_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     for form in ("triton", "compiled"):
         with pytest.raises(
-            UserError, match=rf"train.kernels {form} .* triton is not installed; use train.kernels=auto"
+            UserError, match=rf"train.kernels {form} .* triton is not installed; use train.kernels=plain"
         ):
             kernels.bind({"bit_loss": form}, torch.device("cuda"))
     monkeypatch.setattr(kernels, "_compiler", lambda: False)
