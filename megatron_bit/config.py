@@ -365,6 +365,10 @@ class TrainConfig(Section):
     """bf16 keeps fp32 master weights, moments and gradient accumulation. fp8 is bf16 with the matrix products of layers
     and head in FP8 by Transformer Engine, on a GPU that has it; `fp8_emulated` rounds the same way in plain torch, on
     any device (slow: to look at the numerics). How: section `fp8`."""
+    kernels: Literal["auto", "plain", "compiled", "triton"] = "auto"
+    """The form of the operations that have several (docs/performance.md): `auto` takes what was the fastest where it
+    was measured, on a GPU of this name, and plain elsewhere. `compiled` is torch.compile of the plain form, `triton`
+    a kernel of ours, on an NVIDIA GPU. All give the same numbers but for rounding."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Seed of weights, noise and data order."""
     init_from: str | None = None

@@ -4,6 +4,7 @@
     python scripts/gpu_check.py --out gpu                        everything, on the GPU of this machine
     python scripts/gpu_check.py --out gpu --only attention fp8   some of it
     python scripts/gpu_check.py --out gpu --wheels DIR           first install what is missing from wheels in DIR
+    python scripts/gpu_check.py --out gpu --only kernels         forms of our operations; writes gpu/measured.json too
     python scripts/gpu_check.py --out cpu --device cpu           the same program at small sizes, where there is no GPU
 
 Each check runs in a process of its own with a time limit, so that one which crashes or hangs leaves the others alone.
@@ -28,7 +29,8 @@ CHECKS = {  # name: seconds it may take
     "fp8": 90,
     "training": 120,
     "waits": 60,
-    "layers": 90,
+    "layers": 60,
+    "kernels": 240,
     "profile": 90,
     "bench_125m": 150,
     "bench_fp8": 180,

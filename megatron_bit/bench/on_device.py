@@ -160,8 +160,8 @@ def waits(device: torch.device) -> list[Row]:
 
 
 def layers(device: torch.device) -> list[Row]:
-    """Our small layers: plain, as used, and plain under torch.compile, which a kernel would have to beat by 1.1."""
-    from mbit_kernels import matched_filter, rms_norm, swiglu
+    """The small layers without a kernel of ours: plain, as used, and plain under torch.compile."""
+    from mbit_kernels import rms_norm, swiglu
 
     rows_of, width = (65536, 2048) if device.type == "cuda" else (256, 128)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -169,27 +169,15 @@ def layers(device: torch.device) -> list[Row]:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
-    x, shift, scale, weight = tensor(rows_of, width), tensor(rows_of, width), tensor(rows_of, width), tensor(width)
-    both, residual = tensor(rows_of, 2 * width), tensor(rows_of, 16)
-    z, bits = torch.randn(rows_of, 16, device=device), torch.randn(rows_of, 16, device=device).sign()
-    sigma = torch.rand(rows_of, 1, device=device) + 0.1
-
-    def loss(residual: Tensor) -> Tensor:
-        logits = matched_filter.posterior_logits(residual, z, sigma)
-        return matched_filter.edm_weight(sigma) * matched_filter.squared_error(logits, bits)
+    x, weight, both = tensor(rows_of, width), tensor(width), tensor(rows_of, 2 * width)
 
     def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
 
     cases: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
-        "AdaLN-modulated RMSNorm": (
-            functools.partial(rms_norm.modulated_rms_norm_reference, eps=1e-6),
-            functools.partial(rms_norm.modulated_rms_norm, eps=1e-6), (x, shift, scale),
-        ),
         "RMSNorm": (plain_norm, functools.partial(rms_norm.rms_norm, eps=1e-5), (x, weight)),
         "SwiGLU": (swiglu.swiglu_reference, swiglu.swiglu, (both,)),
-        "matched-filter loss": (loss, loss, (residual,)),
-    }  # fmt: skip
+    }
     found = []
     for name, (plain, used, arguments) in cases.items():
         row: Row = {"layer": name, "rows": rows_of, "width": arguments[0].shape[-1]}
@@ -201,6 +189,13 @@ def layers(device: torch.device) -> list[Row]:
                 row[f"{form}, ms"] = f"{type(error).__name__}"
         found.append(row)
     return found
+
+
+def kernels(device: torch.device) -> list[Row]:
+    """Every form of the operations that have several (`train.kernels`)."""
+    from megatron_bit.bench import kernels as forms
+
+    return forms.measure(device)
 
 
 def profile(device: torch.device) -> list[Row]:
@@ -263,7 +258,7 @@ def bench_generate(device: torch.device) -> list[Row]:
 CHECKS = {
     f.__name__: f
     for f in (
-        environment, attention, fp8, training, waits, layers, profile, bench_125m, bench_fp8, bench_generate
+        environment, attention, fp8, training, waits, layers, kernels, profile, bench_125m, bench_fp8, bench_generate
     )
 }  # fmt: skip
 _FEW = ("data.seq_length=64", "train.global_batch_size=2", "train.micro_batch_size=2")
@@ -356,5 +351,9 @@ if __name__ == "__main__":
         result: dict[str, Any] = {"state": "failed", "why": "torch sees no GPU"}
     else:
         rows = CHECKS[name](torch.device(kind))
+        if name == "kernels" and kind == "cuda":
+            from megatron_bit.bench.kernels import write
+
+            write(rows, torch.device(kind), Path(target).with_name("measured.json"))
         result = {"state": "ok" if all(row.get("right", True) for row in rows) else "wrong", "rows": rows}
     Path(target).write_text(json.dumps(result))

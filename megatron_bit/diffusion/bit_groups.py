@@ -26,6 +26,7 @@ class BitGroups(nn.Module):
         bits, widest = sum(sizes), max(sizes)
         self.count = len(sizes)
         self.values = 2**widest
+        self.uneven = len(set(sizes)) > 1  # else no value is invalid
         columns = torch.full((self.count, widest), bits)
         weights = torch.zeros(self.count, widest, dtype=torch.int64)
         first = 0

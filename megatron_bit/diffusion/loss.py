@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from mbit_kernels.matched_filter import edm_weight
 from torch import Tensor
 
 from megatron_bit.diffusion.noise import Distribution
@@ -37,17 +36,10 @@ def denoising_loss(
     Args:
         residual: [s, b, M, outputs] of the head.
         z: float32 [s, b, M, B], x + sigma eps.
-        x: float32 [s, b, 1, B] clean bits, -1 or +1.
+        x: [s, b, 1, B] clean bits, -1 or +1, any dtype.
         log_sigma: float32 [s, b, M].
     """
-    sigma = log_sigma.exp()[..., None]
-    logits = posterior.logits(residual, z, sigma)
-    error = posterior.squared_error(logits, x)
-    if kind == "mse":
-        loss = (edm_weight(sigma) * error).mean(-1)
-    else:
-        assert kind == "bce", kind
-        loss = posterior.cross_entropy(logits, x).mean(-1)
-    variance, error = sigma.squeeze(-1).square(), error.detach().sum(-1)
+    loss, error = posterior.token_loss(residual, z, x, log_sigma, kind)
+    variance = log_sigma.exp().square()
     importance = 1.0 / (variance * distribution.density(log_sigma))
     return LossTerms(loss, error / variance, error * importance)

@@ -123,11 +123,24 @@ def gaussian(
         float32 [num_blocks * block_size, b, noise_samples, bits]; the value of a bit depends on (seed, stream,
         sample, block, noise sample, place in the block) alone.
     """
+    return keyed_gaussian(seed_key(seed, stream), sample, first_block, num_blocks, noise_samples, block_size, bits)
+
+
+def keyed_gaussian(
+    key: tuple[int, int],
+    sample: Tensor,
+    first_block: int,
+    num_blocks: int,
+    noise_samples: int,
+    block_size: int,
+    bits: int,
+) -> Tensor:
+    """`gaussian` of a Philox key."""
     count = block_size * bits
     groups = -(-count // 4)
     level, block, low, high = (c[..., None] for c in _counters(sample, first_block, num_blocks, noise_samples))
     element = torch.arange(groups, device=sample.device)
-    eps = normal(philox(seed_key(seed, stream), (level * 65536 + element, block, low, high)))
+    eps = normal(philox(key, (level * 65536 + element, block, low, high)))
     n, b = num_blocks, sample.shape[0]
     eps = eps.reshape(n, b, noise_samples, groups * 4)[..., :count]
     eps = eps.reshape(n, b, noise_samples, block_size, bits).permute(0, 3, 1, 2, 4)

@@ -6,6 +6,9 @@ writes it without the values' dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from mbit_kernels import matched_filter
 from torch import Tensor, nn
@@ -17,13 +20,29 @@ from megatron_bit.diffusion.bit_groups import BitGroups
 class BitPosterior(nn.Module):
     """Every bit by itself: logits are log-odds, [..., B]."""
 
-    def __init__(self, bits: int, matched: bool) -> None:
+    def __init__(
+        self, bits: int, matched: bool, loss: Callable[..., tuple[Tensor, Tensor]] = matched_filter.bit_loss
+    ) -> None:
+        """loss: the form of `matched_filter.bit_loss` to use."""
         super().__init__()
-        self.outputs, self.matched = bits, matched
+        self.outputs, self.matched, self._loss = bits, matched, loss
+
+    def token_loss(
+        self, residual: Tensor, z: Tensor, x: Tensor, log_sigma: Tensor, kind: Literal["mse", "bce"]
+    ) -> tuple[Tensor, Tensor]:
+        """What training minimises, and the squared error summed over bits, detached: float32 [s, b, M] each.
+
+        Arguments as of `denoising_loss`.
+        """
+        return self._loss(residual, z, x, log_sigma, kind, self.matched)
 
     def logits(self, residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
         """Head outputs [..., outputs] and noisy bits z float32 [..., B] to float32 logits; sigma broadcasts to z."""
-        return matched_filter.posterior_logits(residual, z, sigma) if self.matched else residual.float()
+        return (
+            matched_filter.posterior_logits(residual, z, sigma)
+            if self.matched
+            else matched_filter.at_least_float32(residual)
+        )
 
     def mean(self, logits: Tensor) -> Tensor:
         """E[x | z], float32 [..., B]."""
@@ -47,6 +66,15 @@ class GroupPosterior(nn.Module):
         super().__init__()
         self.groups, self.matched = groups, matched
         self.outputs = groups.count * groups.values
+
+    def token_loss(
+        self, residual: Tensor, z: Tensor, x: Tensor, log_sigma: Tensor, kind: Literal["mse", "bce"]
+    ) -> tuple[Tensor, Tensor]:
+        sigma = log_sigma.exp()[..., None]
+        logits = self.logits(residual, z, sigma)
+        error = self.squared_error(logits, x)
+        loss = matched_filter.edm_weight(sigma) * error if kind == "mse" else self.cross_entropy(logits, x)
+        return loss.mean(-1), error.detach().sum(-1)
 
     def logits(self, residual: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
         g = self.groups
@@ -76,9 +104,9 @@ class GroupPosterior(nn.Module):
 Posterior = BitPosterior | GroupPosterior
 
 
-def build_posterior(config: Config) -> Posterior:
-    """The posterior that a configuration asks for."""
+def build_posterior(config: Config, bit_loss: Callable[..., tuple[Tensor, Tensor]]) -> Posterior:
+    """The posterior that a configuration asks for; bit_loss as of `BitPosterior`, and groups have a plain one."""
     m, matched = config.model, config.diffusion.parameterization == "matched_filter"
     if m.group_bits == 1:
-        return BitPosterior(m.bits, matched)
+        return BitPosterior(m.bits, matched, bit_loss)
     return GroupPosterior(BitGroups(m.group_sizes), matched)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from mbit_data.tokenizer import Tokenizer
+from mbit_kernels import choice
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.errors import UserError
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
+from megatron_bit.model.kernels import device_name, function, missing
 
 __all__ = ["SAMPLERS", "Generator", "main"]
 
@@ -78,12 +78,10 @@ def compile_options(device: torch.device) -> dict[str, Any]:
 
     On a CPU weights are stored once more, in the order that a product with a few rows reads fastest.
     """
-    if device.type != "cpu":
-        return {}
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(f"--compile needs a C++ compiler on a CPU, and {compiler} is not there; install it or set CXX")
-    return {"options": {"freezing": True}}
+    reason = missing("compiled", device)
+    if reason:
+        raise UserError(f"--compile is not possible here: {reason}; leave it out")
+    return {"options": {"freezing": True}} if device.type == "cpu" else {}
 
 
 class Generator:
@@ -124,8 +122,17 @@ class Generator:
                 )
             self._open_checkpoint(source)
         self.model.to(self.device).eval()  # type: ignore[arg-type]
+        self.bind_decoding()
         if compiled:
             self.model.compile_parts(**compile_options(self.device))
+
+    def bind_decoding(self) -> None:
+        """Give the model the form of decoding that was measured as the fastest on a device of this name."""
+        posterior: Any = self.model.posterior
+        name = "nearest_token"
+        form = choice.chosen((name,), device_name(self.device), "auto", choice.measurements())[name]
+        if form != "plain" and not posterior.groups:
+            posterior.nearest_token = function(name, form)
 
     def _open_checkpoint(self, source: Source) -> None:
         arguments: dict[str, Any] = model_arguments(source.config, source.vocab_size, source.noise_table)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.model.attention import CoreAttention, RotaryEmbedding
 from megatron_bit.model.flex import MaskedAttention
+from megatron_bit.model.kernels import build_kernels
 from megatron_bit.model.layers import QKNorm, RMSNorm, SwiGLU
 from megatron_bit.model.linears import Linears, build_linears
 from megatron_bit.parallel.groups import Groups
@@ -76,6 +77,7 @@ def transformer_config(config: Config, groups: Groups) -> Any:
         **recompute,
     )
     mcore.linears = build_linears(config, groups)  # what builds its linear layers, and ours
+    mcore.kernels = build_kernels(config, groups)  # the forms of our other operations
     return mcore
 
 

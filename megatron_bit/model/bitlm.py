@@ -18,9 +18,9 @@ from megatron_bit.diffusion.noise import (
     bit_flips,
     build_noise,
     chosen,
-    gaussian,
     stratified_levels,
 )
+from megatron_bit.diffusion.philox import seed_key
 from megatron_bit.diffusion.posterior import build_posterior
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
@@ -94,22 +94,24 @@ class BitLM(BitInput):
         super().__init__(config, place, codec)
         self.noise = build_noise(config, place.groups.device)
         self.noise_table = self.noise if isinstance(self.noise, EntropyRate) else None
-        self.posterior = build_posterior(config)
+        self.kernels = place.mcore.kernels
+        self.posterior = build_posterior(config, self.kernels.bit_loss)
         self.head = DenoisingHead(config, place.mcore, place.groups.tp, self.posterior) if place.last else None
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""
-        assert self.head is not None
+        assert isinstance(self.head, DenoisingHead)
         d, k, seed = self.settings.diffusion, self.settings.model.block_size, self.settings.train.seed
         length = batch.tokens.shape[1]
         first, last = self._bounds(length)
         block, blocks, m = first // k, (last - first) // k, d.noise_samples
         log_sigma = self.noise.log_sigma(stratified_levels(seed, TRAIN, batch.sample, block, blocks, m))
-        eps = gaussian(seed, TRAIN, batch.sample, block, blocks, m, k, self.settings.model.bits)
-        x = self.codec.encode(batch.tokens[:, first:last].transpose(0, 1)).float()[:, :, None, :]
-        z = x + log_sigma.exp().repeat_interleave(k, dim=0)[..., None] * eps
+        ids, table = self.codec.rows(batch.tokens[:, first:last].transpose(0, 1))
+        weight = None if self.settings.recompute_head else self.head.input.weight  # then it is projected in parts
+        key = seed_key(seed, TRAIN)
+        x, z, projected = self.kernels.noised_bits(ids, table, log_sigma, batch.sample, weight, key, block, k)
         shown = chosen(seed, ESTIMATE, batch.sample, block, blocks, m, d.self_condition) if d.self_condition else None
-        terms = self._terms(z, x, log_sigma, self.condition(hidden, batch), shown)
+        terms = self._terms(z, x[:, :, None], log_sigma, self.condition(hidden, batch), shown, projected)
         loss = terms.loss.mean() / self.shards
         metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))
         if self.noise_table is not None:
@@ -117,10 +119,21 @@ class BitLM(BitInput):
             metrics = torch.cat((metrics, self.noise_table.histogram(log_sigma, rate) / self.shards))
         return LossOutput(loss, metrics)
 
-    def _terms(self, z: Tensor, x: Tensor, log_sigma: Tensor, hidden: Tensor, shown: Tensor | None) -> LossTerms:
-        """z float32 [s, b, M, B], x [s, b, 1, B], log_sigma [n, b, M], shown bool [n, b, M] to the terms [s, b, M]."""
+    def _terms(
+        self,
+        z: Tensor,
+        x: Tensor,
+        log_sigma: Tensor,
+        hidden: Tensor,
+        shown: Tensor | None,
+        projected: Tensor | None,
+    ) -> LossTerms:
+        """The terms [s, b, M] from z float32 [s, b, M, B], x [s, b, 1, B], log_sigma [n, b, M], shown bool [n, b, M].
+
+        projected: [s, b, M, W], as of the head.
+        """
         if not self.settings.recompute_head:
-            return self._evaluate(z, x, log_sigma, hidden, shown)
+            return self._evaluate(z, x, log_sigma, hidden, shown, projected)
         samples = range(log_sigma.shape[-1])
         terms = [
             again(
@@ -131,9 +144,17 @@ class BitLM(BitInput):
         ]  # fmt: skip
         return LossTerms(*(torch.cat(parts, dim=-1) for parts in zip(*terms, strict=True)))
 
-    def _evaluate(self, z: Tensor, x: Tensor, log_sigma: Tensor, hidden: Tensor, shown: Tensor | None) -> LossTerms:
+    def _evaluate(
+        self,
+        z: Tensor,
+        x: Tensor,
+        log_sigma: Tensor,
+        hidden: Tensor,
+        shown: Tensor | None,
+        projected: Tensor | None = None,
+    ) -> LossTerms:
         assert self.head is not None
-        residual = self.head(z, log_sigma, hidden, shown)
+        residual = self.head(z, log_sigma, hidden, shown, projected)
         per_token = log_sigma.repeat_interleave(self.settings.model.block_size, dim=0)
         return denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
 

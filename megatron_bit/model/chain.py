@@ -76,7 +76,7 @@ class ChainHead(BlockHead):
         logits = torch.einsum("sbgw,guw->sbgu", features, weight[part])
         if isinstance(prior, Tensor):
             logits = logits + prior.squeeze(2).unflatten(-1, (g.count, g.values))[:, :, part]
-        return -g.log_softmax(logits, part).gather(-1, index[..., part, None]).squeeze(-1)
+        return self.kernels.group_cross_entropy(logits, index[..., part], g.invalid[part] if g.uneven else None)
 
 
 class ChainLM(BitInput):

@@ -101,6 +101,11 @@ class RawCodec(nn.Module):
         bits = (records[..., None] >> shifts) & 1
         return bits.flatten(-2)[..., : self.bits].to(torch.int8) * 2 - 1
 
+    def rows(self, records: Tensor) -> tuple[Tensor, Tensor]:
+        """A table of the records themselves, int8 [..., B] flattened to rows, and the row of each."""
+        table = self.encode(records).flatten(0, -2)
+        return torch.arange(len(table), device=records.device).view(records.shape[:-1]), table
+
 
 class Codec(nn.Module):
     """Maps token ids to bits of -1 and +1 and bit logits to the nearest valid id."""
@@ -132,6 +137,10 @@ class Codec(nn.Module):
     def encode(self, ids: Tensor) -> Tensor:
         """int64 [...] ids to int8 [..., B] bits of -1 and +1."""
         return self.table[ids]
+
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and the table that has their bits, int8 [V, B]: what `noised_bits` takes."""
+        return ids, self.table
 
     def decode(self, logits: Tensor) -> Tensor:
         """float [..., B] log-odds to int64 [...] ids."""

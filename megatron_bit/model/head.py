@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mbit_kernels.rms_norm import modulated_rms_norm
 from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
+from megatron_bit.diffusion.noised import network_input
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
 from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, row, value_table
@@ -49,7 +49,7 @@ class HeadLayer(nn.Module):
         """rope: of a head whose attention slides over the sequence; None for one that stays in its block."""
         super().__init__()
         h = config.model.head
-        self.rope, self.window = rope, h.window
+        self.rope, self.window, self.kernels = rope, h.window, mcore.kernels
         self.block_size = config.model.block_size
         self.head_dim = h.hidden_size // h.num_heads
         self.qkv = column(mcore, tp_group, h.hidden_size, 3 * h.hidden_size)
@@ -63,8 +63,9 @@ class HeadLayer(nn.Module):
         start: int64 [b, S], the first position that a sliding window may reach; rows of a sample stand together.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = x + gate_a * self._attention(modulated_rms_norm(x, shift_a, scale_a, EPS), start)
-        return x + gate_m * self._mlp(modulated_rms_norm(x, shift_m, scale_m, EPS))
+        norm = self.kernels.modulated_rms_norm
+        x = x + gate_a * self._attention(norm(x, shift_a, scale_a, EPS), start)
+        return x + gate_m * self._mlp(norm(x, shift_m, scale_m, EPS))
 
     def _attention(self, x: Tensor, start: Tensor | None) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
@@ -117,7 +118,7 @@ class BlockHead(nn.Module):
     def __init__(self, config: Config, mcore: Any, tp_group: Any, outputs: int) -> None:
         super().__init__()
         m, w = config.model, config.model.head.hidden_size
-        self.block_size = m.block_size
+        self.block_size, self.kernels = m.block_size, mcore.kernels
         self.position = nn.Parameter(torch.empty(m.block_size, w, dtype=mcore.params_dtype, device=init_device(mcore)))
         self.condition = fp8_linear(mcore, m.hidden_size, w)
         self.condition_last = linear(mcore, m.hidden_size, w) if m.block_size > 1 else None
@@ -148,7 +149,7 @@ class BlockHead(nn.Module):
         for layer in self.layers:
             x = layer(x, modulation, start)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
-        return modulated_rms_norm(x, shift, gain, EPS).view(s, b, m, w)
+        return self.kernels.modulated_rms_norm(x, shift, gain, EPS).view(s, b, m, w)
 
     def prior_logits(self, hidden: Tensor) -> Tensor | float:
         """What the backbone alone says, [s, b, 1, outputs]: linear, and the same at every noise level."""
@@ -176,40 +177,51 @@ class DenoisingHead(BlockHead):
         self.posterior: BitPosterior | GroupPosterior = posterior
         self.noise_level = NoiseLevelEmbedding(mcore, w)
 
-    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, shown: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        log_sigma: Tensor,
+        hidden: Tensor,
+        shown: Tensor | None = None,
+        projected: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             z: float32 [s, b, M, B], noised bits x + sigma eps.
             log_sigma: float32 [n, b, M], one level a block, n = s / K.
             hidden: [s, b, D], the backbone's states.
             shown: bool [n, b, M], which evaluations see the head's own estimate; None: all, if it takes one.
+            projected: [s, b, M, W], z through the input layer, if that is done.
 
         Returns:
             [s, b, M, outputs], what `posterior.logits` takes.
         """
         if self.estimate is None:
-            return self.evaluate(z, log_sigma, hidden, None)
+            return self.evaluate(z, log_sigma, hidden, None, projected)
         with torch.no_grad():
-            logits = self.posterior.logits(self.evaluate(z, log_sigma, hidden, None), z, self._sigma(log_sigma))
+            first = self.evaluate(z, log_sigma, hidden, None, projected)
+            logits = self.posterior.logits(first, z, self._sigma(log_sigma))
             estimate = self.posterior.mean(logits)
             if shown is not None:
                 estimate = estimate * shown.repeat_interleave(self.block_size, dim=0)[..., None]
-        return self.evaluate(z, log_sigma, hidden, estimate)
+        return self.evaluate(z, log_sigma, hidden, estimate, projected)
 
     def _sigma(self, log_sigma: Tensor) -> Tensor:
         """[n, b, M] to sigma of every token, [s, b, M, 1]."""
         return log_sigma.exp().repeat_interleave(self.block_size, dim=0)[..., None]
 
-    def evaluate(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None) -> Tensor:
+    def evaluate(
+        self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None, projected: Tensor | None = None
+    ) -> Tensor:
         """As `forward`, once; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is known."""
-        dtype, sigma = self.input.weight.dtype, self._sigma(log_sigma)
-        x = self.input((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
+        dtype = self.input.weight.dtype
+        x = self.input(network_input(z, log_sigma).to(dtype)) if projected is None else projected
         if estimate is not None:
             assert self.estimate is not None
             x = x + self.estimate(estimate.to(dtype))
         if self.values is not None:
             assert isinstance(self.posterior, GroupPosterior)
-            likely = self.posterior.likely(z, sigma)  # the mean embedding of the values that the noisy bits allow
-            x = x + likely.flatten(-2).to(dtype) @ self.values
+            likely = self.posterior.likely(z, self._sigma(log_sigma))
+            x = x + likely.flatten(-2).to(dtype) @ self.values  # mean embedding of what the noisy bits allow
         level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
         return self.output(self.features(x, level, hidden)) + self.prior_logits(hidden)

@@ -17,6 +17,7 @@ from megatron_bit.diffusion import noise
 from megatron_bit.errors import UserError
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.model import kernels
 
 NAMES = ["sharded_training", "k1", "k4", "odd"]
 CHAINS = ["chain", "chain_k1"]
@@ -330,10 +331,8 @@ def test_compiled_means_the_backbone_and_the_head(converted, generator, monkeypa
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled.run(rows, **how) == generator("chain").run(rows, **how)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        UserError, match=r"--compile needs a C\+\+ compiler on a CPU, and no-such-compiler is not there"
-    ):
+    monkeypatch.setattr(kernels, "_compiler", lambda: False)
+    with pytest.raises(UserError, match=r"--compile is not possible here: .* there is none on PATH; leave it out"):
         Generator(converted["chain"].folder, compiled=True)
 
 
@@ -421,3 +420,27 @@ def test_draws_have_their_probabilities():
             expected = (log_p / 0.7).softmax(-1) * count
             found = torch.bincount(drawn[:, place, group], minlength=32)
             assert ((found - expected).square() / expected).sum() < 31 + 5 * (2 * 31) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["k4", "odd"])
+def test_decoding_takes_the_form_that_was_measured(name, generator, monkeypatch):
+    """Of single bits; a form that the table does not name changes nothing."""
+    ours, calls = generator(name), []
+    wanted = generate(ours, [tokens(1, 8), tokens(2, 3)], 12)
+    winner = {"winner": "compiled", "sizes": {}}
+    monkeypatch.setattr("mbit_kernels.choice.measurements", lambda: {"cpu": {"nearest_token": winner}})
+
+    def fast(operation, form):
+        calls.append((operation, form))
+        return lambda logits, table: calls.append(len(logits)) or nearest_token(logits, table)
+
+    monkeypatch.setattr("megatron_bit.inference.generate.function", fast)
+    try:
+        ours.bind_decoding()
+        assert generate(ours, [tokens(1, 8), tokens(2, 3)], 12) == wanted
+        if ours.model.posterior.groups:
+            assert calls == []
+        else:
+            assert calls[0] == ("nearest_token", "compiled") and calls[1:] and set(calls[1:]) == {2}
+    finally:
+        vars(ours.model.posterior).pop("nearest_token", None)

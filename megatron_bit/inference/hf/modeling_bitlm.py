@@ -332,6 +332,10 @@ class Posterior:
         """The likeliest value of every group, or bit, as bits [..., B]."""
         return _bits_of(self.config, logits.argmax(-1)) if self.groups else logits.sign()
 
+    def nearest_token(self, logits: Tensor, table: Tensor) -> Tensor:
+        """The likeliest tokens, int64 [...]; of single bits megatron-bit may put a faster form here."""
+        return self.token_scores(logits, table).argmax(-1)
+
     def token_scores(self, logits: Tensor, table: Tensor) -> Tensor:
         """Log-probability of every token but for a constant, [..., V], from the code table [V, B]."""
         if not self.groups:
@@ -1061,7 +1065,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         final = logits(z, grid[-1])[:, 0, 0]
         if not self.config.vocab_size:
             return pack(self.posterior.likeliest(final))
-        return self.posterior.token_scores(final, self.model.code_table).argmax(-1)
+        return self.posterior.nearest_token(final, self.model.code_table)
 
     def _blocks(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows moved to the right and filled up in front to whole blocks: ids [b, n K], empty blocks in front [b]."""

@@ -1,0 +1,40 @@
+"""Ids to noised bits, and those into the head: what kernels/mbit_kernels/triton_noised_bits.py does in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_bit.diffusion.noise import keyed_gaussian
+
+
+def noised_bits(
+    ids: Tensor, table: Tensor, log_sigma: Tensor, sample: Tensor, weight: Tensor | None, key: tuple[int, int],
+    first_block: int, block_size: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Bits, z = bits + sigma eps, and z / sqrt(1 + sigma^2) through a linear layer.
+
+    Args:
+        ids: int64 [s, b], rows of the table.
+        table: int8 [V, B] of -1 and +1.
+        log_sigma: float32 [n, b, M], one level a block, n = s / block_size.
+        sample: int64 [b], global sample indices.
+        weight: [W, B] of the layer, which is the only argument with a gradient; None: no layer.
+        key: two 32-bit words of Philox (`philox.seed_key`).
+        first_block: of the sequence, that this rank holds.
+
+    Returns:
+        int8 [s, b, B], float32 [s, b, M, B], and [s, b, M, W] in the weight's dtype, or None.
+    """
+    blocks, _, samples = log_sigma.shape
+    x = table[ids]
+    eps = keyed_gaussian(key, sample, first_block, blocks, samples, block_size, table.shape[1])
+    z = x[:, :, None] + log_sigma.exp().repeat_interleave(block_size, dim=0)[..., None] * eps
+    return x, z, None if weight is None else F.linear(network_input(z, log_sigma).to(weight.dtype), weight)
+
+
+def network_input(z: Tensor, log_sigma: Tensor) -> Tensor:
+    """z / sqrt(1 + sigma^2), of unit variance: float32 [s, b, M, B]; log_sigma [n, b, M] as above."""
+    sigma = log_sigma.exp().repeat_interleave(z.shape[0] // log_sigma.shape[0], dim=0)[..., None]
+    return z * torch.rsqrt(1.0 + sigma * sigma)
