@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; what is in it is deleted")
     parser.add_argument("--have", type=Path, help="file of the packages that the GPU machine has, one a line")
-    parser.add_argument("--architecture", type=int, default=90, help="of the GPU: 90 is Hopper")
+    parser.add_argument("--architecture", type=int, default=90, help="of the GPU: 90 is Hopper; 0 for all, 171 MiB")
     parser.add_argument("--without-engine", action="store_true", help="no Transformer Engine")
     options = parser.parse_args()
     import torch

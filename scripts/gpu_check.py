@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from install_bundle import Installed, install, python_path
+from install_bundle import PREFIX, Installed, checkout, install, python_path
 
 MINUTES = 9.0
 CHECKS = {  # name: seconds it may take
@@ -52,17 +52,18 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "gpu_check.log"
     log.write_text("")
-    installed = install(options.bundle) if options.bundle else Installed()
     results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "checks": {}}
-    if installed.steps:
-        results["checks"]["bundle"] = {"state": "ok", "rows": installed.steps}
-    for name in options.only:
-        left = deadline - time.monotonic()
-        check = _run(name, options.device, log, min(CHECKS[name], left), installed.paths)
-        results["checks"][name] = check
-        (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
-        (options.out / "gpu_check.md").write_text(table(results))
-        print(f"{name}: {_summary(check)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as site:
+        installed = install(options.bundle, Path(site)) if options.bundle else Installed()
+        if installed.steps:
+            results["checks"]["bundle"] = {"state": "ok", "rows": installed.steps}
+        for name in options.only:
+            left = deadline - time.monotonic()
+            check = _run(name, options.device, log, min(CHECKS[name], left), installed.paths)
+            results["checks"][name] = check
+            (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
+            (options.out / "gpu_check.md").write_text(table(results))
+            print(f"{name}: {_summary(check)}", flush=True)
     print(f"wrote gpu_check.json, gpu_check.md and gpu_check.log in {options.out}")
     return int(any(check["state"] == "wrong" for check in results["checks"].values()))
 
@@ -71,9 +72,7 @@ def _run(name: str, device: str, log: Path, seconds: float, paths: list[str]) ->
     """One check in its own process: {"state": ok | wrong | failed | left out, "seconds", ...}."""
     if seconds < 10:
         return {"state": "left out", "why": "no time left"}
-    root = Path(__file__).resolve().parents[1]
-    ours = [str(root / part) for part in ("", "kernels", "data_prep", "launcher")]
-    environment = {**os.environ, "PYTHONPATH": python_path([*ours, *paths])}
+    environment = {**os.environ, "PYTHONPATH": python_path([*checkout(), *paths])}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     begin = time.monotonic()

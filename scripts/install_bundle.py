@@ -1,7 +1,9 @@
 """Installs what gpu_bundle.py made, beside the machine's own packages, which stay as they are.
 
-Everything goes into folders of their own for PYTHONPATH, Transformer Engine into another: if it does not work here,
-all else runs without it. Needs Python alone.
+    export PYTHONPATH=$(python3 scripts/install_bundle.py .gpu)     # then: python3 -m megatron_bit ...
+
+Everything goes into a temporary folder for PYTHONPATH, Transformer Engine into another: if it does not work here, all
+else runs without it. Needs Python alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+PREFIX = "megatron_bit_gpu_"
 LIMIT_S = 150  # for each step
 # a product in FP8, so that a driver that refuses the reduced library is found out here
 _TRY = """
@@ -46,11 +49,11 @@ class Installed:
 
     def note(self, step: str, result: str) -> None:
         self.steps.append({"step": step, "result": result})
-        print(f"bundle: {step}: {result}", flush=True)
+        print(f"bundle: {step}: {result}", file=sys.stderr, flush=True)
 
 
-def install(bundle: Path) -> Installed:
-    """Exits with a line if the base cannot be installed, or is for another Python."""
+def install(bundle: Path, site: Path) -> Installed:
+    """Into folders in `site`. Exits with a line if the base cannot be installed, or is for another Python."""
     try:
         manifest = json.loads((bundle / "bundle.json").read_text())
     except (OSError, ValueError) as error:
@@ -60,7 +63,7 @@ def install(bundle: Path) -> Installed:
         sys.exit(
             f"--bundle {bundle} is for Python {manifest['python']}, and this is {here}: make it with Python {here}"
         )
-    found, site = Installed(), Path(tempfile.mkdtemp(prefix="megatron_bit_gpu_"))
+    found = Installed()
     problem = _pip(bundle / "base", manifest["base"], site / "base", found)
     if problem:
         sys.exit(f"--bundle {bundle}: {problem}")
@@ -121,3 +124,14 @@ def _run(words: Sequence[str], extra: dict[str, str]) -> tuple[str, str]:
 def python_path(folders: Sequence[str]) -> str:
     """PYTHONPATH with these first."""
     return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def checkout() -> list[str]:
+    """Where the packages of this checkout are."""
+    root = Path(__file__).resolve().parents[1]
+    return [str(root / part) for part in ("", "kernels", "data_prep", "launcher")]
+
+
+if __name__ == "__main__":
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # stays: for the commands that follow
+    print(python_path([*checkout(), *install(Path(sys.argv[1]), folder).paths]))

@@ -25,7 +25,7 @@ _HEADERS = ("nvidia-cuda-crt", "nvidia-cuda-cccl")  # what torch's own CUDA whee
 
 
 def make(out: Path, work: Path, architecture: int) -> None:
-    """Puts the wheels into `out`; `work` is for about a gigabyte of temporary files."""
+    """Puts the wheels into `out`; `work` is for about a gigabyte of temporary files. Architecture 0 is all of them."""
     environment = _environment(work)
     pip(
         "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", work, f"transformer-engine-cu13=={VERSION}"
@@ -34,7 +34,11 @@ def make(out: Path, work: Path, architecture: int) -> None:
     pip(
         "install", "--quiet", "--target", work / "tools", "wheel>=0.45"
     )  # its pack and unpack; the extension's setup.py
-    _reduce(next(work.glob("transformer_engine_cu13*.whl")), out, work, architecture, environment)
+    core = next(work.glob("transformer_engine_cu13*.whl"))
+    if architecture:
+        _reduce(core, out, work, architecture, environment)
+    else:
+        shutil.move(core, out)
     _compile(out, work, environment)
 
 

@@ -116,20 +116,20 @@ def test_an_engine_that_does_not_work_leaves_the_rest(
 ) -> None:
     module = scripts("install_bundle")
     monkeypatch.setattr(module, "_TRY", "import mbit_base_of_a_test, mbit_engine_of_a_test; raise OSError('no driver')")
-    found = module.install(_bundle(tmp_path))
+    found = module.install(_bundle(tmp_path), tmp_path / "one")
     assert len(found.paths) == 1 and (Path(found.paths[0]) / "mbit_base_of_a_test.py").is_file()
     wanted = "does not work here: OSError: no driver; checking without Transformer Engine"
     assert found.steps[-1] == {"step": "engine", "result": wanted}
     monkeypatch.setattr(module, "_TRY", "import mbit_engine_of_a_test; print('works')")
-    found = module.install(tmp_path)
+    found = module.install(tmp_path, tmp_path / "two")
     assert len(found.paths) == 2 and found.steps[-1] == {"step": "engine", "result": "works"}
     monkeypatch.setattr(module, "_TRY", "import time; time.sleep(60)")
     monkeypatch.setattr(module, "LIMIT_S", 10)
-    assert "took longer than 10 s" in module.install(tmp_path).steps[-1]["result"]
+    assert "took longer than 10 s" in module.install(tmp_path, tmp_path / "three").steps[-1]["result"]
 
 
 def test_an_engine_for_another_torch_is_not_installed(scripts: Any, tmp_path: Path) -> None:
-    found = scripts("install_bundle").install(_bundle(tmp_path, torch="1.0+cu0"))
+    found = scripts("install_bundle").install(_bundle(tmp_path, torch="1.0+cu0"), tmp_path / "site")
     assert len(found.paths) == 1 and found.steps[-1]["result"].startswith("is for torch 1.0+cu0, and this is ")
 
 
@@ -142,9 +142,9 @@ def test_an_engine_for_another_torch_is_not_installed(scripts: Any, tmp_path: Pa
 )
 def test_a_bundle_that_cannot_be_used(manifest: dict[str, Any], message: str, scripts: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
-        scripts("install_bundle").install(_bundle(tmp_path, **manifest))
+        scripts("install_bundle").install(_bundle(tmp_path, **manifest), tmp_path / "site")
 
 
 def test_a_folder_that_is_no_bundle(scripts: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"has no readable bundle\.json .* make it with scripts/gpu_bundle\.py"):
-        scripts("install_bundle").install(tmp_path)
+        scripts("install_bundle").install(tmp_path, tmp_path / "site")
