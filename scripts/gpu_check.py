@@ -7,7 +7,8 @@
     python scripts/gpu_check.py --out cpu --device cpu           the same program at small sizes, where there is no GPU
 
 Each check runs in a process of its own with a time limit, so that one which crashes or hangs leaves the others alone.
-What could not be done is a row that says why. The exit code is 1 if a check found a wrong result.
+What could not be done is a row that says why. The exit code is 1 if a check found a wrong result, 2 if the bundle
+cannot be used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from install_bundle import PREFIX, Installed, checkout, install, python_path
 MINUTES = 9.0
 CHECKS = {  # name: seconds it may take
     "environment": 60,
-    "engine": 90,
+    "engine": 120,
     "attention": 90,
     "fp8": 90,
     "training": 120,

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 PREFIX = "megatron_bit_gpu_"
 LIMIT_S = 150  # for each step
@@ -53,23 +54,27 @@ class Installed:
 
 
 def install(bundle: Path, site: Path) -> Installed:
-    """Into folders in `site`. Exits with a line if the base cannot be installed, or is for another Python."""
+    """Into folders in `site`. Exits with a line and code 2 if the base is for another Python or cannot be installed."""
     try:
         manifest = json.loads((bundle / "bundle.json").read_text())
     except (OSError, ValueError) as error:
-        sys.exit(f"--bundle {bundle} has no readable bundle.json ({error}); make it with scripts/gpu_bundle.py")
+        _refuse(f"--bundle {bundle} has no readable bundle.json ({error}); make it with scripts/gpu_bundle.py")
     here = "{}.{}".format(*platform.python_version_tuple())
     if here != manifest["python"]:
-        sys.exit(
-            f"--bundle {bundle} is for Python {manifest['python']}, and this is {here}: make it with Python {here}"
-        )
+        _refuse(f"--bundle {bundle} is for Python {manifest['python']}, and this is {here}: make it with Python {here}")
     found = Installed()
     problem = _pip(bundle / "base", manifest["base"], site / "base", found)
     if problem:
-        sys.exit(f"--bundle {bundle}: {problem}")
+        _refuse(f"--bundle {bundle}: {problem}")
     found.paths.append(str(site / "base"))
     _engine(bundle, manifest, site / "engine", found)
     return found
+
+
+def _refuse(message: str) -> NoReturn:
+    """As argparse: 1 would say that a check found a wrong result."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _engine(bundle: Path, manifest: dict[str, object], site: Path, found: Installed) -> None:
