@@ -3,12 +3,13 @@
 
     python scripts/gpu_check.py --out gpu                        everything, on the GPU of this machine
     python scripts/gpu_check.py --out gpu --only attention fp8   some of it
-    python scripts/gpu_check.py --out gpu --wheels DIR           first install what is missing from wheels in DIR
     python scripts/gpu_check.py --out gpu --only kernels         forms of our operations; writes gpu/measured.json too
+    python scripts/gpu_check.py --out gpu --bundle .gpu          first install what gpu_bundle.py made
     python scripts/gpu_check.py --out cpu --device cpu           the same program at small sizes, where there is no GPU
 
 Each check runs in a process of its own with a time limit, so that one which crashes or hangs leaves the others alone.
-What could not be done is a row that says why. The exit code is 1 if a check found a wrong result.
+What could not be done is a row that says why. The exit code is 1 if a check found a wrong result, 2 if the bundle
+cannot be used.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from install_bundle import PREFIX, Installed, checkout, install, python_path
+
 MINUTES = 9.0
 CHECKS = {  # name: seconds it may take
-    "environment": 30,
+    "environment": 60,
+    "engine": 120,
     "attention": 90,
     "fp8": 90,
     "training": 120,
@@ -40,58 +46,57 @@ CHECKS = {  # name: seconds it may take
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json, gpu_check.md and the logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json, gpu_check.md and .log")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="+", choices=tuple(CHECKS), default=tuple(CHECKS), metavar="CHECK")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels; pip installs from it what is missing")
+    parser.add_argument("--bundle", type=Path, help="folder that gpu_bundle.py made; is installed first, for this call")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="what does not fit any more is left out")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    if options.wheels is not None:
-        _install(options.wheels)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "gpu_check.log"
+    log.write_text("")
     results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "checks": {}}
-    for name in options.only:
-        left = deadline - time.monotonic()
-        results["checks"][name] = _run(name, options.device, options.out, min(CHECKS[name], left))
-        (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
-        print(f"{name}: {_summary(results['checks'][name])}", flush=True)
-    (options.out / "gpu_check.md").write_text(table(results))
-    print(f"wrote {options.out / 'gpu_check.json'} and {options.out / 'gpu_check.md'}")
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as site:
+        installed = install(options.bundle, Path(site)) if options.bundle else Installed()
+        if installed.steps:
+            results["checks"]["bundle"] = {"state": "ok", "rows": installed.steps}
+        for name in options.only:
+            left = deadline - time.monotonic()
+            check = _run(name, options.device, log, min(CHECKS[name], left), installed.paths)
+            results["checks"][name] = check
+            (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
+            (options.out / "gpu_check.md").write_text(table(results))
+            print(f"{name}: {_summary(check)}", flush=True)
+    print(f"wrote gpu_check.json, gpu_check.md and gpu_check.log in {options.out}")
     return int(any(check["state"] == "wrong" for check in results["checks"].values()))
 
 
-def _install(wheels: Path) -> None:
-    """Every wheel of the folder, without looking for what it needs: the machine's own torch has to stay."""
-    files = sorted(str(path) for path in wheels.glob("*.whl"))
-    if not files:
-        sys.exit(f"--wheels {wheels} has no .whl files")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", *files], check=True)
-
-
-def _run(name: str, device: str, out: Path, seconds: float) -> dict[str, Any]:
+def _run(name: str, device: str, log: Path, seconds: float, paths: list[str]) -> dict[str, Any]:
     """One check in its own process: {"state": ok | wrong | failed | left out, "seconds", ...}."""
     if seconds < 10:
         return {"state": "left out", "why": "no time left"}
-    log, result = out / f"{name}.log", out / f"{name}.json"
-    result.unlink(missing_ok=True)
-    root = Path(__file__).resolve().parents[1]
-    paths = [str(root / part) for part in ("", "kernels", "data_prep", "launcher")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": python_path([*checkout(), *paths])}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    words = [sys.executable, "-m", "megatron_bit.bench.on_device", name, device, str(result)]
     begin = time.monotonic()
-    try:
-        with open(log, "wb") as file:
+    with tempfile.TemporaryDirectory() as folder, log.open("ab") as file:
+        result = Path(folder) / "result.json"
+        words = [sys.executable, "-m", "megatron_bit.bench.on_device", name, device, str(result)]
+        file.write(f"== {name}\n".encode())
+        file.flush()
+        try:
             code = subprocess.run(
                 words, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=seconds, check=False
             ).returncode
-    except subprocess.TimeoutExpired:
-        return {"state": "failed", "why": f"longer than {seconds:.0f} s; see {log}", "seconds": round(seconds)}
-    found: dict[str, Any] = {"state": "failed", "why": f"exit code {code}; see {log}"}
-    if result.exists():
-        found = json.loads(result.read_text())
+        except subprocess.TimeoutExpired:
+            return {"state": "failed", "why": f"longer than {seconds:.0f} s; see {log.name}", "seconds": round(seconds)}
+        table = result.with_name("measured.json")  # of the check `kernels`
+        if table.exists():
+            shutil.copy(table, log.with_name(table.name))
+        found: dict[str, Any] = {"state": "failed", "why": f"exit code {code}; see {log.name}"}
+        if result.exists():
+            found = json.loads(result.read_text())
     return {**found, "seconds": round(time.monotonic() - begin, 1)}
 
 

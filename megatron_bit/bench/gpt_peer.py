@@ -29,6 +29,8 @@ class GPTPeer(nn.Module):
         super().__init__()
         from megatron.core.models.gpt import gpt_layer_specs
         from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
         m, engine = config.model, with_transformer_engine()
         if config.fp8_products and (not engine or config.train.precision == "fp8_emulated"):
@@ -44,10 +46,14 @@ class GPTPeer(nn.Module):
         mcore.linears = ours.linears  # a step's FP8 around Transformer Engine's layers is the same for both
         self.config = mcore
         specs: Any = gpt_layer_specs
+        norm: Any = WrappedTorchNorm
+        spec: Any
         if engine:
             spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=m.qk_norm)
         else:
-            spec = specs.get_gpt_layer_local_spec(qk_layernorm=m.qk_norm, normalization="RMSNorm")
+            layer = specs.get_gpt_layer_local_spec(qk_layernorm=m.qk_norm, normalization="RMSNorm")
+            # or the last norm would be Transformer Engine's wherever that is installed, which is for GPUs alone
+            spec = TransformerBlockSubmodules(layer_specs=[layer] * m.num_layers, layer_norm=norm)
         self.model = GPTModel(
             mcore,
             spec,

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
@@ -35,6 +36,28 @@ def environment(device: torch.device) -> list[Row]:
         rows.append({"what": "GPU", "found": f"{name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"})
     rows += [{"what": f"fp8.recipe={name}", "found": why or "offered"} for name, why in te.offered().items()]
     return rows
+
+
+def engine(device: torch.device) -> list[Row]:
+    """tests/gpu: what compat/te.py asks of Transformer Engine, of the package itself."""
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        words = ["tests/gpu", "-q", "-p", "no:cacheprovider", "--timeout", "60", "--junitxml", str(report)]
+        subprocess.run([sys.executable, "-m", "pytest", *words], cwd=root, check=False)
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        return [_outcome(case) for case in cases]
+
+
+def _outcome(case: ElementTree.Element) -> Row:
+    """A row of a test; one that was skipped says why."""
+    row: Row = {"test": case.get("name") or case.get("classname"), "result": "passed"}
+    for kind in ("failure", "error", "skipped"):
+        found = case.find(kind)
+        if found is not None:
+            lines = found.get("message", "").splitlines() or [""]
+            row |= {"result": f"{kind}: {lines[0][:120]}", **({} if kind == "skipped" else {"right": False})}
+    return row
 
 
 def attention(device: torch.device) -> list[Row]:
@@ -258,7 +281,8 @@ def bench_generate(device: torch.device) -> list[Row]:
 CHECKS = {
     f.__name__: f
     for f in (
-        environment, attention, fp8, training, waits, layers, kernels, profile, bench_125m, bench_fp8, bench_generate
+        environment, engine, attention, fp8, training, waits, layers, kernels, profile, bench_125m, bench_fp8,
+        bench_generate,
     )
 }  # fmt: skip
 _FEW = ("data.seq_length=64", "train.global_batch_size=2", "train.micro_batch_size=2")

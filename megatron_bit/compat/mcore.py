@@ -9,6 +9,7 @@ seed the tracker, which sequence parallelism and recomputation fork on either de
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import types
 import warnings
@@ -44,6 +45,8 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     # names of collectives that megatron-core 0.16.1 still uses and torch 2.13 deprecates
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # megatron-core imports it, and it tells every rank of a CUDA toolkit without a GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron.core.tensor_parallel import random as mcore_random
 
     if torch.cuda.is_available():

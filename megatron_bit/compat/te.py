@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -42,6 +43,8 @@ def require(recipe: str) -> None:
 def offered() -> dict[str, str]:
     """Recipe: why this device cannot do it, or an empty string."""
     recipes = ("current", "delayed", "block", "mxfp8", "nvfp4")
+    if not torch.cuda.is_available():  # Transformer Engine would fail on asking what device it is
+        return dict.fromkeys(recipes, "there is no NVIDIA GPU here")
     try:
         te = _part("pytorch")
     except Exception as error:  # the meta package alone raises RuntimeError
@@ -57,6 +60,7 @@ def offered() -> dict[str, str]:
 
 def _part(name: str) -> Any:
     """A module of the package. After torch, which loads what it needs."""
+    os.environ.setdefault("NVTE_FRAMEWORK", "pytorch")  # or it warns wherever JAX is installed without its JAX part
     return importlib.import_module(f"transformer_engine.{name}")
 
 
@@ -92,7 +96,10 @@ class TransformerEngineLinears(LowPrecision):
         self._recipe, self._group = _recipe(config.fp8.recipe, config.fp8.amax_history), group
 
     def replicated(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        return _part("pytorch").Linear(inputs, outputs, bias=bias, params_dtype=dtype, device=device)
+        layer: nn.Module = _part("pytorch").Linear(inputs, outputs, bias=bias, params_dtype=dtype, device=device)
+        for parameter in layer.parameters():  # the weight says it is split over TP, whatever parallel_mode is
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        return layer
 
     @contextlib.contextmanager
     def step(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
@@ -101,9 +108,13 @@ class TransformerEngineLinears(LowPrecision):
             for layer in chunk.modules():
                 if hasattr(layer, "is_first_microbatch"):
                     layer.is_first_microbatch = True  # type: ignore[assignment]
-        with te.autocast(enabled=True, recipe=self._recipe, amax_reduction_group=self._group):
+        with torch.enable_grad(), te.autocast(enabled=True, recipe=self._recipe, amax_reduction_group=self._group):
             manager.is_first_fp8_module()  # ask in the first layer's place: no reduction in the middle of the step
-            yield
+            try:
+                yield
+            except BaseException:
+                torch.set_grad_enabled(False)  # or autocast waits on its way out for ranks that know of no error
+                raise
         manager.reduce_and_update_fp8_tensors(forward=False)  # the forward one was at the end of autocast
 
     def scaling(self, layer: nn.Module) -> Scaling | None:

@@ -17,7 +17,8 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_check.py"
 
 
 @pytest.fixture
-def script() -> ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,13 +27,16 @@ def script() -> ModuleType:
 
 
 def test_what_a_cpu_can_do(tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--out", str(tmp_path), "--only", "environment", "attention", "fp8", "waits"]
+    words = ["--device", "cpu", "--out", str(tmp_path), "--only", "environment", "engine", "attention", "fp8", "waits"]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
     assert {name: check["state"] for name, check in checks.items()} == dict.fromkeys(words[5:], "ok")
     assert [row["form"] for row in checks["attention"]["rows"]] == ["SDPA, dense mask", "FlexAttention"] * 3
     assert all(row["real"] == "no GPU" and row["right"] for row in checks["fp8"]["rows"])
+    results = [row["result"] for row in checks["engine"]["rows"]]
+    assert all(result == "passed" or result.startswith("skipped: ") for result in results) and results
+    assert {path.name for path in tmp_path.iterdir()} == {f"gpu_check.{end}" for end in ("json", "md", "log")}
     text = (tmp_path / "gpu_check.md").read_text()
     assert "## waits: ok" in text and "| needs a GPU" in text
 
@@ -52,7 +56,9 @@ def test_a_wrong_result_fails_and_a_crash_leaves_the_others_alone(
 
 
 def test_time_limits(script: ModuleType, tmp_path: Path) -> None:
-    assert script._run("layers", "cpu", tmp_path, 5)["state"] == "left out"
-    slow = script._run("bench_generate", "cpu", tmp_path, 10.0)
+    log = tmp_path / "gpu_check.log"
+    assert script._run("layers", "cpu", log, 5, [])["state"] == "left out"
+    slow = script._run("bench_generate", "cpu", log, 10.0, [])
     assert slow["state"] in ("ok", "failed") and slow["seconds"] <= 11
-    assert script._run("attention", "cuda", tmp_path, 60)["why"] == "torch sees no GPU"
+    assert script._run("attention", "cuda", log, 60, [])["why"] == "torch sees no GPU"
+    assert [line for line in log.read_text().splitlines() if line[:2] == "=="] == ["== bench_generate", "== attention"]

@@ -28,7 +28,7 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 
 
 def test_python_sources_come_back_exactly(tokenizer):
-    assert sum(map(len, SOURCES)) > 200_000
+    assert sum(map(len, SOURCES)) > 100_000  # how much every fortieth file is differs from Python to Python
     for text in SOURCES:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.exact
