@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
-from megatron_bit.inference.generate import Generator, compile_options
+from megatron_bit.inference.generate import Generator, check_compiler
 from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
 from megatron_bit.inference.hf_names import Source, model_arguments, softmax_config, training_dtype
 
@@ -62,10 +62,11 @@ def main(
         model.to(device=device, dtype=precision)
     cache = {}
     if compiled:
-        options, cache = compile_options(device), {"cache_implementation": "static"}
-        bitlm.compile_parts(**options)
+        check_compiler(device)
+        cache = {"cache_implementation": "static"}
+        bitlm.compile_parts()
         for peer in peers.values():
-            peer.forward = torch.compile(peer.forward, fullgraph=True, **options)
+            peer.forward = torch.compile(peer.forward, fullgraph=True)
     rows = []
     for batch in batches:
         ids = torch.randint(0, vocab_size, (batch, prompt), device=device)

@@ -73,15 +73,11 @@ class _Records:
         return "\n".join(bytes(record).hex() for record in ids)
 
 
-def compile_options(device: torch.device) -> dict[str, Any]:
-    """Of torch.compile, to generate on this device; UserError if it cannot work there.
-
-    On a CPU weights are stored once more, in the order that a product with a few rows reads fastest.
-    """
+def check_compiler(device: torch.device) -> None:
+    """UserError if torch.compile cannot work on this device."""
     reason = missing("compiled", device)
     if reason:
         raise UserError(f"--compile is not possible here: {reason}; leave it out")
-    return {"options": {"freezing": True}} if device.type == "cpu" else {}
 
 
 class Generator:
@@ -124,7 +120,8 @@ class Generator:
         self.model.to(self.device).eval()  # type: ignore[arg-type]
         self.bind_decoding()
         if compiled:
-            self.model.compile_parts(**compile_options(self.device))
+            check_compiler(self.device)
+            self.model.compile_parts()
 
     def bind_decoding(self) -> None:
         """Give the model the form of decoding that was measured as the fastest on a device of this name."""

@@ -324,8 +324,7 @@ def test_compiled_means_the_backbone_and_the_head(converted, generator, monkeypa
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: said.append((f.__name__, how)) or plain(f, backend="eager"))
     compiled = Generator(converted["chain"].folder, compiled=True)
-    frozen = {"options": {"freezing": True}}
-    assert said == [("forward", frozen), ("groups", frozen)]
+    assert said == [("forward", {}), ("groups", {})]
     how = {"max_tokens": 12, "streamer": None, "seed": 3}
     rows = [tokens(2, 7), tokens(1, 3)]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
