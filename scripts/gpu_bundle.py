@@ -22,6 +22,7 @@ import tempfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import transformer_engine_wheels as engine
 from packaging.requirements import Requirement
@@ -33,7 +34,9 @@ MANIFEST = "bundle.json"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; what is in it is deleted")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to make; of what is there, a bundle alone is replaced"
+    )
     parser.add_argument("--have", type=Path, help="file of the packages that the GPU machine has, one a line")
     parser.add_argument("--architecture", type=int, default=90, help="of the GPU: 90 is Hopper; 0 for all, 171 MiB")
     parser.add_argument("--without-engine", action="store_true", help="no Transformer Engine")
@@ -41,7 +44,9 @@ def main() -> int:
     import torch
 
     if torch.version.cuda is None or not torch.version.cuda.startswith("13."):
-        sys.exit(f"this environment's torch {torch.__version__} is no CUDA 13 build, which --out is to run with")
+        _refuse(f"this environment's torch {torch.__version__} is no CUDA 13 build, which the bundle is to run with")
+    if options.out.exists() and not (options.out / MANIFEST).is_file() and any(options.out.iterdir()):
+        _refuse(f"--out {options.out} holds other things than a bundle; give another folder, or empty it")
     folders = {"base": options.out / "base", "engine": options.out / "engine"}
     shutil.rmtree(options.out, ignore_errors=True)
     for folder in folders.values():
@@ -65,6 +70,11 @@ def main() -> int:
         for size, name in sizes:
             print(f"  {_mib(size):>9}  {name}")
     return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _lacking(roots: list[str] | tuple[str, ...], have: set[str]) -> list[str]:

@@ -112,6 +112,17 @@ def _bundle(folder: Path, **manifest: Any) -> Path:
     return folder
 
 
+def test_what_is_no_bundle_is_not_replaced(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        scripts("gpu_bundle").main()
+    assert "holds other things than a bundle" in capsys.readouterr().err and (tmp_path / "thesis.tex").exists()
+
+
 def test_an_engine_that_does_not_work_leaves_the_rest(
     scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
