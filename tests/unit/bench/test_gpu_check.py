@@ -62,3 +62,17 @@ def test_time_limits(script: ModuleType, tmp_path: Path) -> None:
     assert slow["state"] in ("ok", "failed") and slow["seconds"] <= 11
     assert script._run("attention", "cuda", log, 60, [])["why"] == "torch sees no GPU"
     assert [line for line in log.read_text().splitlines() if line[:2] == "=="] == ["== bench_generate", "== attention"]
+
+
+def test_the_table_of_kernels_comes_out(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check on a GPU leaves it beside its result, which is in a temporary folder."""
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        result = Path(words[-1])
+        result.write_text('{"state": "ok", "rows": []}')
+        result.with_name("measured.json").write_text('{"a GPU": {}}')
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    assert script._run("kernels", "cuda", tmp_path / "gpu_check.log", 60, [])["state"] == "ok"
+    assert json.loads((tmp_path / "measured.json").read_text()) == {"a GPU": {}}
