@@ -91,9 +91,9 @@ def _run(name: str, device: str, log: Path, seconds: float, paths: list[str]) ->
             ).returncode
         except subprocess.TimeoutExpired:
             return {"state": "failed", "why": f"longer than {seconds:.0f} s; see {log.name}", "seconds": round(seconds)}
-        table = result.with_name("measured.json")  # of the check `kernels`
-        if table.exists():
-            shutil.copy(table, log.with_name(table.name))
+        measured = result.with_name("measured.json")  # of the check `kernels`
+        if measured.exists():
+            shutil.copy(measured, log.with_name(measured.name))
         found: dict[str, Any] = {"state": "failed", "why": f"exit code {code}; see {log.name}"}
         if result.exists():
             found = json.loads(result.read_text())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from mbit_kernels import choice
 from torch import Tensor
 
+from megatron_bit.bench.measuring import milliseconds, relative_error
 from megatron_bit.config import ModelConfig, load_config
 from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.philox import seed_key
@@ -132,7 +132,7 @@ def _measured(case: Case, device: torch.device) -> Row:
         torch._dynamo.reset()  # compile for this size, as a run does for its own
         operation = function(case.operation, form)
         got, again = (_compared(case, operation) for _ in range(2))
-        row[f"{form}, error"] = max(_relative(a, b) for a, b in zip(got, wanted, strict=True))
+        row[f"{form}, error"] = max(relative_error(a, b) for a, b in zip(got, wanted, strict=True))
         if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
             row["right"], row[f"{form}, ms"] = False, "differs between two calls"
         elif not row[f"{form}, error"] < LIMIT[dtype]:
@@ -140,7 +140,7 @@ def _measured(case: Case, device: torch.device) -> Row:
         elif form == "triton" and device.type == "cpu":
             row[f"{form}, ms"] = "right; the interpreter's time says nothing"
         else:
-            row[f"{form}, ms"] = _ms(_prepared(case, operation), device)
+            row[f"{form}, ms"] = milliseconds(_prepared(case, operation), device)
     times = _times(row)
     if {"compiled", "triton"} <= times.keys():
         row["compiled over triton"] = times["compiled"] / times["triton"]
@@ -175,29 +175,6 @@ def _prepared(case: Case, operation: Callable[..., Any]) -> Callable[[], None]:
             torch.autograd.grad(case.compared(out), learned, upstream)
 
     return call
-
-
-def _ms(call: Callable[[], None], device: torch.device, repeats: int = 7, calls: int = 10) -> float:
-    """Milliseconds of a call, median of stretches of calls that the device works off without a wait of the host."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    times = []
-    for _ in range(repeats + 1):
-        wait()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        wait()
-        times.append(1e3 * (time.perf_counter() - begin) / calls)
-    return float(f"{sorted(times[1:])[repeats // 2]:.4g}")  # the first one warms up
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, of the whole tensors."""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def _version(package: str) -> str | None:

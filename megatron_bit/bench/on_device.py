@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,8 @@ from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
+
+from megatron_bit.bench.measuring import milliseconds, relative_error
 
 Row = dict[str, Any]
 
@@ -82,10 +83,12 @@ def attention(device: torch.device) -> list[Row]:
         for name, layer in (("SDPA, dense mask", dense), ("FlexAttention", fast)):
             gradients = on_gpu or layer is dense  # FlexAttention has none on a CPU
             got = _with_gradients(layer, tensors, start, gradients)
-            worst = [_relative(a, b) for a, b in zip(got, wanted, strict=False)]
+            worst = [relative_error(a, b) for a, b in zip(got, wanted, strict=False)]
             row: Row = {"block": block, "documents": masked, "form": name, "out": worst[0]}
             row["gradients"] = max(worst[1:]) if gradients else "none on a CPU"
-            row["ms"] = _ms(functools.partial(_with_gradients, layer, tensors, start, gradients), device)
+            row["ms"] = milliseconds(
+                functools.partial(_with_gradients, layer, tensors, start, gradients), device, repeats=10, calls=1
+            )
             rows.append({**row, "right": max(worst) < (2e-2 if on_gpu else 1e-4)})
     return rows
 
@@ -107,7 +110,7 @@ def fp8(device: torch.device) -> list[Row]:
         q = Quantizer(recipe, 1, device)
         weight = w.clone().requires_grad_()
         mine = _linear(lambda a: _Product.apply(a, weight, q), x, weight, g)  # noqa: B023
-        row: Row = {"recipe": recipe, "emulated to float64": _relative(mine[0], exact[0])}
+        row: Row = {"recipe": recipe, "emulated to float64": relative_error(mine[0], exact[0])}
         row["right"] = row["emulated to float64"] < 0.05
         if offered[recipe]:
             rows.append({**row, "real": offered[recipe]})
@@ -117,8 +120,8 @@ def fp8(device: torch.device) -> list[Row]:
         with state():
             real = _linear(layer, x, own, g)
         for name, a, b in zip(("out", "input gradient", "weight gradient"), real, mine, strict=True):
-            row[f"real to emulated, {name}"] = _relative(a, b)
-            row["right"] = row["right"] and _relative(a, b) < 0.02
+            row[f"real to emulated, {name}"] = relative_error(a, b)
+            row["right"] = row["right"] and relative_error(a, b) < 0.02
         rows.append(row)
     return rows
 
@@ -207,7 +210,7 @@ def layers(device: torch.device) -> list[Row]:
         forms = {"plain": plain, "as used": used, "torch.compile": torch.compile(plain, dynamic=False)}
         for form, function in forms.items():
             try:
-                row[f"{form}, ms"] = _ms(lambda: _backward(function, arguments), device)  # noqa: B023
+                row[f"{form}, ms"] = milliseconds(lambda: _backward(function, arguments), device, 10, calls=1)  # noqa: B023
             except Exception as error:  # torch.compile needs a C++ compiler on a CPU
                 row[f"{form}, ms"] = f"{type(error).__name__}"
         found.append(row)
@@ -313,27 +316,6 @@ def _backward(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) ->
         argument.grad = None
     out = function(*arguments)
     out.backward(torch.ones_like(out))
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, of the whole tensors."""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def _ms(function: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """Median milliseconds, after three calls to warm up."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return sorted(times)[len(times) // 2]
 
 
 def _data(folder: Path) -> Path:

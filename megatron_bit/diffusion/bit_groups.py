@@ -53,9 +53,9 @@ class BitGroups(nn.Module):
         """
         return torch.einsum("...gp,gup->...gu", self._split(odds) * 0.5, self.codes.float())
 
-    def log_softmax(self, logits: Tensor, part: slice = slice(None)) -> Tensor:
-        """[..., G, U] to float32 log-probabilities over each group's valid values; `part`: which groups these are."""
-        return logits.float().masked_fill(self.invalid[part], float("-inf")).log_softmax(-1)
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """[..., G, U] to float32 log-probabilities over each group's valid values."""
+        return logits.float().masked_fill(self.invalid, float("-inf")).log_softmax(-1)
 
     def probability_of(self, log_p: Tensor, bit: int) -> Tensor:
         """P(bit j is `bit`), `bit` -1 or +1: [..., G, U] to [..., B], a sum of positive terms."""

@@ -28,13 +28,17 @@ def noised_bits(
         int8 [s, b, B], float32 [s, b, M, B], and [s, b, M, W] in the weight's dtype, or None.
     """
     blocks, _, samples = log_sigma.shape
-    x = table[ids]
+    x, sigma = table[ids], token_sigma(log_sigma, block_size)
     eps = keyed_gaussian(key, sample, first_block, blocks, samples, block_size, table.shape[1])
-    z = x[:, :, None] + log_sigma.exp().repeat_interleave(block_size, dim=0)[..., None] * eps
-    return x, z, None if weight is None else F.linear(network_input(z, log_sigma).to(weight.dtype), weight)
+    z = x[:, :, None] + sigma * eps
+    return x, z, None if weight is None else F.linear(network_input(z, sigma).to(weight.dtype), weight)
 
 
-def network_input(z: Tensor, log_sigma: Tensor) -> Tensor:
-    """z / sqrt(1 + sigma^2), of unit variance: float32 [s, b, M, B]; log_sigma [n, b, M] as above."""
-    sigma = log_sigma.exp().repeat_interleave(z.shape[0] // log_sigma.shape[0], dim=0)[..., None]
+def token_sigma(log_sigma: Tensor, block_size: int) -> Tensor:
+    """Sigma of every token, [s, b, M, 1], from ln sigma of its block, [n, b, M]."""
+    return log_sigma.exp().repeat_interleave(block_size, dim=0)[..., None]
+
+
+def network_input(z: Tensor, sigma: Tensor) -> Tensor:
+    """z / sqrt(1 + sigma^2), of unit variance: float32 [s, b, M, B]; sigma as of `token_sigma`."""
     return z * torch.rsqrt(1.0 + sigma * sigma)

@@ -15,7 +15,7 @@ from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
-from megatron_bit.diffusion.noised import network_input
+from megatron_bit.diffusion.noised import network_input, token_sigma
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
 from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, row, value_table
@@ -200,28 +200,24 @@ class DenoisingHead(BlockHead):
             return self.evaluate(z, log_sigma, hidden, None, projected)
         with torch.no_grad():
             first = self.evaluate(z, log_sigma, hidden, None, projected)
-            logits = self.posterior.logits(first, z, self._sigma(log_sigma))
+            logits = self.posterior.logits(first, z, token_sigma(log_sigma, self.block_size))
             estimate = self.posterior.mean(logits)
             if shown is not None:
                 estimate = estimate * shown.repeat_interleave(self.block_size, dim=0)[..., None]
         return self.evaluate(z, log_sigma, hidden, estimate, projected)
 
-    def _sigma(self, log_sigma: Tensor) -> Tensor:
-        """[n, b, M] to sigma of every token, [s, b, M, 1]."""
-        return log_sigma.exp().repeat_interleave(self.block_size, dim=0)[..., None]
-
     def evaluate(
         self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None, projected: Tensor | None = None
     ) -> Tensor:
         """As `forward`, once; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is known."""
-        dtype = self.input.weight.dtype
-        x = self.input(network_input(z, log_sigma).to(dtype)) if projected is None else projected
+        dtype, sigma = self.input.weight.dtype, token_sigma(log_sigma, self.block_size)
+        x = self.input(network_input(z, sigma).to(dtype)) if projected is None else projected
         if estimate is not None:
             assert self.estimate is not None
             x = x + self.estimate(estimate.to(dtype))
         if self.values is not None:
             assert isinstance(self.posterior, GroupPosterior)
-            likely = self.posterior.likely(z, self._sigma(log_sigma))
+            likely = self.posterior.likely(z, sigma)
             x = x + likely.flatten(-2).to(dtype) @ self.values  # mean embedding of what the noisy bits allow
         level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
         return self.output(self.features(x, level, hidden)) + self.prior_logits(hidden)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_bit.bench.measuring import relative_error
 from megatron_bit.compat import te
 from megatron_bit.config import Config, load_config
 from megatron_bit.model.build import build_model
@@ -286,12 +287,8 @@ def test_a_step_uses_the_weights_of_now(recipe: str, package: Any, groups: Group
 
     first = [out() for _ in range(2)][-1]  # delayed scaling has its scale in the second step
     exact = (x @ column.weight.t()).detach()
-    assert 1e-3 < _relative(first, exact) < 0.06
+    assert 1e-3 < relative_error(first, exact) < 0.06
     with torch.no_grad():
-        assert _relative(column(x)[0], exact) < 1e-2
+        assert relative_error(column(x)[0], exact) < 1e-2
         column.weight.neg_()
-    assert _relative(out(), -exact) < 0.06
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+    assert relative_error(out(), -exact) < 0.06
