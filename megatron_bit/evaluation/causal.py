@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.models import Model
 from megatron_bit.inference.hf_names import Source, WeightsOf, softmax_config, training_dtype
+from megatron_bit.inference.tokenizer_json import check_folder
 
 LONGEST = 2048  # tokens of a row for a model that takes more, or does not say: what a row costs grows with its square
 
@@ -118,8 +119,10 @@ def from_folder(folder: Path) -> CausalModel:
     """A causal model of transformers with its tokenizer.
 
     Raises:
-        UserError: it cannot be read without running code of its own, or has no token that begins or ends a text.
+        UserError: it cannot be read without running code of its own, has no token that begins or ends a text, or was
+            converted from a run of ours with another tokenizer.
     """
+    check_folder(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what is wrong is said below, in one line
     known = {"local_files_only": True, "trust_remote_code": False}

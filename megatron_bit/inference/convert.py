@@ -73,23 +73,30 @@ def to_hf(
 
 
 def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
-    common: dict[str, Any] = {"dtype": dtype, "training_step": source.step}
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "training_step": source.step,
+        "tokenizer_sha256": source.identity["tokenizer"],  # of the data folder's file; "" of records, which have none
+        "code_fingerprint": source.identity["code table"],  # as in a run's identity.json; "none" of a softmax
+    }
     if source.weights != "trained":
         common["training_weights"] = source.weights
     if source.records:
         _write_bitlm(source, folder, common)
         return
-    from megatron_bit.inference.tokenizer_json import convert_tokenizer
+    from megatron_bit.inference.tokenizer_json import convert_tokenizer, fingerprint
 
     tokenizer = Tokenizer(source.manifest.tokenizer_path)
     eos = tokenizer.eos_id
     fast = convert_tokenizer(tokenizer)
-    common |= {"eos_token_id": eos, "pad_token_id": eos}
     if source.softmax:
-        _write_llama(source, folder, common, fast)
+        _begin_with(fast, eos)
+    fast.save(str(folder / "tokenizer.json"))
+    common |= {"eos_token_id": eos, "pad_token_id": eos, "tokenizer_fingerprint": fingerprint(folder)}
+    if source.softmax:
+        _write_llama(source, folder, common)
     else:
         _write_bitlm(source, folder, common)
-    fast.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": fast.id_to_token(eos),
@@ -125,13 +132,17 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
     shutil.copyfile(MODELING, folder / MODELING.name)
 
 
-def _write_llama(source: Source, folder: Path, common: dict[str, Any], tokenizer: Any) -> None:
-    """A softmax model is a Qwen3, or a Llama without norms of queries and keys: no code has to go with it.
-
-    Position 0 was trained on the end-of-document token, so the tokenizer puts it in front of every text.
-    """
-    import transformers
+def _begin_with(tokenizer: Any, eos: int) -> None:
+    """Have the end-of-document token put in front of every text: a softmax's position 0 was trained on it."""
     from tokenizers.processors import TemplateProcessing
+
+    token = tokenizer.id_to_token(eos)
+    tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, eos)])
+
+
+def _write_llama(source: Source, folder: Path, common: dict[str, Any]) -> None:
+    """A softmax model is a Qwen3, or a Llama without norms of queries and keys: no code has to go with it."""
+    import transformers
 
     eos = common["eos_token_id"]
     made = softmax_config(source.config, **common, bos_token_id=eos)
@@ -141,8 +152,6 @@ def _write_llama(source: Source, folder: Path, common: dict[str, Any], tokenizer
         bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, max_new_tokens=128, do_sample=True
     )
     generation.save_pretrained(folder)
-    token = tokenizer.id_to_token(eos)
-    tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, eos)])
 
 
 def _write_weights(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:

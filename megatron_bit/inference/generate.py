@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.errors import UserError
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
+from megatron_bit.inference.tokenizer_json import check_folder
 from megatron_bit.model.kernels import device_name, function, missing
 
 __all__ = ["SAMPLERS", "Generator", "main"]
@@ -160,6 +161,8 @@ class Generator:
                 )
             loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
             self.model, found = loaded
+            if self.model.config.vocab_size:
+                check_folder(folder)
             self.text = _Converted(folder) if self.model.config.vocab_size else _Records(self.model.config.bits)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"converted folder {folder} cannot be read: {error}") from None

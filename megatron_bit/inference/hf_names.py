@@ -61,6 +61,7 @@ class Source:
             )
         self.weights = weights
         self.step = int(meta["step"])
+        self.identity: dict[str, Any] = meta["identity"]
         self.noise_table: dict[str, Any] | None = meta.get("noise_table")
         self.config: Config = config
         self.code_table: Tensor | None = None  # int8 [V, B]; a softmax model and one of records have none

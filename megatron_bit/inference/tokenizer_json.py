@@ -6,9 +6,11 @@ needed and U+2581 in a text becomes its bytes, as in `mbit_data.tokenizer`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mbit_data.tokenizer import PROBE, SPACE_MARK, Tokenizer
@@ -70,6 +72,34 @@ def convert_tokenizer(tokenizer: Tokenizer) -> Any:
     out.encode_special_tokens = True  # `</s>` in a text is six characters, as in training
     _check(tokenizer, out, _samples(texts, proto), proto.trainer_spec.model_type == UNIGRAM)
     return out
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of what decides ids and text in a folder's tokenizer.json; `convert` writes it into config.json.
+
+    Not of the file: transformers writes limits, padding and a template anew when it saves a tokenizer that it has used.
+    OSError or ValueError if there is no such file.
+    """
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
+    return hashlib.sha256(json.dumps([content.get(part) for part in parts], sort_keys=True).encode()).hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """UserError if the tokenizer of a converted folder is another one than `convert` has written.
+
+    Other folders do not say which one is theirs, and pass.
+    """
+    try:
+        wanted = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokenizer_fingerprint")
+        if wanted is None or fingerprint(folder) == wanted:
+            return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"converted folder {folder} cannot be read: {error}") from None
+    raise UserError(
+        f"{folder / 'tokenizer.json'} is not the tokenizer that {folder} was converted with (config.json has "
+        f"tokenizer_fingerprint {str(wanted)[:12]}...); copy it back, or convert again"
+    )
 
 
 def _plain(tokenizer: Tokenizer) -> Any:

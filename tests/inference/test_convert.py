@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -11,13 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from megatron_bit.errors import UserError
+from megatron_bit.evaluation.loading import open_model
 from megatron_bit.inference import convert
 from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.safetensors_stream import Spec, plan_shards
 from megatron_bit.run_folder import newest_checkpoint
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def tensors(folder):
@@ -34,7 +41,11 @@ def test_files(converted):
     assert index["weight_map"] == {k: f for f in files for k in load_file(sharded / f)}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(sharded).values())
     assert (whole / "modeling_bitlm.py").read_text() == convert.MODELING.read_text()
-    assert json.loads((whole / "config.json").read_text())["training_step"] == 1
+    config = json.loads((whole / "config.json").read_text())
+    assert config["training_step"] == 1
+    identity = json.loads((converted["k4"].run / "identity.json").read_text())
+    assert config["tokenizer_sha256"] == identity["tokenizer"] == sha256(converted["k4"].data / "tokenizer.model")
+    assert config["code_fingerprint"] == identity["code table"]
     assert not list(whole.parent.glob("*.partial*"))
 
 
@@ -188,6 +199,38 @@ def test_a_damaged_folder_is_refused(damage, converted, tmp_path):
     damage(folder)
     with pytest.raises(UserError, match=str(folder)):
         Generator(folder)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(converted, tmp_path):
+    """Two tokens have changed places: every text would be read and written otherwise, without an error."""
+    folder = tmp_path / "folder"
+    shutil.copytree(converted["k4"].folder, folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    a, b = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"folder/tokenizer.json is not the tokenizer that .* was converted with"):
+        Generator(folder)
+    with pytest.raises(UserError, match="is not the tokenizer"):
+        open_model(folder)
+
+
+def test_a_tokenizer_that_transformers_has_saved_is_the_same_one(converted, tmp_path):
+    """It writes padding and a template anew, and what a folder of before says is nothing."""
+    folder = tmp_path / "folder"
+    shutil.copytree(converted["k4"].folder, folder)
+    again = PreTrainedTokenizerFast.from_pretrained(folder)
+    again(["a", "b c d"], padding=True)
+    again.save_pretrained(folder)
+    assert sha256(folder / "tokenizer.json") != sha256(converted["k4"].folder / "tokenizer.json")
+    text = "def f(x):\n    return  x</s>"
+    assert Generator(folder).text.encode(text) == Generator(converted["k4"].folder).text.encode(text)
+    config = json.loads((folder / "config.json").read_text())
+    del config["tokenizer_fingerprint"], config["tokenizer_sha256"], config["code_fingerprint"]
+    (folder / "config.json").write_text(json.dumps(config))
+    Generator(folder)
 
 
 def test_commands_say_one_line_and_exit_with_2(converted, tmp_path):

@@ -56,6 +56,9 @@ def test_the_folder_is_an_ordinary_one(peer: Peer) -> None:
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in peer.folder.iterdir()} == names
     config = json.loads((peer.folder / "config.json").read_text())
+    identity = json.loads((peer.run / "identity.json").read_text())
+    assert config["tokenizer_sha256"] == identity["tokenizer"] and config["code_fingerprint"] == "none"
+    assert peer.model.config.tokenizer_sha256 == identity["tokenizer"]  # transformers keeps what it does not know
     assert "auto_map" not in config and config["architectures"] == [type(peer.model).__name__]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0  # for transformers 4, and for 5
     weights = load_file(peer.folder / "model.safetensors")
