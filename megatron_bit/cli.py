@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -9,6 +10,7 @@ import traceback
 import tyro
 
 from megatron_bit import environment
+from megatron_bit.commands.arguments import PATHS
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
 from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import bench_data, inspect, prepare, verify
@@ -92,6 +94,7 @@ GROUPS = {
 def main() -> None:
     """Entry point: run a command, print a user's mistake as one line, and leave with its exit code."""
     rank, distributed = 0, False
+    _print_everything()
     try:
         rank, distributed = environment.environment_int("RANK", 0), environment.environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
@@ -118,6 +121,14 @@ def main() -> None:
     sys.exit(code)
 
 
+def _print_everything() -> None:
+    """A name that is no UTF-8 (half a surrogate pair in a file's name, a value, a text) is shown escaped; it would end
+    the command in an encoding error at the line that mentions it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in GROUPS and len(argv) > 1:
         group, prog, about = GROUPS[argv[0]], f"megatron-bit {argv[0]}", COMMANDS[argv[0]].__doc__
@@ -129,7 +140,7 @@ def _dispatch(argv: list[str]) -> int:
     anywhere = ("train", "plan", "submit", "chain", "resume") if group is COMMANDS else ("step",)
     if argv and argv[0] in anywhere:
         argv = _positional_first(argv)
-    return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv)
+    return tyro.extras.subcommand_cli_from_dict(group, prog=prog, description=about, args=argv, registry=PATHS)
 
 
 def _positional_first(argv: list[str]) -> list[str]:

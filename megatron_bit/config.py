@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_bit.errors import UserError
+from megatron_bit.paths import user_location
 
 
 class Section(BaseModel):
@@ -564,6 +565,7 @@ def load_config(
     """Merge the layers and validate.
 
     A YAML file may itself name a `preset`. `given` is one more layer, above the preset: what it is, and its tree.
+    Paths are taken as users write them (paths.py) in the file and in overrides, and as they stand in `given`.
     Raises UserError with one line: key, value, where it was set, what to do.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
@@ -572,7 +574,7 @@ def load_config(
         tree = read_yaml(Path(path), "configuration", instead)
         named = tree.pop("preset", None)
         preset = preset or named
-        layers.append((str(path), tree))
+        layers.append((str(path), _expanded(tree, str(path))))
     if preset is not None:
         if preset not in preset_names():
             raise UserError(f"preset {preset!r} does not exist; choose one of {', '.join(preset_names())}")
@@ -580,7 +582,7 @@ def load_config(
         layers.insert(0, (f"preset {preset}", yaml.safe_load(text)))
     if given is not None:
         layers.insert(preset is not None, given)
-    layers.extend(("command line", _parse_override(item)) for item in overrides)
+    layers.extend(("command line", _expanded(_parse_override(item), "command line")) for item in overrides)
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, tree in layers:
@@ -673,6 +675,38 @@ def read_yaml(
     if not isinstance(tree, dict):
         raise UserError(f"{what} {path} has to be a mapping of keys, not {type(tree).__name__}")
     return tree
+
+
+# keys that are a path, or a URL
+PATHS = ("run", "data.path", "data.sources", "data.remote.cache", "train.init_from", "checkpoint.mirror")
+
+
+def _expanded(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """The tree with its paths as the user means them. What is not text is left to the validation."""
+
+    def place(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{**one, "path": place(key, one.get("path"))} if isinstance(one, dict) else one for one in value]
+        if not isinstance(value, str):
+            return value
+        try:
+            value.encode()
+            return user_location(value)
+        except UnicodeEncodeError:  # safetensors opens no file below it: a run there could not be continued
+            raise UserError(f"{key} = {value} ({source}): the name is no UTF-8; rename the folder") from None
+        except UserError as error:
+            raise UserError(f"{key} = {value} ({source}): {error}") from None
+
+    def walk(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        out = {}
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            out[name] = walk(value, f"{key}.") if isinstance(value, dict) else value
+            if key in PATHS:
+                out[name] = place(key, value)
+        return out
+
+    return walk(tree, "")
 
 
 def _parse_override(item: str) -> dict[str, Any]:

@@ -32,6 +32,16 @@ def user_path(text: str | Path) -> Path:
     return Path(found)
 
 
+def user_location(text: str) -> str:
+    """The same of what may also be a URL, of which the variables alone are expanded, or a command (`pipe:`), which is
+    left as it is: no shell runs it. "" stays. Raises UserError as `user_path` does."""
+    if not text or text.startswith("pipe:"):
+        return text
+    if "://" in text:
+        return _VARIABLE.sub(lambda match: _value(match, text), text)
+    return str(user_path(text))
+
+
 def _home(first: str, written: str) -> str:
     home = os.path.expanduser(first)
     if home == first or (first == "~" and os.environ.get("HOME") == ""):  # the latter gives /

@@ -16,13 +16,14 @@ from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.heartbeat import HeartbeatCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
-from megatron_bit.checkpoint.init_from import init_from
+from megatron_bit.checkpoint.init_from import fill, open_weights
 from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, load_scaling, newest_undamaged
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
+from megatron_bit.identity import compare_run, identity, of_checkpoint
 from megatron_bit.model.build import build_model
 from megatron_bit.model.codec import learned_table
 from megatron_bit.optim.optimizer import build_optimizer
@@ -30,7 +31,7 @@ from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.links import check_links
-from megatron_bit.run_folder import claim, compare, identity, record_start
+from megatron_bit.run_folder import claim, record_start
 from megatron_bit.run_lock import RunLock
 from megatron_bit.state import TrainState
 from megatron_bit.trainer import Trainer
@@ -78,6 +79,9 @@ def build(config: Config, groups: Groups) -> Trainer:
     verified = time.perf_counter() - start
     if mirror is not None and checkpoint is not None:
         on_rank0(functools.partial(mirror.catch_up, checkpoint))
+    weights = None
+    if checkpoint is None and config.train.init_from is not None:
+        weights = on_every_rank(functools.partial(open_weights, config.train.init_from, mine, groups))
     meta = on_rank0(functools.partial(record_start, config, mine, checkpoint))
     config = config.with_vocab_size(manifest.vocab_size)  # not before: RUN/config.yaml is what was asked for
     optimizer = build_optimizer(config, chunks, groups)
@@ -90,9 +94,11 @@ def build(config: Config, groups: Groups) -> Trainer:
         state = TrainState(**meta["state"])
         load_noise_table(meta, chunks)
     taken = ""
-    if checkpoint is None and config.train.init_from is not None:
-        taken = on_every_rank(functools.partial(init_from, config.train.init_from, config, mine, optimizer, groups))
+    if weights is not None:
+        on_every_rank(functools.partial(fill, weights, optimizer, groups))
         optimizer.loaded(0)
+        of = config.train.init_from
+        taken = f"the layers of {of}; embedding and head begin untrained" if weights.partial else f"all of {of}"
     if groups.rank == 0:
         device = "CPU, gloo" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name()}, NCCL"
         took = f" (verified in {verified:.1f} s, read in {time.perf_counter() - start:.1f} s)"
@@ -133,8 +139,11 @@ def open_data(config: Config) -> Corpus:
 
 
 def _fetch(mirror: Mirror, root: Path, mine: dict[str, Any]) -> None:
+    def check(meta: dict[str, Any], where: str) -> None:
+        compare_run(of_checkpoint(meta, where), mine, where)
+
     mirror.open()
-    line = mirror.fetch_newer(root, mine, compare)
+    line = mirror.fetch_newer(root, check)
     if line:
         print(line, flush=True)
 

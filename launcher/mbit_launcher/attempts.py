@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.checkpoint.folder import newest_step
 from megatron_bit.config import Config
 from megatron_bit.errors import EXIT_PREEMPTED
 
@@ -171,8 +171,7 @@ def _end(submission: Submission, attempt: str, step: int, outcome: str, reason: 
 
 def _newest(run: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
-    found = complete(run / "checkpoints")
-    return step_of(found[-1]) if found else 0
+    return newest_step(run / "checkpoints")
 
 
 def _finished(run: Path, config: Config) -> bool:

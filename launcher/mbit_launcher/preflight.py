@@ -119,7 +119,7 @@ def judge(submission: Submission, attempt: str, nodes: Sequence[str]) -> int:
 def cordoned(path: Path) -> list[str]:
     """The nodes in a cordon file: the first word of each line; # begins a comment. UserError if it cannot be read."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
     words = [line.partition("#")[0].split() for line in lines]

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megatron_bit.config import Section, TextYaml, read_yaml, validated
 from megatron_bit.errors import UserError
+from megatron_bit.paths import user_location
 
 PREFIX = "cluster."  # of key=value pairs that belong to the profile
 
@@ -141,9 +142,31 @@ def load_profile(path: Path, overrides: Sequence[str] = ()) -> ClusterProfile:
         except yaml.YAMLError:
             target[leaf] = text
         origin[key] = "command line"
-    return validated(
+    profile = validated(
         ClusterProfile, {k: _unset(v) if k != "environment" else v for k, v in tree.items()}, origin, PREFIX
     )
+    return _expanded(profile)
+
+
+def _expanded(profile: ClusterProfile) -> ClusterProfile:
+    """Its paths as the user means them, by the environment of the shell that submits."""
+
+    def place(key: str, text: str | None) -> str | None:
+        try:
+            return None if text is None else user_location(text)
+        except UserError as error:
+            raise UserError(f"{PREFIX}{key} = {text}: {error}") from None
+
+    def mount(text: str) -> str:  # /host:/inside
+        host, colon, inside = text.partition(":")
+        return f"{place('container.mounts', host)}{colon}{inside}"
+
+    changes: dict[str, Any] = {key: place(key, getattr(profile, key)) for key in ("python", "cordon")}
+    if profile.container is not None:
+        mounts = tuple(map(mount, profile.container.mounts))
+        image = place("container.image", profile.container.image)
+        changes["container"] = profile.container.model_copy(update={"image": image, "mounts": mounts})
+    return profile.model_copy(update=changes)
 
 
 def _unset(value: Any) -> Any:

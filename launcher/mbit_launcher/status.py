@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.checkpoint.folder import complete, newest_step
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
 
@@ -100,7 +100,7 @@ def _status(
     done = complete(run / "checkpoints")
     if done:
         row.checkpoint, row.checkpoint_age = (
-            step_of(done[-1]),
+            newest_step(run / "checkpoints"),
             round(time.time() - (done[-1] / "COMMITTED").stat().st_mtime),
         )
     records = _tail(run / "log.jsonl")

@@ -83,7 +83,8 @@ class Submission:
 
 def submissions(run: Path) -> list[Submission]:
     """Of a run, oldest first."""
-    return [Submission(path.parent) for path in sorted((run / "slurm").glob("[0-9]*/config.yaml"))]
+    folders = {path.parent for path in (run / "slurm").glob("*/config.yaml") if path.parent.name.isdecimal()}
+    return [Submission(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
 
 
 def newest(run: Path) -> Submission:
@@ -158,7 +159,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON-lines file; none if it is not there. A last line that is cut is left out."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError:
         return []
     for line in lines:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.checkpoint.folder import newest_step
 from megatron_bit.config import Config, DataConfig
 from megatron_bit.data.remote import is_remote
 from megatron_bit.errors import UserError
@@ -65,8 +65,7 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
             "parallel.tp, parallel.pp, parallel.zero_stage or cluster.nodes, lower train.micro_batch_size, or set "
             "parallel.recompute=full"
         )
-    done = complete(run / "checkpoints")
-    if (run / "FINISHED").exists() and done and step_of(done[-1]) >= config.train.steps:
+    if (run / "FINISHED").exists() and newest_step(run / "checkpoints") >= config.train.steps:
         raise UserError(
             f"run {run} is finished: it has done train.steps {config.train.steps}; raise train.steps to go on"
         )
@@ -86,7 +85,7 @@ def _data(data: DataConfig) -> DataConfig:
         return str(path)
 
     if data.remote.cache:
-        cache = str(Path(data.remote.cache).expanduser().absolute())
+        cache = str(Path(data.remote.cache).absolute())
         data = data.model_copy(update={"remote": data.remote.model_copy(update={"cache": cache})})
     if not data.sources:
         return data.model_copy(update={"path": place("data.path", data.path)})

@@ -144,7 +144,9 @@ def rm(run: Path, steps: Sequence[int], force: bool) -> int:
     Raises:
         UserError: no such checkpoint, the newest without force, or a job is training this run.
     """
-    found = {folders.step_of(folder): folder for folder in resolve(run)}
+    found = {step: folder for folder in resolve(run) if (step := folders.step_of(folder.name)) is not None}
+    if not found:
+        raise UserError(f"{run} is no run folder, and --step is a checkpoint of one; give the run")
     if unknown := [step for step in steps if step not in found]:
         raise UserError(f"{run} has no checkpoint of step {unknown[0]}; it has {', '.join(map(str, sorted(found)))}")
     newest = max(found)

@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,30 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's name: `step-00000010` is 10. None for any other name, such as that of a copy
+    (`step-00000010-good`) or of a save that has not ended."""
+    match = re.fullmatch(r"step-(\d{8}|[1-9]\d{8,17})", name, re.ASCII)
+    return None if match is None else int(match[1])
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Of these names those of checkpoints, by their steps: as text 100,000,000 would come before 99,999,999."""
+    steps = ((step_of(name), name) for name in names)
+    return [name for _, name in sorted((step, name) for step, name in steps if step is not None)]
 
 
 def complete(root: Path) -> list[Path]:
-    """Committed checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in root.glob("step-*/COMMITTED") if not p.parent.suffix)
+    """Committed checkpoints of a run, oldest first. What lies there under another name is left alone."""
+    if not root.is_dir():
+        return []
+    return [root / name for name in in_order(os.listdir(root)) if (root / name / "COMMITTED").exists()]
+
+
+def newest_step(root: Path) -> int:
+    """Step of a run's newest committed checkpoint; 0 without one."""
+    found = complete(root)
+    return 0 if not found else step_of(found[-1].name) or 0
 
 
 def checkpoints_of(target: Path) -> list[Path]:
@@ -177,6 +196,8 @@ def sweep(root: Path) -> Iterator[str]:
     """
     for folder in sorted(root.glob("step-*.*")):
         final = folder.with_suffix("")
+        if step_of(final.name) is None:
+            continue  # a copy of somebody's
         if folder.suffix == REPLACED and not final.exists():
             folder.rename(final)
             yield f"put back {final}: it was being replaced when the run ended"
@@ -194,9 +215,9 @@ def remove(folder: Path) -> None:
 
 
 def superfluous(names: Sequence[str], keep: int, keep_every: int) -> list[str]:
-    """Of checkpoints' names, oldest first: all but the newest `keep`, those at multiples of `keep_every` (0: none) and
-    the untrained one."""
-    steps = {name: step_of(Path(name)) for name in names[:-keep]}
+    """Of checkpoints' names as `in_order` gives them: all but the newest `keep`, those at multiples of `keep_every` (0:
+    none) and the untrained one."""
+    steps = {name: step_of(name) for name in names[:-keep]}
     return [name for name, step in steps.items() if step and not (keep_every and step % keep_every == 0)]
 
 

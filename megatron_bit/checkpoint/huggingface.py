@@ -7,7 +7,7 @@ group's query heads, its key head, its value head.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_bit import identity
+from megatron_bit.checkpoint import hf_config
+from megatron_bit.checkpoint.hf_config import BITLM, read_json
 from megatron_bit.checkpoint.index import Rectangle
-from megatron_bit.config import ModelConfig
+from megatron_bit.config import config_from_dict
 from megatron_bit.errors import UserError
+from megatron_bit.model.codec import CODES, Codec, RawCodec, table_fingerprint
 from megatron_bit.model.logical import VOCABULARY
-
-LLAMA_LAYOUT = ("llama", "qwen3")
-BITLM = "bitlm"
 
 _LAYER = re.compile(r"^backbone\.layers\.(\d+)\.(.+)$")
 _IN_LAYER = {
@@ -66,32 +67,76 @@ _OUTSIDE = {
 class HuggingFaceWeights:
     """Random access to the weights of a folder with config.json and safetensors files."""
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
+    def __init__(self, folder: Path) -> None:
         """
         Raises:
-            UserError: the folder is no such model, or one that this configuration cannot hold; says what to set.
+            UserError: the folder is no model whose layers can be ours.
         """
         self.folder = folder
-        self._model = model
-        self.config = read_json(folder / "config.json")
-        self.kind: str = self.config.get("model_type", "")
-        if self.kind not in (*LLAMA_LAYOUT, BITLM):
-            raise UserError(
-                f"{folder} is a model of type {self.kind!r}; weights can be taken from {', '.join(LLAMA_LAYOUT)} "
-                "and from converted BitLMs"
-            )
-        if self.kind in LLAMA_LAYOUT:
-            self._check_layers()
-        elif model.head.kind == "softmax":
-            raise UserError(
-                f"{folder} is a converted BitLM, and model.head.kind is softmax; weights can be taken from a converted "
-                f"softmax run and from {', '.join(LLAMA_LAYOUT)}"
-            )
-        # the same number of tokens: a softmax model can take their rows as well
-        self.has_tokens = model.head.kind == "softmax" and self.config.get("vocab_size") == model.vocab_size
+        self._there = hf_config.read_config(folder)
+        self.kind: str = self._there["model_type"]
+        self.vocab_size: int = self._there.get("vocab_size") or 0  # 0: raw records
+        self._files: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         self._where: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
-        self._files: dict[str, Any] = {}
+        self.settings = hf_config.settings(folder, self._there, self._code() if self.kind == BITLM else "")
+        self._model = config_from_dict(self.settings).model
+        self._check_names()
+        self.has_tokens = False  # whether the rows of tokens of a softmax model are taken as well: `check` says
+
+    def check(self, mine: Mapping[str, Any], where: str) -> None:
+        """UserError if the weights mean something else to a run of the identity `mine`, or cannot be shown not to."""
+        softmax = mine["model.head.kind"] == "softmax"
+        there = hf_config.meaning_of(self._there, self.settings)
+        if self.kind == BITLM:
+            if softmax:
+                raise UserError(
+                    f"{where} is a converted BitLM, and model.head.kind is softmax; weights can be taken from a "
+                    f"converted softmax run and from {', '.join(hf_config.LLAMA_LAYOUT)}"
+                )
+            code = (
+                RawCodec(self._model.bits).fingerprint if not self.vocab_size else table_fingerprint(self.code_table())
+            )
+            there |= {identity.VOCABULARY: self.vocab_size, identity.CODE: code}
+        identity.compare_model(there, mine, where)
+        self.has_tokens = softmax and self.vocab_size == mine[identity.VOCABULARY]
+        if self.kind == BITLM or self.has_tokens:
+            self._check_tokenizer(mine, where)
+
+    def _check_tokenizer(self, mine: Mapping[str, Any], where: str) -> None:
+        """By what `convert` wrote down of the data folder's tokenizer; else one of the folder's files has to be it."""
+        said = self._there.get("tokenizer_sha256")
+        if said is not None:
+            identity.compare_model({identity.TOKENIZER: said}, mine, where)
+            return
+        files = (self.folder / name for name in ("tokenizer.json", "tokenizer.model"))
+        digests = (hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())
+        if mine[identity.TOKENIZER] not in digests:
+            raise UserError(
+                f"{where} cannot be shown to be of the tokenizer of data.path ({mine[identity.TOKENIZER]}), and its "
+                "weights would mean other tokens; prepare the data with its tokenizer (`megatron-bit prepare "
+                "--tokenizer`), and convert again what an older version converted"
+            )
+
+    def _code(self) -> str:
+        """The value of model.code that makes the folder's table; one that is none of CODES was learned."""
+        if not self.vocab_size:
+            return "raw"
+        table = self.code_table()
+        for code in CODES:
+            if torch.equal(Codec(code, len(table), table.shape[1]).table, table):
+                return code
+        return "semantic"
+
+    def _check_names(self) -> None:
+        """UserError for a tensor that no layer here has, such as a bias that config.json does not tell of."""
+        inside = {*_IN_LAYER.values(), *(f"self_attn.{letter}_proj.weight" for letter in "qkv")}
+        for name in self._where or self._file("model.safetensors").keys():  # no mapping
+            match = re.match(r"^model\.layers\.(\d+)\.(.+)$", name)
+            if match is None or match[2].endswith("rotary_emb.inv_freq"):
+                continue
+            if match[2] not in inside or int(match[1]) >= self._model.num_layers:
+                raise UserError(f"{self.folder} has a tensor {name}, and a layer here has none such")
 
     @property
     def partial(self) -> bool:
@@ -125,9 +170,8 @@ class HuggingFaceWeights:
 
     def _tokens(self, name: str, columns: int, box: Rectangle) -> Tensor:
         """Rows of tokens; those behind the vocabulary are zero."""
-        size, theirs = self._model.vocab_size, _name(name)
-        assert size is not None
-        if self.config.get("tie_word_embeddings"):
+        size, theirs = self.vocab_size, _name(name)
+        if self._there.get("tie_word_embeddings"):
             theirs = _OUTSIDE["embedding.table.weight"]
         out, count = torch.zeros(box.shape), min(box.shape[0], size - box.offset[0])
         if count > 0:
@@ -160,61 +204,17 @@ class HuggingFaceWeights:
 
     def _open(self, name: str) -> Any:
         file = self._where.get(name, "model.safetensors")
+        if name not in self._file(file).keys():  # noqa: SIM118  # no mapping
+            raise UserError(f"weights {self.folder / file} have no tensor {name}")
+        return self._file(file)
+
+    def _file(self, file: str) -> Any:
         if file not in self._files:
             try:
                 self._files[file] = safe_open(str(self.folder / file), framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"weights {self.folder / file} cannot be read: {error}") from None
-        if name not in self._files[file].keys():  # noqa: SIM118  # no mapping
-            raise UserError(f"weights {self.folder / file} have no tensor {name}")
         return self._files[file]
-
-    def _check_layers(self) -> None:
-        """Every difference in one line, as the key=value pairs that mend it."""
-        there, m = self.config, self._model
-        rope = _rope(there)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        for key, value, allowed in (
-            ("attention_bias", there.get("attention_bias", False), False),
-            ("mlp_bias", there.get("mlp_bias", False), False),
-            ("hidden_act", there.get("hidden_act", "silu"), "silu"),
-            ("rope type", kind, "default"),
-        ):
-            if value != allowed:
-                raise UserError(f"{self.folder} has {key} {value}, and a layer here can only have {allowed}")
-        wanted = {f"model.{key}": value for key, value in layer_settings(there).items()}
-        here = {**m.model_dump(), "head_dim": m.attention_head_dim}
-        wrong = {k: v for k, v in wanted.items() if here[k.removeprefix("model.")] != v}
-        if wrong:
-            key = next(iter(wrong))
-            mine = here[key.removeprefix("model.")]
-            pairs = " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in wrong.items())
-            raise UserError(f"{key} is {mine}, and the layers of {self.folder} have {wrong[key]}; set {pairs}")
-
-
-def layer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ModelConfig that the layers of a config.json of the Llama layout decide."""
-    heads = config["num_attention_heads"]
-    return {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim_of(config),
-        "ffn_hidden_size": config["intermediate_size"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_base": _rope(config).get("rope_theta", config.get("rope_theta", 10000.0)),
-        "qk_norm": config.get("qk_norm", config.get("model_type") == "qwen3"),
-    }
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def head_dim_of(config: Mapping[str, Any]) -> int:
-    """Width of an attention head that a config.json says, or leaves to its other sizes."""
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def _name(logical: str) -> str:
@@ -224,14 +224,3 @@ def _name(logical: str) -> str:
     if match := _HEAD_LAYER.match(logical):
         return f"head.layers.{match.group(1)}.{_IN_HEAD_LAYER[match.group(2)]}"
     return _OUTSIDE.get(logical, logical.replace("head.noise_level.", "head.noise_embed."))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError if there is none."""
-    try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return tree

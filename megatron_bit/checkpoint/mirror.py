@@ -146,36 +146,37 @@ class Mirror:
             return []
         except Exception as error:  # whatever a file system of fsspec raises
             raise UserError(f"checkpoint.mirror {self.url} cannot be read: {_reason(error)}") from error
-        return sorted(str(path).rsplit("/", 2)[1] for path in found)
+        return folders.in_order(str(path).rsplit("/", 2)[1] for path in found)
 
-    def fetch_newer(self, root: Path, mine: dict[str, Any], compare: Callable[..., None]) -> str | None:
+    def fetch_newer(self, root: Path, check: Callable[[dict[str, Any], str], None]) -> str | None:
         """Bring the newest checkpoint there to `root`, if it has none as new; returns a line about it.
 
         Args:
-            mine: identity of the run; what is there has to be of the same by `compare`.
+            check: called with meta.json and where it is; UserError if it is of another run.
 
         Raises:
             UserError: it cannot be reached, is of another run, or arrives damaged.
         """
         try:
-            return self._fetch_newer(root, mine, compare)
+            return self._fetch_newer(root, check)
         except UserError:
             raise
         except Exception as error:  # whatever a file system of fsspec raises
             raise UserError(f"checkpoint.mirror {self.url} cannot be read: {_reason(error)}") from error
 
-    def _fetch_newer(self, root: Path, mine: dict[str, Any], compare: Callable[..., None]) -> str | None:
+    def _fetch_newer(self, root: Path, check: Callable[[dict[str, Any], str], None]) -> str | None:
         there, here = self.complete(), [folder.name for folder in folders.complete(root)]
         if not there:
             return None
+        newer = folders.in_order([*here, there[-1]])[-1] not in here
         source = f"{self._root}/{there[-1]}"
         text, mark = self._fs.cat_file(f"{source}/{HASHES}"), self._fs.cat_file(f"{source}/{MARK}").decode().strip()
         if hashlib.sha256(text).hexdigest() != mark:
             raise UserError(f"checkpoint.mirror {self.url}/{there[-1]} is damaged: {HASHES} is not what {MARK} says")
         files: dict[str, Any] = json.loads(text)
         meta = json.loads(self._fs.cat_file(f"{source}/meta.json"))
-        compare(meta["identity"], mine, f"checkpoint.mirror {self.url}/{there[-1]}")
-        if here and here[-1] >= there[-1]:
+        check(meta, f"checkpoint.mirror {self.url}/{there[-1]}")
+        if not newer:
             return None
         final = root / there[-1]
         temporary = final.with_suffix(folders.TEMPORARY)

@@ -48,7 +48,7 @@ def plan(
     from megatron_bit.planning.report import as_dict, nothing_fits, table
     from megatron_bit.planning.search import Cluster, search
 
-    target, overrides = split(args)
+    target, overrides = split(args, preset)
     if target is None and preset is None:
         raise UserError("plan needs CONFIG.yaml or --preset; try `megatron-bit plan --preset 8b --nodes 8`")
     for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node), ("--top", top)):

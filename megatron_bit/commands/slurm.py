@@ -222,7 +222,7 @@ def _read(args: tuple[str, ...], cluster: Path | None, preset: str | None, sweep
     from mbit_launcher.profile import load_profile, split_overrides
     from mbit_launcher.submit import sweep_configs
 
-    target, overrides = split(args)
+    target, overrides = split(args, preset)
     if target is None and preset is None:
         raise UserError("nothing to submit: give CONFIG.yaml, a run folder, or --preset")
     if cluster is None:

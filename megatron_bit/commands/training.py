@@ -45,7 +45,7 @@ def train(
     from megatron_bit.parallel.dims import ParallelDims
     from megatron_bit.run_folder import resolve
 
-    target, overrides = split(args)
+    target, overrides = split(args, preset)
     if target is None and preset is None:
         raise UserError(
             "train needs CONFIG.yaml, a run folder, or --preset; try `megatron-bit train --preset laptop data.path=DIR`"

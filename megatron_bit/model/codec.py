@@ -83,6 +83,11 @@ def build_codec(config: ModelConfig, vocab_size: int, learned: Tensor | None = N
     return Codec(config.code, vocab_size, config.bits, learned)
 
 
+def table_fingerprint(table: Tensor) -> str:
+    """SHA-256 (hex) of a table of codes, int8 [V, B]."""
+    return hashlib.sha256(f"{tuple(table.shape)}".encode() + table.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
 class RawCodec(nn.Module):
     """Records as they are: bit j of a token is bit 7 - j % 8 of its byte j // 8, the highest bit first."""
 
@@ -132,7 +137,7 @@ class Codec(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the table: two models with different codes are different models."""
-        return hashlib.sha256(f"{tuple(self.table.shape)}".encode() + self.table.cpu().numpy().tobytes()).hexdigest()
+        return table_fingerprint(self.table)
 
     def encode(self, ids: Tensor) -> Tensor:
         """int64 [...] ids to int8 [..., B] bits of -1 and +1."""

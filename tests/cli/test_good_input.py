@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,23 @@ def test_a_stop_that_is_behind_says_so(train_args: Any, zygote: Any, tmp_path: P
     first, second = zygote([{"args": words}, {"args": words}])
     assert first.code == second.code == 0
     assert "train.stop_at" in second.out
+
+
+def test_a_run_with_a_name_like_a_setting_and_a_copy_beside_its_checkpoints(train_args: Any, tmp_path: Path) -> None:
+    """It is continued by its name; the copy is not listed, not pruned and in nobody's way, and can be compared."""
+    name, saves = tmp_path / "sweep" / "optim.lr=1e-3", ["checkpoint.every=1", "checkpoint.keep=1"]
+    assert run(*train_args(name, "train.steps=2", *saves)).code == 0
+    newest = name / "checkpoints" / "step-00000002"
+    copy = Path(shutil.copytree(newest, newest.with_name("step-00000002-good")))
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["config"]["data"]["path"] = "half a pair: \ud800"  # of a value that is no text
+    (copy / "meta.json").write_text(json.dumps(meta))
+    done = run("train", str(name), "train.steps=4")
+    assert done.code == 0, done.err
+    assert sorted(p.name for p in (name / "checkpoints").iterdir()) == ["step-00000002-good", "step-00000004"]
+    listed = json.loads(run("checkpoint", "ls", str(name), "--json").out)
+    assert [line["step"] for line in listed] == [4]
+    different = run("checkpoint", "diff", str(name), str(copy))
+    assert different.code == 1 and not different.err
+    assert "data.path: " in different.out and "half a pair: \\ud800" in different.out
+    run("checkpoint", "rm", str(copy), "--step", "2").refused("is no run folder, and --step is a checkpoint of one")

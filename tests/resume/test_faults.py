@@ -14,7 +14,7 @@ import pytest
 import tiny_runs
 from gloo_ranks import run_ranks
 
-from megatron_bit.checkpoint.folder import complete, problems, step_of
+from megatron_bit.checkpoint.folder import complete, newest_step, problems, step_of
 from megatron_bit.run_lock import RunLock
 
 DP2 = {"parallel.zero_stage": 1, "train.global_batch_size": 2, "checkpoint.every": 1, "checkpoint.keep": 2}
@@ -25,7 +25,7 @@ def _arguments(run: Path, data: Path, **settings: Any) -> list[str]:
 
 
 def _newest(run: Path) -> int:
-    return step_of(complete(run / "checkpoints")[-1])
+    return newest_step(run / "checkpoints")
 
 
 def test_killed_at_twenty_moments_of_saving(tiny_data: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_killed_at_twenty_moments_of_saving(tiny_data: Path, tmp_path: Path) -> 
             survived += 1
         found = complete(run / "checkpoints")
         assert all(problems(folder) == [] for folder in found), (victims, operation)
-        step = step_of(found[-1]) if found else 0
+        step = newest_step(run / "checkpoints")
         assert step >= newest, f"{victims} killed at operation {operation}: the newest was {newest} and is {step}"
         newest = step
     assert survived == 0 and newest > 5
@@ -101,7 +101,7 @@ def test_one_failed_save_is_reported_and_training_goes_on(background: bool, tiny
     run_ranks(tiny_runs.aloud, 2, arguments, tmp_path / "said", "train_full_disk", (2,), 1)
     said = (tmp_path / "said").read_text()
     assert "warning: checkpoint step 2 is not saved" in said and "File too large (rank 1; 1 of 2 ranks)" in said
-    assert [step_of(p) for p in complete(tmp_path / "run" / "checkpoints")] == [1, 3, 4, 5]
+    assert [step_of(p.name) for p in complete(tmp_path / "run" / "checkpoints")] == [1, 3, 4, 5]
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.suffix]
 
 

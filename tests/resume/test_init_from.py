@@ -104,8 +104,8 @@ def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -
 
 
 BAD = {
-    "head_dim": ({"model.head_dim": 16}, "model.head_dim is 16, and the layers of .* have 12; set model.head_dim=12"),
-    "sizes": ({"model.num_layers": 4}, "model.num_layers is 4, and the layers of .* have 5; set model.num_layers=5"),
+    "head_dim": ({"model.head_dim": 16}, "model.head_dim is 12 there and 16 here; set model.head_dim=12"),
+    "sizes": ({"model.num_layers": 4}, "model.num_layers is 5 there and 4 here; set model.num_layers=5"),
     "qk_norm": ({"model.qk_norm": True}, "set model.qk_norm=false"),
     "nothing": ({"train.init_from": "/nowhere"}, "/nowhere has no complete checkpoint"),
 }
@@ -118,6 +118,7 @@ def test_weights_that_do_not_fit(name: str, tiny_data: Path, tmp_path: Path) -> 
     arguments = {"train.init_from": tmp_path / "hf", "model.qk_norm": False, **settings}
     with pytest.raises(AssertionError, match=f"UserError: .*{message}"):
         _start(tmp_path / "run", tiny_data, 2, **arguments)
+    assert not (tmp_path / "run" / "identity.json").exists()  # the same command with the right keys may use the folder
 
 
 def test_weights_of_other_tokens(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -126,8 +127,50 @@ def test_weights_of_other_tokens(trained: Path, tiny_data: Path, tmp_path: Path)
     with pytest.raises(AssertionError, match=r"UserError: train.init_from .*model.code is binary there and gray here"):
         _start(tmp_path / "a", tiny_data, **{"train.init_from": trained, "model.code": "gray"})
     to_hf(trained, tmp_path / "hf", data=str(tiny_data))
-    with pytest.raises(AssertionError, match=r"UserError: .* has another table of codes"):
+    with pytest.raises(
+        AssertionError, match=r"UserError: .*hf is of another model: model.code is binary there and gray"
+    ):
         _start(tmp_path / "b", tiny_data, **{"train.init_from": tmp_path / "hf", "model.code": "gray"})
+
+
+@pytest.fixture(scope="module")
+def other_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of the same vocabulary size as tiny_data's, and another tokenizer."""
+    import asyncio
+
+    from mbit_data.prepare import PrepareOptions, prepare
+
+    inputs = (str(Path(asyncio.__file__).parent),)
+    out = tmp_path_factory.mktemp("other") / "data"
+    return prepare(PrepareOptions(inputs, out, vocab_size=421, workers=1), progress=False).folder
+
+
+KINDS = {
+    "chain": {"model.head.kind": "chain", "model.group_bits": 5},
+    "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_another_tokenizer(kind: str, tiny_data: Path, other_tokens: Path, tmp_path: Path) -> None:
+    """Of the same size, so that every shape fits: refused from the run, from its converted folder, and as a new run."""
+    from megatron_bit.errors import UserError
+    from megatron_bit.inference.convert import to_hf
+
+    _start(tmp_path / "run", tiny_data, **KINDS[kind])
+    to_hf(tmp_path / "run", tmp_path / "hf")
+    for source in (tmp_path / "run", tmp_path / "hf"):
+        with pytest.raises(AssertionError, match=rf"UserError: train.init_from {source}.*tokenizer is [0-9a-f]{{64}} "):
+            _start(tmp_path / "new", other_tokens, **KINDS[kind], **{"train.init_from": source})
+    with pytest.raises(
+        UserError, match=r"hf is of another model: tokenizer is [0-9a-f]{64} there and [0-9a-f]{64} here; give"
+    ):
+        _to_run(tmp_path / "hf", tmp_path / "made", other_tokens, **(KINDS[kind] if kind == "softmax" else {}))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["tokenizer_sha256"]  # of an older version
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="convert again what an older version converted"):
+        _to_run(tmp_path / "hf", tmp_path / "made", tiny_data, **(KINDS[kind] if kind == "softmax" else {}))
 
 
 def test_damaged_weights(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -213,10 +256,13 @@ def test_a_run_that_cannot_be_made(trained: Path, tiny_data: Path, tmp_path: Pat
 
     to_hf(trained, tmp_path / "hf", data=str(tiny_data))
     for settings, message in (
-        ({"model.bits": 10}, r"model.bits is 10, and .* has 9; set model.bits=9"),
-        ({"model.code": "gray"}, "has another table of codes"),
+        ({"model.bits": 10}, r"model.bits is 9 there and 10 here; set model.bits=9"),
+        ({"model.code": "gray"}, "model.code is binary there and gray here"),
+        ({"model.rope_base": 50}, "model.rope_base is 10000.0 there and 50.0 here; set model.rope_base=10000.0"),
+        ({"diffusion.parameterization": "direct"}, "set diffusion.parameterization=matched_filter"),
+        ({"model.init_std": 0.3, "data.path": tmp_path}, "has no manifest.json"),  # init_std alone is no other model
         ({"data.path": ""}, "data.path is not set"),
-        ({"model.hidden_size": 96, "model.head_dim": 12}, r"has shape .*, the configuration wants"),
+        ({"model.hidden_size": 96, "model.head_dim": 12}, "set model.hidden_size=48 model.head_dim=12"),
     ):
         with pytest.raises(UserError, match=message):
             _to_run(tmp_path / "hf", tmp_path / "run", tiny_data, **settings)

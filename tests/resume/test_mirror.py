@@ -18,7 +18,7 @@ from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint import mirror as module
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.errors import UserError
-from megatron_bit.run_folder import compare
+from megatron_bit.identity import compare_run
 
 IDENTITY = {"train.seed": 5}
 
@@ -64,6 +64,11 @@ def checkpoint(root: Path, step: int, text: str = "weights", identity: dict[str,
     entry = folders._write(temporary / "rank-00000.safetensors", f"{text} {step}")
     folders.commit(temporary, final, {}, {"rank-00000.safetensors": entry}, {"identity": identity, "step": step})
     return final
+
+
+def of_run(seed: int) -> Any:
+    """What a start of a run of this seed asks of what it finds there."""
+    return lambda meta, where: compare_run(meta["identity"], {"train.seed": seed}, where)
 
 
 def opened(tmp_path: Path, keep: int = 2) -> Mirror:
@@ -129,17 +134,17 @@ def test_what_is_being_copied_is_needed(tmp_path: Path, flaky: type[Flaky]) -> N
 
 def test_fetch(tmp_path: Path, flaky: type[Flaky]) -> None:
     mirror, here, fresh = opened(tmp_path), tmp_path / "here", tmp_path / "fresh"
-    assert mirror.fetch_newer(fresh, IDENTITY, compare) is None
+    assert mirror.fetch_newer(fresh, of_run(5)) is None
     for step in (1, 2):
         mirror.put(checkpoint(here, step))
         mirror.finish(30)
     fresh.mkdir()
-    line = mirror.fetch_newer(fresh, IDENTITY, compare)
+    line = mirror.fetch_newer(fresh, of_run(5))
     assert line is not None and "step-00000002" in line
     assert folders.problems(fresh / "step-00000002") == []
-    assert mirror.fetch_newer(fresh, IDENTITY, compare) is None, "it is there now"
+    assert mirror.fetch_newer(fresh, of_run(5)) is None, "it is there now"
     with pytest.raises(UserError, match=r"train.seed is 5 there and 6 here"):
-        mirror.fetch_newer(fresh, {"train.seed": 6}, compare)
+        mirror.fetch_newer(fresh, of_run(6))
     mirror.catch_up(checkpoint(fresh, 3))
     mirror.finish(30)
     assert mirror.complete()[-1] == "step-00000003"
@@ -149,12 +154,12 @@ def test_fetch(tmp_path: Path, flaky: type[Flaky]) -> None:
     shutil.rmtree(fresh)
     fresh.mkdir()
     with pytest.raises(UserError, match=r"rank-00000.safetensors is damaged: SHA-256"):
-        mirror.fetch_newer(fresh, IDENTITY, compare)
+        mirror.fetch_newer(fresh, of_run(5))
     assert list(fresh.iterdir()) == []
     hashes = tmp_path / "there" / "step-00000003" / "hashes.json"
     hashes.write_text(json.dumps({"../x": {"bytes": 1, "sha256": "0"}}))
     with pytest.raises(UserError, match=r"hashes.json is not what COMMITTED says"):
-        mirror.fetch_newer(fresh, IDENTITY, compare)
+        mirror.fetch_newer(fresh, of_run(5))
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_the_mirror(tiny_data: Path, tmp_path: Path) -> None:

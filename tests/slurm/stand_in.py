@@ -53,13 +53,12 @@ def train(path):
     faulthandler.register(signal.SIGUSR2)
     from mbit_launcher import heartbeats
 
-    from megatron_bit.checkpoint.folder import complete, step_folder, step_of
+    from megatron_bit.checkpoint.folder import newest_step, step_folder
     from megatron_bit.config import load_config
 
     config = load_config(path)
     run, rank, mode = Path(config.run), int(os.environ["RANK"]), os.environ.get("STAND_IN", "")
-    found = complete(run / "checkpoints")
-    first = step = step_of(found[-1]) if found else 0
+    first = step = newest_step(run / "checkpoints")
     attempt = os.environ["MBIT_ATTEMPT"]
     asked, last = run / f"asked.{attempt}", run / f"last.{attempt}"  # some rank was asked; the step that all stop at
     beats = run / "heartbeats" / f"rank-{rank:05d}"

@@ -79,7 +79,8 @@ def test_an_identity_of_something_else(known: Any, tiny_data: Path, tmp_path: Pa
     from megatron_bit.config import load_config
     from megatron_bit.data.corpus import Corpus
     from megatron_bit.data.manifest import load_manifest
-    from megatron_bit.run_folder import claim, identity
+    from megatron_bit.identity import identity
+    from megatron_bit.run_folder import claim
     from megatron_bit.run_lock import RunLock
 
     config = load_config(None, [f"run={tmp_path}"])
@@ -93,26 +94,26 @@ def test_other_data_or_another_packing_is_another_run(tiny_data: Path, tmp_path:
     from megatron_bit.config import load_config
     from megatron_bit.data.corpus import Corpus
     from megatron_bit.data.manifest import load_manifest
-    from megatron_bit.run_folder import compare, identity
+    from megatron_bit.identity import compare_run, identity, of_folder
 
     corpus, config = Corpus.of(load_manifest(tiny_data)), load_config(None, [f"run={tmp_path}"])
     here = identity(config, corpus, "code")
     there = {**here, "data": "ab" * 32}
     with pytest.raises(UserError, match=rf"data is {'ab' * 32} there and {corpus.fingerprint} here"):
-        compare(there, here, "run")
+        compare_run(there, here, "run")
     old = {key: value for key, value in here.items() if key not in ("data.align_blocks", "data.document_boundaries")}
-    compare(old, here, "run")
+    compare_run(of_folder(old, here, "run"), here, "run")
     aligned = identity(load_config(None, ["data.align_blocks=true"]), corpus, "code")
     for there, mine in ((old, aligned), (aligned, here)):
         with pytest.raises(UserError, match=r"data\.align_blocks is (True|False) there and (True|False) here"):
-            compare(there, mine, "run")
+            compare_run(of_folder(there, mine, "run"), mine, "run")
 
 
 def test_prune_keeps_every_nth_and_the_untrained_one(tmp_path: Path) -> None:
     for step in (0, 10, 20, 30, 40, 50):
         _make(tmp_path, f"step-{step:08d}")
     folders.prune(tmp_path, 1, 20)
-    assert [folders.step_of(p) for p in complete(tmp_path)] == [0, 20, 40, 50]
+    assert [folders.step_of(p.name) for p in complete(tmp_path)] == [0, 20, 40, 50]
 
 
 def test_sweep_puts_back_what_was_being_replaced_and_removes_the_rest(tmp_path: Path) -> None:
@@ -125,6 +126,34 @@ def test_sweep_puts_back_what_was_being_replaced_and_removes_the_rest(tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
     assert len(said) == 4 and "put back" in said[0]
     assert list(folders.sweep(tmp_path)) == []
+
+
+def test_copies_beside_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    """Whatever they are called: not listed, not pruned, not swept, and no error."""
+    copies = ("step-00000001-good", "step-1", "step-000000001", "step-00000001.good", "step-00000009 (copy)",
+              "step-٠٠٠٠٠٠٠١", "step-00000002-good.tmp", "step-00000001.good.deleted", "best")  # fmt: skip
+    for name in (*copies, "step-00000001", "step-00000002", "step-00000003"):
+        _make(tmp_path, name)
+    assert list(folders.sweep(tmp_path)) == []
+    folders.prune(tmp_path, 1, 0)
+    assert [p.name for p in complete(tmp_path)] == ["step-00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*copies, "step-00000003"))
+
+
+def test_the_newest_is_the_largest_number(tmp_path: Path) -> None:
+    """As text 100,000,000 is before 99,999,999."""
+    for step in (99_999_999, 100_000_000, 7, 1_000_000_000):
+        _make(tmp_path, folders.step_folder(tmp_path, step).name)
+    assert [folders.step_of(p.name) for p in complete(tmp_path)] == [7, 99_999_999, 100_000_000, 1_000_000_000]
+    assert folders.newest_step(tmp_path) == 1_000_000_000
+    folders.prune(tmp_path, 2, 0)
+    assert [folders.step_of(p.name) for p in complete(tmp_path)] == [100_000_000, 1_000_000_000]
+    assert folders.newest_step(tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize("step", [0, 1, 99_999_999, 100_000_000, 10**17])
+def test_a_name_is_read_back(step: int, tmp_path: Path) -> None:
+    assert folders.step_of(folders.step_folder(tmp_path, step).name) == step
 
 
 def test_room_is_asked_for_before_writing(tmp_path: Path) -> None:
