@@ -42,13 +42,13 @@ class EvaluateCallback(Callback):
             prefetch=0,
             start_blocks=config.start_blocks,
         )
-        available = stream.samples.before_repeat
-        self._rounds = min(config.evaluate.samples, available) // unit
-        if self._rounds == 0:
+        self._count = min(config.evaluate.samples, stream.samples.before_repeat)
+        if not self._count:
             raise UserError(
-                f"evaluate.samples {config.evaluate.samples} (the validation split has {available}) is less than "
-                f"train.micro_batch_size x data-parallel size = {unit}; prepare more data, or set evaluate.every=0"
+                "the validation split has no sample of every one of data.sources; prepare more data, or set "
+                "evaluate.every=0"
             )
+        self._rounds = -(-self._count // unit)
         self._stream = stream
         if trainer.state.step == 0 and config.evaluate.initial:
             self._report(trainer)
@@ -82,7 +82,11 @@ class EvaluateCallback(Callback):
                 file.write(json.dumps(record) + "\n")
 
     def bound(self, trainer: Trainer) -> tuple[float, float, int]:
-        """(mean, standard error over samples, samples) of the bound, the same on every rank."""
+        """(mean, standard error over samples, samples) of the bound, the same on every rank and in every layout.
+
+        The last round goes on behind the samples that were asked for, so that every rank has as many micro-batches;
+        those do not count.
+        """
         assert self._stream is not None
         optimizer, groups = trainer.optimizer, trainer.groups
         totals = torch.zeros(3, dtype=torch.float64, device=groups.device)
@@ -106,11 +110,16 @@ class EvaluateCallback(Callback):
         variance = max(0.0, squares / count - mean * mean)
         return mean, math.sqrt(variance / max(1.0, count - 1)), round(count)
 
-    @staticmethod
-    def _sums(batches: Sequence[TokenBatch], trainer: Trainer) -> torch.Tensor:
+    def _sums(self, batches: Sequence[TokenBatch], trainer: Trainer) -> torch.Tensor:
+        """float64 [3]: sum, sum of squares and count of this rank's samples; zero where the bound is not computed."""
         optimizer = trainer.optimizer
         if optimizer.managed:
             outputs = [optimizer.forward(batch)[1] for batch in batches]
         else:
             outputs = pipeline(batches, optimizer.chunks, trainer.groups, forward_only=True)
-        return torch.stack(list(outputs)).sum(0) if outputs else torch.zeros(3, device=trainer.groups.device)
+        if not outputs:
+            return torch.zeros(3, dtype=torch.float64, device=trainer.groups.device)
+        bounds = torch.cat(list(outputs)).double()
+        counts = torch.cat([batch.sample for batch in batches]) < self._count
+        bounds = bounds.where(counts, 0.0)
+        return torch.stack((bounds.sum(), bounds.square().sum(), counts.sum().double()))

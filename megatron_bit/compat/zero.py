@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
+from megatron_bit.model.chunk import ModelChunk
 from megatron_bit.optim.optimizer import EMA, STATES, Fragment, Optimizer
 from megatron_bit.parallel.dims import BUCKET
 from megatron_bit.parallel.groups import Groups
@@ -116,6 +117,12 @@ class ZeroOptimizer(Optimizer):
         self.engine = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, mpu=_Mpu(groups), dist_init_required=False
         )[0]
+        if self.stage == 3:
+            # it finds them out in a forward pass, but not in the first one of training if a validation came before:
+            # then the backward pass met a parameter that was partitioned again
+            for chunk in (chunk for chunk in chunks if isinstance(chunk, ModelChunk)):
+                for parameter in chunk.borrowed:
+                    deepspeed.zero.register_external_parameter(chunk, parameter)
 
     def forward_backward(self, batches: Sequence[Any]) -> list[Tensor]:
         metrics = []

@@ -98,6 +98,12 @@ class BitLM(BitInput):
         self.posterior = build_posterior(config, self.kernels.bit_loss)
         self.head = DenoisingHead(config, place.mcore, place.groups.tp, self.posterior) if place.last else None
 
+    @property
+    def borrowed(self) -> list[Tensor]:
+        return (
+            [self.head.input.weight] if isinstance(self.head, DenoisingHead) else []
+        )  # `loss` projects what it noises
+
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""
         assert isinstance(self.head, DenoisingHead)

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
@@ -35,13 +34,12 @@ class BoundOutput(NamedTuple):
     """What the last chunk returns in validation: the same on every TP rank."""
 
     loss: Tensor  # float32 scalar, the mean bound of the micro-batch
-    metrics: Tensor  # float32 [3]: sum, sum of squares and count of the samples' bounds (nats per token)
+    metrics: Tensor  # float32 [b], the bound of each sample (nats per token)
 
     @classmethod
     def of(cls, per_sample: Tensor) -> BoundOutput:
         """From the bounds of the micro-batch's samples, float32 [b]."""
-        count = torch.full_like(per_sample[0], len(per_sample))
-        return cls(per_sample.mean(), torch.stack((per_sample.sum(), per_sample.square().sum(), count)))
+        return cls(per_sample.mean(), per_sample)
 
 
 class Place(NamedTuple):
@@ -94,6 +92,11 @@ class ModelChunk(nn.Module, ABC):
     def masked(self) -> bool:
         """Whether a token sees nothing of other documents than its own."""
         return self.settings.data.document_boundaries == "mask"
+
+    @property
+    def borrowed(self) -> list[Tensor]:
+        """Parameters that `forward` uses outside of the module that owns them: ZeRO-3 has to be told of them."""
+        return []
 
     @property
     @abstractmethod
