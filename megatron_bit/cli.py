@@ -32,6 +32,7 @@ from megatron_bit.commands.slurm import (
 )
 from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
 from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, Stopped, UserError
+from megatron_bit.text import shown
 
 
 def data() -> int:
@@ -102,7 +103,7 @@ def main() -> None:
         code = EXIT_USER_ERROR
         if isinstance(error, LocalUserError) or (rank == 0 and not isinstance(error, Stopped)):
             where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
-            print(f"megatron-bit: error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+            print(f"megatron-bit: error: {shown(' '.join(str(error).split()))}{where}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
     except ConnectionError as error:  # another rank has gone, and says itself why

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from megatron_bit import trust
 from megatron_bit.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
@@ -35,11 +36,12 @@ def user_path(text: str | Path) -> Path:
 def user_location(text: str) -> str:
     """The same of what may also be a URL, of which the variables alone are expanded, or a command (`pipe:`), which is
     left as it is: no shell runs it. "" stays. Raises UserError as `user_path` does."""
-    if not text or text.startswith("pipe:"):
-        return text
-    if "://" in text:
-        return _VARIABLE.sub(lambda match: _value(match, text), text)
-    return str(user_path(text))
+    if not trust.acts(text):
+        return str(user_path(text)) if text else text
+    if "://" in text and not text.startswith("pipe:"):
+        text = _VARIABLE.sub(lambda match: _value(match, text), text)
+    trust.say(text)
+    return text
 
 
 def _home(first: str, written: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_bit import trust
 from megatron_bit.config import Config
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
@@ -116,6 +117,7 @@ def with_vocabulary(config: Config) -> Config:
         raise UserError(
             "a softmax head is as large as the vocabulary: give data.path=DIR, or for example model.vocab_size=32000"
         )
+    trust.check()
     manifest = load_manifest(config.data.folders[0], check_files=False)
     manifest.need_vocabulary("model.head.kind=softmax")
     return config.with_vocab_size(manifest.vocab_size)

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_bit import trust
 from megatron_bit.checkpoint.folder import checkpoints_of, read_meta, sweep
 from megatron_bit.config import Config, load_config, read_yaml, to_yaml
 from megatron_bit.errors import UserError
@@ -65,6 +66,7 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
         if not (run / "identity.json").exists():
             write_atomic(run / "identity.json", json.dumps(mine, indent=1).encode())
         (run / "FINISHED").unlink(missing_ok=True)  # written again when the last step is saved
+        trust.remember(*filter(trust.acts, (*config.data.folders, config.checkpoint.mirror)))
         resolved = to_yaml(config).encode()
         write_atomic(run / "starts" / f"{_next_start(run):04d}.yaml", resolved)
         write_atomic(run / "config.yaml", resolved)
@@ -88,10 +90,33 @@ def resolve(target: str | None, overrides: tuple[str, ...], preset: str | None) 
             raise UserError(f"{target} is a folder without config.yaml, so not a run; give a YAML file or a run folder")
         if preset is not None:
             raise UserError(f"--preset {preset} has no use here: {target} is a run, which has its configuration")
-        # what stands there is resolved, and may be somebody else's: no path in it is expanded
-        given = (str(saved), read_yaml(saved, "configuration", "give another run"))
-        return load_config(None, (*overrides, f"run={target}"), given=given)
+        return resolve_file(saved, (*overrides, f"run={target}"))
     return load_config(target, overrides, preset)
+
+
+def resolve_file(saved: Path, overrides: tuple[str, ...]) -> Config:
+    """The configuration that a start has written down. It is resolved, and may be somebody else's: no path in it is
+    expanded, and what it would run or fetch is doubted until `trust.check`."""
+    given = (str(saved), read_yaml(saved, "configuration", "give another run"))
+    config = load_config(None, overrides, given=given)
+    doubt(config, str(saved))
+    return config
+
+
+def doubt(config: Config, where: str) -> None:
+    """What a configuration out of an artefact, the file `where`, would run or fetch: `trust.check` asks the user."""
+    for folder in config.data.folders:
+        trust.doubt(folder, where, "data.path='{}'" if config.data.path else "data.sources=... again")
+    trust.doubt(config.checkpoint.mirror, where, "checkpoint.mirror='{}'")
+
+
+def data_of(config: Config, where: str) -> str:
+    """The data folder that a checkpoint's configuration (the file `where`) names; UserError if to open it is to run a
+    command or to fetch from where the user has not said to."""
+    folder = config.data.folders[0]
+    trust.doubt(folder, where, "--data '{}'")
+    trust.check()
+    return folder
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bit import trust
 from megatron_bit.callbacks.checkpoint import CheckpointCallback
 from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.heartbeat import HeartbeatCallback
@@ -117,6 +118,7 @@ def open_data(config: Config) -> Corpus:
     block_size = config.model.block_size
 
     def first() -> tuple[str, list[Tokens]]:
+        trust.check()
         corpus = open_corpus(config.data, block_size, check=config.data.on_error == "stop")
         if config.model.head.kind == "softmax":
             corpus.manifest.need_vocabulary("model.head.kind=softmax")
@@ -125,6 +127,7 @@ def open_data(config: Config) -> Corpus:
         return corpus.fingerprint, [source.tokens for source in corpus.sources]
 
     fingerprint, tokens = on_rank0(first)
+    trust.accept(*config.data.folders)
 
     def mine() -> Corpus:  # a node may not have it, or another one
         corpus = open_corpus(config.data, block_size, check=False, tokens=tokens)

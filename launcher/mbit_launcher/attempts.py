@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_bit.checkpoint.folder import newest_step
 from megatron_bit.config import Config
-from megatron_bit.errors import EXIT_PREEMPTED
+from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
 from . import heartbeats
 from .failures import first_failure
@@ -48,6 +50,9 @@ class Attempt:
     @property
     def failed(self) -> bool:
         return self.outcome in ("crashed", "hung")
+
+
+_SCHEMA = TypeAdapter(list[Attempt])
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,17 @@ def decide(history: Sequence[Attempt], facts: Facts, max_restarts: int) -> tuple
 
 def read(path: Path) -> list[Attempt]:
     """The attempts in attempts.jsonl, in order; one that was begun and not ended has no outcome."""
-    found: dict[str, Attempt] = {}
+    found: dict[str, dict[str, Any]] = {}
     for record in read_lines(path):
-        if record["attempt"] in found:
-            vars(found[record["attempt"]]).update(record)
-        else:
-            found[record["attempt"]] = Attempt(**record)
-    return list(found.values())
+        found.setdefault(str(record.get("attempt")), {}).update(record)
+    try:
+        return _SCHEMA.validate_python(list(found.values()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{path} is damaged: {first['loc'][-1]} = {str(first.get('input'))[:60]!r}; remove the line, or resume the "
+            "run with a new submission"
+        ) from None
 
 
 def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:

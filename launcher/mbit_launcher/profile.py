@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from megatron_bit.config import Section, TextYaml, read_yaml, validated
 from megatron_bit.errors import UserError
 from megatron_bit.paths import user_location
+from megatron_bit.text import acts
 
 PREFIX = "cluster."  # of key=value pairs that belong to the profile
 
@@ -88,6 +89,15 @@ class ClusterProfile(Section):
     """File of bad nodes, shared by all runs that name it. Default: RUN/slurm/cordon."""
     preflight: Preflight = Preflight()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_line(cls, tree: Any) -> Any:
+        """A line break in a value would become a line of the script, which bash runs."""
+        for key, text in _texts(tree):
+            if acts(text):
+                raise ValueError(f"{key} {text!r} has a control character or a line break in it; remove it")
+        return tree
+
     @model_validator(mode="after")
     def _check(self) -> ClusterProfile:
         if not self.gpus_per_node and self.ranks_per_node is None:
@@ -116,6 +126,19 @@ class ClusterProfile(Section):
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree with its dotted key, the keys of mappings among them."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            yield key or "key", str(name)
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value, key)
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

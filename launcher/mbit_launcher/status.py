@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,11 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from megatron_bit.checkpoint.folder import complete, newest_step
-from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
+from megatron_bit.run_folder import resolve_file
+from megatron_bit.strict_json import Count, finite, parse
+from megatron_bit.text import shown
 
 from . import attempts, heartbeats, slurm
 from .submission import Submission, submissions
@@ -21,6 +25,20 @@ from .submission import Submission, submissions
 _DEPTH = 3  # folders below the given one in which runs are looked for: a sweep is runs/NAME/key=value
 _TAIL_BYTES = 64 * 1024
 _PACE_STEPS = 50
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is read of a record of log.jsonl."""
+
+    step: Count
+    tokens: Count
+    loss: float | None  # None: it was no number
+    tokens_per_second: float
+    seconds: float
+
+
+_STEP = TypeAdapter(_Step)
 
 
 @dataclass
@@ -49,7 +67,7 @@ def main(folders: Sequence[Path], as_json: bool) -> int:
     runs = [run for folder in folders for run in find(folder)]
     rows = collect(list(dict.fromkeys(runs)))
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps(finite([asdict(row) for row in rows]), indent=1))
     elif rows:
         print(table(rows), end="")
     else:
@@ -106,11 +124,15 @@ def _status(
     records = _tail(run / "log.jsonl")
     if records:
         last = records[-1]
-        row.step, row.tokens, row.loss = last["step"], last["tokens"], last["loss"]
-        row.tokens_per_second = last["tokens_per_second"]
+        row.step, row.tokens, row.loss, row.tokens_per_second = (
+            last.step,
+            last.tokens,
+            last.loss,
+            last.tokens_per_second,
+        )
     config = (submission.folder if submission else run) / "config.yaml"
     if config.exists():
-        row.steps = load_config(config).train.steps
+        row.steps = resolve_file(config, ()).train.steps
     if submission is None:
         row.state = "finished" if (run / "FINISHED").exists() else row.state
         return row
@@ -134,7 +156,7 @@ def _status(
             row.state = job.state.lower()
         if job.state == "PENDING":
             reasons.insert(0, f"waits for {job.reason}")
-        pace = [record["seconds"] for record in records[-_PACE_STEPS:]]
+        pace = [record.seconds for record in records[-_PACE_STEPS:]]
         if row.state == "running" and pace and row.steps:
             row.eta = round(sum(pace) / len(pace) * max(0, row.steps - row.step))
     row.reason = "; ".join(reasons)
@@ -154,22 +176,18 @@ def _over(row: Status, ended: attempts.Attempt | None, account: str, begun: bool
     return "ended", f"{how}; `megatron-bit resume {row.run}` goes on"
 
 
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last records of a log; a line that is cut is left out."""
+def _tail(path: Path) -> list[_Step]:
+    """The last records of a log; a line that is cut, or no record, is left out."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            lines = file.read(_TAIL_BYTES).split(b"\n")
     except OSError:
         return []
     records = []
     for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+        with contextlib.suppress(UserError):
+            records.append(parse(line, _STEP, "", _TAIL_BYTES, ""))
     return records
 
 
@@ -190,7 +208,7 @@ def table(rows: Sequence[Status]) -> str:
 def _cells(row: Status) -> tuple[str, ...]:
     here = f"{os.getcwd()}/"
     checkpoint = "-" if row.checkpoint is None else f"{row.checkpoint} ({duration(row.checkpoint_age or 0)} ago)"
-    return (
+    cells = (
         row.run.removeprefix(here),
         row.job or "-",
         row.state,
@@ -204,6 +222,7 @@ def _cells(row: Status) -> tuple[str, ...]:
         checkpoint,
         row.reason,
     )
+    return tuple(map(shown, cells))
 
 
 def count(value: float | None) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from megatron_bit import __version__
+from megatron_bit import __version__, trust
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
@@ -63,18 +64,38 @@ class Submission:
     def profile(self) -> ClusterProfile:
         return load_profile(self.folder / "cluster.yaml")
 
+    def check_profile(self) -> None:
+        """UserError if the profile is not as this user has submitted it: it names programs that a job runs."""
+        if not trust.known(self._profile_words()):
+            raise UserError(
+                f"{self.folder / 'cluster.yaml'} was not submitted by you from here, or has changed since, and it says "
+                "what a job runs; look at it, and give it yourself: --cluster " + str(self.folder / "cluster.yaml")
+            )
+
+    def remember_profile(self) -> None:
+        trust.remember(self._profile_words())
+
+    def _profile_words(self) -> str:
+        return (self.folder / "cluster.yaml").read_text(encoding="utf-8")
+
     def cordon(self, profile: ClusterProfile) -> Path:
         return Path(profile.cordon) if profile.cordon else self.run / "slurm" / "cordon"
 
     def jobs(self) -> list[str]:
         """Numbers of its jobs, in the order in which they run."""
-        return [record["job"] for record in read_lines(self.folder / "jobs.jsonl")]
+        found = [str(record.get("job")) for record in read_lines(self.folder / "jobs.jsonl")]
+        for job in found:
+            if not re.fullmatch(r"\d{1,12}(_\d{1,12})?", job):  # it becomes a word of squeue and scancel
+                raise UserError(f"{self.folder / 'jobs.jsonl'} names a job {job[:40]!r}, which is no number of SLURM's")
+        return found
 
     def log_of(self, job: str) -> Path:
         """What the script of a job says."""
         for record in read_lines(self.folder / "jobs.jsonl"):
-            if record["job"] == job:
-                return Path(record["log"])
+            log = Path(str(record.get("log")))
+            # of a sweep it is with the first of its runs, and wherever it says, the log of a job
+            if record.get("job") == job and re.fullmatch(r"job-[\w.-]+\.log", log.name) and log.parent.name == "logs":
+                return log
         return self.logs / f"job-{job}.log"
 
     def add_job(self, job: str, log: Path) -> None:
@@ -114,7 +135,10 @@ def create(config: Config, profile: ClusterProfile) -> Submission:
         plain = profile.model_dump(mode="json", exclude_none=True)
         write_atomic(folder / "cluster.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
         write_atomic(folder / "config.yaml", to_yaml(config).encode())
-    return Submission(folder)
+    made = Submission(folder)
+    made.remember_profile()
+    trust.remember(*filter(trust.acts, (*config.data.folders, config.checkpoint.mirror)))
+    return made
 
 
 @contextmanager
@@ -164,9 +188,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

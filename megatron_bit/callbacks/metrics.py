@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_bit.errors import UserError
 from megatron_bit.parallel.agree import alone, on_rank0
 from megatron_bit.parallel.split import train_flops
+from megatron_bit.strict_json import finite
 from megatron_bit.trainer import Callback, StepRecord, Trainer
 
 # Dense bf16 FLOP/s by the vendor's datasheets; a device that is not here has no MFU.
@@ -85,7 +86,7 @@ class MetricsCallback(Callback):
                 }
             )
         try:
-            self._log.writelines(json.dumps(line) + "\n" for line in lines)
+            self._log.writelines(json.dumps(finite(line)) + "\n" for line in lines)
             self._log.flush()
         except OSError as error:
             raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
+from megatron_bit.checkpoint import schema
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder, write_synced
 
@@ -73,14 +74,10 @@ def checkpoints_of(target: Path) -> list[Path]:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The checkpoint's meta.json; UserError if it is not one of ours."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder} has no readable meta.json: {error}") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
+    found = schema.read(folder, "meta.json", schema.FORMAT_ALONE)["format"]
     if found != FORMAT:
         raise UserError(f"checkpoint {folder / 'meta.json'} has format {found}; this version reads {FORMAT}")
-    return meta
+    return schema.read(folder, "meta.json", schema.META)
 
 
 def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
@@ -93,7 +90,9 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         text = (folder / "hashes.json").read_bytes()
         if (folder / "COMMITTED").read_text().strip() != hashlib.sha256(text).hexdigest():
             return [f"{folder / 'hashes.json'} does not have the hash that COMMITTED gives"]
-        files: dict[str, Any] = json.loads(text)
+        files = schema.check(text, f"checkpoint {folder}", "hashes.json", schema.HASHES)
+    except UserError as error:
+        return [str(error)]
     except (OSError, ValueError) as error:
         return [f"{folder} is incomplete: {error}"]
     found = []

@@ -122,11 +122,17 @@ class Reader:
         return out
 
     def _part(self, entry: dict[str, Any], where: tuple[slice, ...]) -> Tensor:
+        path = self._folder / entry["file"]
         try:
-            return self._file(entry["file"]).get_slice(entry["key"])[where]
+            view = self._file(entry["file"]).get_slice(entry["key"])
         except SafetensorError as error:
-            path = self._folder / entry["file"]
             raise UserError(f"checkpoint file {path} does not hold what its index says: {error}") from None
+        if list(view.get_shape()) != list(entry["shape"]):
+            raise UserError(
+                f"checkpoint file {path} does not hold what its index says: {entry['key']} has shape "
+                f"{view.get_shape()} there, and {list(entry['shape'])} in the index"
+            )
+        return view[where]
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_bit.checkpoint import schema
 from megatron_bit.checkpoint.folder import complete, names, problems, read_meta
 from megatron_bit.checkpoint.index import Reader, Rectangle, owned_rectangles
 from megatron_bit.errors import UserError
@@ -107,10 +107,7 @@ def load_noise_table(meta: Mapping[str, Any], chunks: Sequence[nn.Module]) -> No
 
 def open_reader(folder: Path) -> Reader:
     """Random access to the tensors of a checkpoint; UserError if it has no readable index."""
-    try:
-        return Reader(folder, json.loads((folder / "index.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder} has no readable index.json: {error}") from None
+    return Reader(folder, schema.read(folder, "index.json", schema.INDEX))
 
 
 def _check_shape(reader: Reader, part: Piece) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bit.checkpoint import folder as folders
+from megatron_bit.checkpoint import schema
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder, write_synced
 
@@ -173,9 +173,9 @@ class Mirror:
         text, mark = self._fs.cat_file(f"{source}/{HASHES}"), self._fs.cat_file(f"{source}/{MARK}").decode().strip()
         if hashlib.sha256(text).hexdigest() != mark:
             raise UserError(f"checkpoint.mirror {self.url}/{there[-1]} is damaged: {HASHES} is not what {MARK} says")
-        files: dict[str, Any] = json.loads(text)
-        meta = json.loads(self._fs.cat_file(f"{source}/meta.json"))
-        check(meta, f"checkpoint.mirror {self.url}/{there[-1]}")
+        where = f"checkpoint.mirror {self.url}/{there[-1]}"
+        files = schema.check(text, where, "hashes.json", schema.HASHES)
+        check(schema.check(self._fs.cat_file(f"{source}/meta.json"), where, "meta.json", schema.META), where)
         if not newer:
             return None
         final = root / there[-1]
@@ -185,8 +185,6 @@ class Mirror:
         print(f"fetching {there[-1]} from {self.url}: {size / 1e6:,.1f} MB", flush=True)
         try:
             for name, entry in files.items():
-                if name != os.path.basename(name):
-                    raise UserError(f"checkpoint.mirror {self.url}/{there[-1]} names a file {name!r}, no plain name")
                 digest = _again(lambda name=name: self._download(f"{source}/{name}", temporary / name))
                 if digest != entry["sha256"]:
                     raise UserError(f"checkpoint.mirror {self.url}/{there[-1]}/{name} is damaged: SHA-256 {digest}")

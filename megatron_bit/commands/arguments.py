@@ -9,7 +9,7 @@ import tyro
 
 from megatron_bit.config import leaves
 from megatron_bit.errors import UserError
-from megatron_bit.paths import user_path
+from megatron_bit.paths import user_location, user_path
 
 if TYPE_CHECKING:
     from megatron_bit.config import Config
@@ -29,6 +29,18 @@ def _path(type_info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
     )
+
+
+Location = Annotated[  # a folder, a URL or a command, as users write it
+    str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DIR",
+        instance_from_str=lambda words: user_location(words[0]),
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
 
 
 def split(args: tuple[str, ...], preset: str | None = None) -> tuple[str | None, tuple[str, ...]]:

@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megatron_bit.commands.arguments import Location
 from megatron_bit.errors import UserError
 
 
 def evaluate(
     model: Annotated[Path, tyro.conf.Positional],
     likelihood: bool = True,
-    data: str | None = None,
+    data: Location | None = None,
     samples: int | None = None,
     noise_samples: int | None = None,
     tolerance: float | None = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit.commands.arguments import Args, bitlm_configuration, split
+from megatron_bit.commands.arguments import Args, Location, bitlm_configuration, split
 from megatron_bit.errors import UserError
 
 
@@ -26,7 +26,7 @@ def generate(
     batch_size: int = 1,
     stream: bool = False,
     weights: Literal["trained", "ema"] = "trained",
-    data: str | None = None,
+    data: Location | None = None,
     compile: bool = False,
     out: Path | None = None,
     json: bool = False,
@@ -127,7 +127,7 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     shard_size: str | None = None,
     weights: Literal["trained", "ema"] | None = None,
-    data: str | None = None,
+    data: Location | None = None,
 ) -> int:
     """Convert a checkpoint to a Hugging Face folder, or with --from hf --to run such a folder to a run to train on.
 
@@ -174,7 +174,7 @@ def serve(
     concurrency: int = 1,
     waiting: int = 32,
     max_tokens: int = 2048,
-    data: str | None = None,
+    data: Location | None = None,
 ) -> int:
     """Serve a model over HTTP: OpenAI's /v1/completions with streaming, /v1/models, /health, /metrics.
 

@@ -90,12 +90,16 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
     from mbit_launcher.profile import load_profile, split_overrides
     from mbit_launcher.submission import newest
 
-    from megatron_bit.config import load_config
+    from megatron_bit import trust
+    from megatron_bit.run_folder import resolve_file
 
     last = newest(run.absolute())
     overrides, changes = split_overrides(args)
+    if cluster is None:
+        last.check_profile()
     profile = load_profile(cluster or last.folder / "cluster.yaml", changes)
-    config = load_config(last.folder / "config.yaml", (*overrides, f"run={run.absolute()}"))
+    config = resolve_file(last.folder / "config.yaml", (*overrides, f"run={run.absolute()}"))
+    trust.check()
     for job in launcher.resume(run.absolute(), config, profile):
         print(f"job {job.job}: {job.run}")
     return 0

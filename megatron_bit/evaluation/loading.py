@@ -15,7 +15,7 @@ from megatron_bit.evaluation import causal
 from megatron_bit.evaluation.models import BitModel, Model
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf_names import WeightsOf
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run_folder import data_of, newest_checkpoint
 
 
 def open_model(path: Path, data: str | None = None, weights: WeightsOf = "trained") -> Model:
@@ -59,7 +59,7 @@ def _model_type(folder: Path) -> str | None:
 def _moved(config: Config, meta: Mapping[str, Any]) -> bool:
     """Whether the run's own data folder is no longer there, or is another one."""
     try:
-        manifest = load_manifest(config.data.folders[0], check_files=False)
+        manifest = load_manifest(data_of(config, "the checkpoint"), check_files=False)
     except UserError:
         return True
     return manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]

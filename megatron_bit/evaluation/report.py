@@ -18,6 +18,7 @@ from megatron_bit.evaluation.tasks import LastWord, Ranking
 from megatron_bit.evaluation.validation import Validation
 from megatron_bit.files import write_atomic
 from megatron_bit.inference.hf_names import WeightsOf
+from megatron_bit.run_folder import data_of
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _data(model: Model, request: Request) -> str:
         return request.data
     if model.training is None:
         raise UserError(f"{model.path} does not say where validation text is: give --data DIR, or --no-likelihood")
-    return model.training.data.folders[0]
+    return data_of(model.training, f"checkpoint of {model.path}")
 
 
 def render(report: Report) -> str:

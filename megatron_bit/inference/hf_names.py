@@ -21,7 +21,7 @@ from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.optim.optimizer import EMA
 from megatron_bit.parallel.split import FREQUENCIES
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run_folder import data_of, newest_checkpoint
 
 CODE_TABLE = "model.code_table"
 WeightsOf = Literal["trained", "ema"]
@@ -70,7 +70,9 @@ class Source:
             if data is not None:
                 raise UserError(f"--data {data} has no use here: {run} is of raw records, without a tokenizer")
             return
-        self.manifest: Manifest = load_manifest(data or config.data.folders[0], check_files=False)
+        self.manifest: Manifest = load_manifest(
+            data or data_of(config, str(self.folder / "meta.json")), check_files=False
+        )
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"

@@ -62,7 +62,10 @@ def checkpoint(root: Path, step: int, text: str = "weights", identity: dict[str,
     temporary = final.with_suffix(folders.TEMPORARY)
     temporary.mkdir(parents=True)
     entry = folders._write(temporary / "rank-00000.safetensors", f"{text} {step}")
-    folders.commit(temporary, final, {}, {"rank-00000.safetensors": entry}, {"identity": identity, "step": step})
+    folders.commit(temporary, final, {}, {"rank-00000.safetensors": entry}, {
+        "identity": identity, "step": step, "state": {"step": step, "samples": 0, "tokens": 0}, "updates": step,
+        "layout": "", "config": {},
+    })  # fmt: skip
     return final
 
 

@@ -61,9 +61,12 @@ def test_newest_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (None, "no readable meta.json"),
-        ("{", "no readable meta.json"),
-        ("[]", "meta.json"),
+        (None, "meta.json cannot be read: No such file"),
+        ("{", "meta.json is no valid JSON"),
+        ("[]", "meta.json is damaged"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "meta.json is no valid JSON: recursion limit exceeded"),
+        (json.dumps({"format": FORMAT, "step": float("nan")}), r"meta.json is damaged: step = nan"),
+        (json.dumps({"format": FORMAT, "step": "3"}), r"meta.json is damaged: step = '3'"),
         (json.dumps({"format": FORMAT + 1}), f"has format {FORMAT + 1}; this version reads {FORMAT}"),
     ],
 )

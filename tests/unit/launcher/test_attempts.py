@@ -8,6 +8,8 @@ import pytest
 from mbit_launcher.attempts import Attempt, Facts, decide, read
 from mbit_launcher.submission import append_line
 
+from megatron_bit.errors import UserError
+
 
 def _attempt(outcome: str, step: int, number: int = 0) -> Attempt:
     return Attempt(f"9.{number}", "9", "n1", 0.0, 0, 1.0, step, outcome, "", True)
@@ -60,3 +62,24 @@ def test_a_record_survives_a_cut_line(tmp_path: Path) -> None:
     append_line(path, {"attempt": "9.0", "outcome": "lost", "step": 4})
     (attempt,) = read(path)
     assert (attempt.outcome, attempt.step, attempt.nodes) == ("lost", 4, "n1")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"attempt": "1.0", "job": 7}',
+        '{"attempt": "1.0"}',
+        '{"attempt": {}}',
+        '{"attempt": "1.0", "begin": "x"}',
+        "[1]",
+        "7",
+    ],
+)
+def test_records_of_something_else(record: str, tmp_path: Path) -> None:
+    path = tmp_path / "attempts.jsonl"
+    path.write_text(f"{record}\n")
+    if not record.startswith("{"):
+        assert read(path) == []
+        return
+    with pytest.raises(UserError, match=r"attempts.jsonl is damaged: \w+ = "):
+        read(path)

@@ -137,3 +137,20 @@ def test_an_array_has_a_folder_a_task(tmp_path: Path) -> None:
     show = f'{line}; printf "%s\\n" "${{submissions[@]}}"'
     done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(s.folder) for s in made]
+
+
+@pytest.mark.parametrize("value", ["gpu\\ntouch /tmp/x", "a\\rb", "\\e[2J", "a\\u2028b", "\\u202Eabc", "\\0"])
+@pytest.mark.parametrize(
+    "key", ["partition", "account", "exclude", "memory", "sbatch", "environment", "modules", "container"]
+)
+def test_a_value_is_one_line_of_text(key: str, value: str, tmp_path: Path) -> None:
+    """A line break would become a line of the batch script, which bash runs."""
+    written = {
+        "sbatch": f'["--comment={value}"]', "environment": f'{{A: "{value}"}}', "modules": f'["{value}"]',
+        "container": f'{{image: "{value}"}}',
+    }.get(key, f'"{value}"')  # fmt: skip
+    path = tmp_path / "p.yaml"
+    path.write_text(f"ranks_per_node: 1\n{key}: {written}\n")
+    with pytest.raises(UserError, match=r"control character|special characters are not allowed") as said:
+        load_profile(path)
+    assert "\n" not in str(said.value)
