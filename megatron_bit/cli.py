@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import traceback
 
 import tyro
 
-from megatron_bit import environment
+from megatron_bit import console, environment
 from megatron_bit.commands.arguments import PATHS
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
 from megatron_bit.commands.codes import codes
@@ -95,7 +94,7 @@ GROUPS = {
 def main() -> None:
     """Entry point: run a command, print a user's mistake as one line, and leave with its exit code."""
     rank, distributed = 0, False
-    _print_everything()
+    console.keep_descriptors()
     try:
         rank, distributed = environment.environment_int("RANK", 0), environment.environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
@@ -120,14 +119,6 @@ def main() -> None:
     if distributed and code:
         os._exit(code)  # tearing down groups would wait for ranks that are still in a collective
     sys.exit(code)
-
-
-def _print_everything() -> None:
-    """A name that is no UTF-8 (half a surrogate pair in a file's name, a value, a text) is shown escaped; it would end
-    the command in an encoding error at the line that mentions it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(argv: list[str]) -> int:

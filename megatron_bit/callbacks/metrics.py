@@ -11,6 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_bit import console
 from megatron_bit.errors import UserError
 from megatron_bit.parallel.agree import alone, on_rank0
 from megatron_bit.parallel.split import train_flops
@@ -28,7 +29,7 @@ class MetricsCallback(Callback):
         self._records: list[tuple[StepRecord, float]] = []
         self._writer: Any = None
         self._log: Any = None
-        self._tty = sys.stdout.isatty()
+        self._tty, self._said_lost = sys.stdout.isatty(), False
         self._peak = _peak_flops()
         self._begin = self._last = time.perf_counter()
         self._first_step = trainer.state.step
@@ -85,6 +86,9 @@ class MetricsCallback(Callback):
                     "tokens_per_second": round(per_step / seconds, 1),
                 }
             )
+        if console.lost() and not self._said_lost:
+            self._said_lost = True
+            lines[-1]["console"] = f"lost: {console.lost()}"
         try:
             self._log.writelines(json.dumps(finite(line)) + "\n" for line in lines)
             self._log.flush()

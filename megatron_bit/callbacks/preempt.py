@@ -1,4 +1,5 @@
-"""Signals: save and leave. SLURM sends USR1 (or TERM) before it takes the nodes; a person presses Ctrl-C."""
+"""Signals: save and leave. SLURM sends USR1 (or TERM) before it takes the nodes; a person presses Ctrl-C, or loses the
+terminal (HUP)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from megatron_bit.trainer import Callback, Trainer
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class PreemptCallback(Callback):
@@ -20,7 +21,9 @@ class PreemptCallback(Callback):
             if number == signal.SIGINT:  # a second Ctrl-C does not wait
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        self._before: dict[int, Any] = {number: signal.signal(number, ask) for number in SIGNALS}
+        # what is ignored stays so: SIGHUP under nohup, Ctrl-C in the background
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before: dict[int, Any] = {number: signal.signal(number, ask) for number in heard}
 
     def finish(self, trainer: Trainer) -> None:
         for number, handler in self._before.items():

@@ -20,6 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,19 @@ def _write(path: Path, text: str) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def commit(temporary: Path, final: Path, index: dict[str, Any], files: dict[str, Any], meta: Mapping[str, Any]) -> None:
+def commit(
+    temporary: Path,
+    final: Path,
+    index: dict[str, Any],
+    files: dict[str, Any],
+    meta: Mapping[str, Any],
+    wanted: AbstractContextManager[None] | None = None,
+) -> None:
     """Write index, meta, hashes and mark, and rename: from here on the checkpoint is there. Raises OSError.
 
     Args:
         index, files: what `join` returned.
+        wanted: entered around the renames; raises if the save was given up meanwhile, which then cannot happen.
     """
     files = dict(files)
     files["index.json"] = _write(temporary / "index.json", json.dumps(index))
@@ -154,10 +163,11 @@ def commit(temporary: Path, final: Path, index: dict[str, Any], files: dict[str,
     _write(temporary / "COMMITTED", mark["sha256"])
     sync_folder(temporary)
     replaced = final.with_suffix(REPLACED)
-    if final.exists():  # the same step of this run, saved before: it goes when the new one is there
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    with wanted or contextlib.nullcontext():
+        if final.exists():  # the same step of this run, saved before: it goes when the new one is there
+            final.rename(replaced)
+        temporary.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -194,7 +204,7 @@ def sweep(root: Path) -> Iterator[str]:
     Yields one line for each. Only for the one process that owns the run.
     """
     for folder in sorted(root.glob("step-*.*")):
-        final = folder.with_suffix("")
+        final = root / re.sub(r"(\.\d+)?\.[a-z]+$", "", folder.name)  # the number: of a save after one was given up
         if step_of(final.name) is None:
             continue  # a copy of somebody's
         if folder.suffix == REPLACED and not final.exists():

@@ -7,9 +7,11 @@ same sums at the same step and draw the same conclusion.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +60,7 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._problem = ""
         self._failures = 0  # in a row
+        self._given_up = 0  # saves whose threads may still write, in folders and from buffers that stay theirs
         self._step = 0
         self._meta: dict[str, Any] = {}
         self._begin = self._stall = self._seconds = 0.0
@@ -112,16 +115,25 @@ class CheckpointWriter:
             on_every_rank(self._own_part)
             on_rank0(self._committed)
         except UserError as error:
-            with self._lock:
-                self._abandoned.set()
-                self._state = "idle"
-            assert self._thread is not None
-            self._thread.join(1.0)
-            if self._groups.rank == 0 and not self._thread.is_alive():  # give the room back, unless it still writes
-                shutil.rmtree(self._temporary, ignore_errors=True)
+            on_every_rank(self._give_up)
             self._report(error, required)
             return
         self._done()
+
+    def _give_up(self) -> None:
+        """From here on the save in flight cannot be committed, whenever its disk comes back."""
+        if not self._lock.acquire(timeout=self._patience):  # it is in the middle of the renames
+            raise UserError(f"{self._root} does not answer: renaming {self._temporary} has not ended")
+        self._abandoned.set()
+        self._state = "idle"
+        self._lock.release()
+        self._given_up += 1
+        assert self._thread is not None
+        self._thread.join(1.0)
+        if self._thread.is_alive():  # it still reads its buffers
+            self._buffers = {}
+        elif self._groups.rank == 0:  # give the room back
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def finish(self) -> None:
         """Wait for the copy of the last save; UserError on all ranks if it failed."""
@@ -141,9 +153,19 @@ class CheckpointWriter:
             for line in self._mirror.news():
                 print(line, flush=True)
 
+    @contextlib.contextmanager
+    def _wanted(self, abandoned: threading.Event) -> Iterator[None]:
+        """Around the renames of a commit: either they are done, or the save is given up."""
+        with self._lock:
+            if abandoned.is_set():
+                raise UserError("the save was given up")
+            yield
+
     @property
     def _temporary(self) -> Path:
-        return self._final.with_suffix(folders.TEMPORARY)
+        """Of a name of its own after a save was given up, whose thread may write into its folder yet."""
+        number = f".{self._given_up}" if self._given_up else ""
+        return self._root / f"{self._final.name}{number}{folders.TEMPORARY}"
 
     @property
     def _final(self) -> Path:
@@ -164,7 +186,7 @@ class CheckpointWriter:
                 if groups.rank == 0:
                     in_time = lambda: not abandoned.is_set() and time.monotonic() < deadline  # noqa: E731
                     index, files = folders.join(temporary, groups.dims.world_size, in_time)
-                    folders.commit(temporary, final, index, files, meta)
+                    folders.commit(temporary, final, index, files, meta, self._wanted(abandoned))
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -176,6 +198,8 @@ class CheckpointWriter:
                     self._seconds = time.perf_counter() - self._begin
                     self._problem, self._state = problem, "failed" if problem else "ended"
             written.set()
+            if abandoned.is_set() and groups.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
 
         self._state = "writing"
         self._thread = threading.Thread(target=body, name=f"checkpoint-{self._step}", daemon=True)

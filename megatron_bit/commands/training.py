@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit import environment
+from megatron_bit import console, environment
 from megatron_bit.commands.arguments import Args, bitlm_configuration, split
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
@@ -81,11 +81,13 @@ def train(
         from mbit_launcher.local import run_local
 
         return run_local(["train", *args, *(["--preset", preset] if preset else [])], nproc)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the first step there is nothing to save
-        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # until the first step there is nothing to save
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a lost terminal does not matter
+            signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
     faulthandler.register(signal.SIGUSR2)  # a rank that hangs says where: the launcher's watchdog asks all of them
     # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    console.outlive()
     from megatron_bit import train as job
 
     return job.main(config)
