@@ -23,6 +23,7 @@ DTYPES = ("uint16", "uint32")
 MAX_RAW_BITS = 256
 TOKENIZER_CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; says which token ends a document
 LENGTHS_SUFFIX = ".lengths.npy"  # of the sidecar of a shard (data/documents.py); here, for whom numpy is too much
+LENGTHS_HEADER = 128  # bytes in front of the 4 for each document
 
 
 def lengths_file(shard_file: str) -> str:
@@ -189,9 +190,10 @@ class Manifest:
         if self.remote is not None:
             return self.remote.read_all([(lengths_file(shard.file), shard.lengths_sha256) for shard in shards])
         files = []
-        for name in (lengths_file(shard.file) for shard in shards):
+        for shard, name in ((shard, lengths_file(shard.file)) for shard in shards):
             try:
-                files.append((self.folder / name).read_bytes())
+                with open(self.folder / name, "rb") as file:
+                    files.append(file.read(LENGTHS_HEADER + 4 * shard.documents + 1))  # one more makes another hash
             except OSError as error:
                 raise UserError(
                     f"{self.name}/{name} cannot be read ({error.strerror}); copy it back or prepare again"
@@ -256,8 +258,7 @@ def _load_remote(remote: RemoteFolder) -> Manifest:
     manifest = dataclasses.replace(_parse(remote.mirror, path, remote.name(FILE_NAME)), remote=remote)
     if manifest.raw_bits:
         return manifest
-    with remote.open(manifest.tokenizer_file, manifest.tokenizer_sha256) as stream:
-        remote.place(manifest.tokenizer_file, stream.read())
+    remote.place(manifest.tokenizer_file, remote.read(manifest.tokenizer_file, manifest.tokenizer_sha256))
     if manifest.tokenizer_file.endswith(".json"):
         try:
             remote.copy(TOKENIZER_CONFIG)
