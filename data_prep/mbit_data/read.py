@@ -133,7 +133,8 @@ def _by_format(file: InputFile, reading: Reading) -> Iterator[tuple[Document, st
 def _texts(file: InputFile, opened: Opened, split: bool, reading: Reading) -> Iterator[tuple[Document, int]]:
     """(document, number of its first line). Of a document that is too long no more is read than tells it."""
     text = io.TextIOWrapper(opened.stream, encoding="utf-8", errors="surrogateescape", newline="")
-    head = text.read((SPLIT_ABOVE if split else MAX_TEXT) + 1).removeprefix(BOM)
+    head = text.read(1).removeprefix(BOM)
+    head += text.read((SPLIT_ABOVE if split else MAX_TEXT) + 1 - len(head))
     if not split and len(head) > MAX_TEXT:
         reading.report(file, "line 1", f"{TOO_LONG}; as .txt it is cut at two blank lines, as .jsonl at lines")
     elif not split or len(head) <= SPLIT_ABOVE:
@@ -177,7 +178,8 @@ def _split_at_blank_lines(pieces: Iterator[str]) -> Iterator[tuple[str | None, i
                 blank.append(piece)
                 continue
             if len(blank) >= 2 and size:
-                yield "".join(document) if size <= MAX_TEXT else None, first
+                if size <= MAX_TEXT:
+                    yield "".join(document), first
                 document, size = [], 0
             elif size:
                 document += blank
@@ -187,9 +189,11 @@ def _split_at_blank_lines(pieces: Iterator[str]) -> Iterator[tuple[str | None, i
         size += len(piece)
         document.append(piece)
         if size > MAX_TEXT:
+            if size - len(piece) <= MAX_TEXT:
+                yield None, first
             document.clear()
-    if size:
-        yield "".join(document + (blank if len(blank) < 2 else [])) if size <= MAX_TEXT else None, first
+    if 0 < size <= MAX_TEXT:
+        yield "".join(document + (blank if len(blank) < 2 else [])), first
 
 
 def scan(
