@@ -273,6 +273,9 @@ class OptimConfig(Section):
     """Skip an update whose loss is above this many times the running mean; 0 is off. Costs a host sync a step."""
 
 
+Verify = Literal["first", "always", "never"]
+
+
 class RemoteConfig(Section):
     cache: str = ""
     """Folder on the node's own disk for shards that were fetched; its processes share it. Without a name
@@ -319,6 +322,10 @@ class DataConfig(Section):
     on_error: Literal["stop", "skip"] = "stop"
     """At a shard that cannot be had or read: `stop` says which and where; `skip` replaces its samples by others of its
     window from there on, the same on every rank, and counts them. More than a tenth of the shards always stop."""
+    verify: Verify = "first"
+    """When a shard is hashed while it is read, to be the manifest's: the `first` time that a process reads it after a
+    start, `always`, or `never`. Another SHA-256 is damage (`data.on_error`); a copy in the cache is thrown away
+    and fetched again, once. With `never`, a changed token that is in the vocabulary is trained on."""
     prefetch: int = Field(default=2, ge=1)
     """Global batches read ahead."""
     remote: RemoteConfig = RemoteConfig()

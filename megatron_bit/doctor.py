@@ -46,7 +46,7 @@ class Package:
 PACKAGES = (
     Package("megatron-core", "megatron.core", "no groups, tensor-parallel layers or schedules", "0.16.1"),
     Package("deepspeed", "deepspeed", "no optimizer (ZeRO)", "0.19.8"),
-    Package("webdataset", "webdataset", "no training data can be read"),
+    Package("webdataset", "webdataset", "`bench data` has nothing to compare with"),
     Package("sentencepiece", "sentencepiece", "no tokenizer"),
     Package("tensorboard", "tensorboard", "no training curves"),
     Package("safetensors", "safetensors", "no checkpoints"),

@@ -41,7 +41,7 @@ _KINDS: dict[Kind, str] = {
     Kind.LAYOUT: """
         run parallel.tp parallel.pp parallel.vpp parallel.sequence_parallel parallel.zero_stage parallel.recompute
         parallel.timeout_minutes data.prefetch data.remote.cache data.remote.cache_gib data.remote.attempts
-        data.remote.timeout_seconds data.remote.workers train.micro_batch_size train.kernels
+        data.remote.timeout_seconds data.remote.workers data.verify train.micro_batch_size train.kernels
     """,
     Kind.FREE: """
         diffusion.loss diffusion.noise_samples diffusion.sigma_min diffusion.sigma_max diffusion.noise

@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from mbit_data import dedup
+from mbit_data.decompress import ChangedInput
 from mbit_data.filters import add_counts
+from mbit_data.hf_tokenizer import CONFIG_FILE
 from mbit_data.inputs import InputFile, expand_inputs
 from mbit_data.journal import Journal
+from mbit_data.left_out import LeftOut
 from mbit_data.lock import only_one
 from mbit_data.options import Part, PrepareOptions, code_sha256, differences
 from mbit_data.prepare import disk_errors, write_manifest
@@ -32,7 +35,7 @@ from mbit_data.tokenizer import FILE_NAMES, Tokenizer
 from mbit_data.work import Work, describe_dropped, make_tokenizer, write_keys, write_shards
 from megatron_bit.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, check_sizes, load_manifest
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.files import PARTIAL, write_atomic
 
 ARRAY_FILE = "array.json"  # what all tasks of the folder have in common
 
@@ -68,13 +71,16 @@ def prepare_part(options: PrepareOptions, progress: bool = True) -> PartResult:
     if part is None:
         raise ValueError("prepare_part needs options.part")
     report, out = Reporter(progress), Path(options.out)
-    everything = expand_inputs(options.inputs, exclude=out)
+    listed, left_out = LeftOut(options.on_error), LeftOut(options.on_error)
+    everything = expand_inputs(options.inputs, out, listed, spool=out)
+    options.check_use(everything)
     common = options.identity({"listing_sha256": _listing_hash(everything)})
     share = share_of(everything, part)
-    files, skipped, digests = scan(share, options.workers, options.reading())
-    if skipped:
-        report.line(f"skipped {len(skipped)} files that are not text (first: {skipped[0].path})")
-    about = {**common, "part": part.index, "content": combine_hashes((f.source, d) for f, d in _pairs(files, digests))}
+    files = scan(share, options.workers, options.reading(), left_out)
+    for line in listed.lines() + left_out.lines():
+        report.line(line)
+    digests = [(file.source, file.sha256) for file in files]
+    about = {**common, "part": part.index, "content": combine_hashes(digests)}
     with disk_errors(out):
         _join_array(out, common, part)
     with disk_errors(out), only_one(out / f"{part.name}.lock", report):
@@ -91,13 +97,20 @@ def prepare_part(options: PrepareOptions, progress: bool = True) -> PartResult:
         if waiting:
             return PartResult(part, None, waiting)
         trained = (out / FILE_NAMES["sentencepiece"]).exists()
-        to_train_on = [] if options.tokenizer or trained else text_files(everything, options.workers)
+        to_train_on = (
+            [] if options.tokenizer or trained else text_files(everything, options.workers, LeftOut(options.on_error))
+        )
         tokenizer = make_tokenizer(work, to_train_on, may_reuse=True)
         journal.use_tokenizer(tokenizer.sha256)
-        splits, dropped = write_shards(work, tokenizer, copies)
+        try:
+            splits, dropped = write_shards(work, tokenizer, copies)
+        except ChangedInput:
+            journal.forget()
+            raise
+        dropped |= left_out.counts | (listed.counts if part.index == 0 else {})  # all tasks have listed the same
         content = {
             "identity": about,
-            "files": [[file.source, digest] for file, digest in _pairs(files, digests)],
+            "files": digests,
             "tokenizer": {"file": tokenizer.path.name, "sha256": tokenizer.sha256},
             "splits": {name: [asdict(shard) for shard in split.shards] for name, split in splits.items()},
             "dropped": dropped,
@@ -136,6 +149,12 @@ def join(out: Path, progress: bool = True) -> Manifest:
     tokenizer = Tokenizer(out / name)
     if tokenizer.sha256 != sha256:
         raise UserError(f"{tokenizer.path} is another tokenizer than the parts were made with; copy it back")
+    eos_id = common["tokenizer"].get("eos_id", tokenizer.eos_id)
+    if tokenizer.eos_id != eos_id:
+        raise UserError(
+            f"{tokenizer.path.with_name(CONFIG_FILE)} is not the one the parts were made with (documents end with "
+            f"token {tokenizer.eos_id}, with {eos_id} in the parts); copy it back"
+        )
     dropped: Counter[str] = Counter()
     for content in contents:
         add_counts(dropped, content["dropped"])
@@ -191,7 +210,7 @@ def _join_array(out: Path, common: dict[str, Any], part: Part) -> None:
     path = out / ARRAY_FILE
     header = {"identity": common, "code_sha256": code_sha256()}
     if not path.exists():
-        foreign = [entry.name for entry in out.iterdir() if not entry.name.endswith((f"-{ARRAY_FILE}", ".partial"))]
+        foreign = [entry.name for entry in out.iterdir() if not _is_scrap(entry.name)]
         if foreign and not path.exists():  # another task may have come first
             raise UserError(f"{out} is not empty and not the folder of an array; choose another folder")
         own = out / f"{part.prefix}{ARRAY_FILE}"
@@ -210,6 +229,11 @@ def _join_array(out: Path, common: dict[str, Any], part: Part) -> None:
         raise UserError(
             f"{out} holds an array begun by other code; finish it with that, choose another folder, or remove it"
         )
+
+
+def _is_scrap(name: str) -> bool:
+    """Of other tasks at work, and (.nfs) what they keep of pipes."""
+    return name.endswith((f"-{ARRAY_FILE}", PARTIAL)) or name.startswith(".nfs")
 
 
 def _finished(out: Path, part: Part, about: dict[str, Any], report: Reporter) -> PartResult:
@@ -244,10 +268,6 @@ def _keys_path(out: Path, part: Part) -> Path:
 
 def _part_path(out: Path, part: Part) -> Path:
     return out / f"{part.name}.json"
-
-
-def _pairs(files: list[InputFile], digests: list[str]) -> list[tuple[InputFile, str]]:
-    return list(zip(files, digests, strict=True))
 
 
 def _listing_hash(files: list[InputFile]) -> str:

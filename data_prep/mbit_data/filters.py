@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from megatron_bit.errors import UserError
 
 NGRAM = 5
+LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines cuts at form feeds, U+2028 and others too
 SYMBOL = re.compile(r"#|\.\.\.|\u2026")
 BROKEN = "damaged"  # reasons that are no filter's
 EMPTY = "empty"
@@ -81,7 +82,7 @@ def symbol_ratio(text: str, words: Sequence[str]) -> float:
 
 def duplicate_lines(text: str) -> float:
     """Share of the lines that are not blank and stood before in the text."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in LINE_END.split(text) if line.strip()]
     return (len(lines) - len(set(lines))) / max(1, len(lines))
 
 

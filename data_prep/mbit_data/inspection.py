@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import tarfile
@@ -15,6 +14,8 @@ import numpy as np
 from mbit_data.tokenizer import Tokenizer
 from mbit_data.work import describe_dropped
 from megatron_bit.data.manifest import Manifest, Shard, load_manifest
+from megatron_bit.data.npy import decode_array
+from megatron_bit.data.shard_file import ShardFile
 from megatron_bit.errors import UserError
 
 MAX_SHARDS = 8  # read for lengths, frequencies and samples: evenly spaced ones, so that any folder takes seconds
@@ -42,7 +43,7 @@ def inspect(
         if bits is not None or code is not None:
             raise UserError(f"{folder} holds records, whose bits are shown as they are; leave out --bits and --code")
         return _inspect_records(manifest, split, samples, seed, tokens)
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = Tokenizer(manifest.checked_tokenizer_path())
     needed = max(1, (manifest.vocab_size - 1).bit_length())
     spell = None
     if bits is not None or code is not None:
@@ -224,18 +225,16 @@ def _documents(manifest: Manifest, shard: Shard) -> Iterator[tuple[dict[str, Any
     path = manifest.shard_path(shard)
     about: dict[str, Any] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                data = tar.extractfile(member)
-                assert data is not None, member.name
-                if member.name.endswith(".json"):
-                    about = json.loads(data.read())
+        with open(path, "rb") as file:
+            for name, data in ShardFile(file, shard.size, hashed=False).members():
+                if name.endswith(".json"):
+                    about = json.loads(data)
                     continue
-                ids = np.lib.format.read_array(io.BytesIO(data.read()), allow_pickle=False)
+                ids = decode_array(data)
                 if not manifest.raw_bits and len(ids) and int(ids.max()) >= manifest.vocab_size:
                     raise ValueError(f"token {int(ids.max())} is outside the vocabulary of {manifest.vocab_size}")
                 yield about, ids
-    except (tarfile.TarError, OSError, ValueError, EOFError, AssertionError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         raise UserError(f"shard {path} is damaged: {error}; `megatron-bit data verify {manifest.folder}`") from error
 
 

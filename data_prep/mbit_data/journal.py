@@ -16,6 +16,7 @@ from megatron_bit.data.manifest import LENGTHS_SUFFIX, SPLITS, Shard, lengths_fi
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL, write_atomic
 
+CHANGED = "none: the input has changed"  # in place of the code
 BEFORE_SHARDS = 2  # lines: header and tokenizer
 
 
@@ -48,7 +49,7 @@ class Journal:
         self.finished: dict[str, Finished] = {split: Finished() for split in SPLITS}
         self.tokenizer_sha256: str | None = None
         self.continued = False  # keys and tokenizer in the folder are ours
-        header = {"identity": dict(identity), "code_sha256": code}
+        self._header = header = {"identity": dict(identity), "code_sha256": code}
         if path.exists():
             self._continue(header)
         self._remove_others(prefix)
@@ -73,6 +74,11 @@ class Journal:
                 "remove the folder and prepare it again"
             )
 
+    def forget(self) -> None:
+        """Keep nothing for another start: what is finished may be of other bytes than were hashed. Raises OSError."""
+        self.finished = {split: Finished() for split in SPLITS}
+        write_atomic(self.path, (json.dumps({**self._header, "code_sha256": CHANGED}) + "\n").encode())
+
     def _append(self, line: str) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -80,7 +86,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def _continue(self, header: dict[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         try:
             there = json.loads(lines[0])
             different = differences(there["identity"], header["identity"])
@@ -99,7 +105,8 @@ class Journal:
                 "choose another folder, or remove it"
             )
         if there.get("code_sha256") != header["code_sha256"]:
-            self.notes.append("an unfinished prepare by other code is here: begun again")
+            why = "whose input changed" if there.get("code_sha256") == CHANGED else "by other code"
+            self.notes.append(f"an unfinished prepare {why} is here: begun again")
             return
         self.continued = True
         broken: set[str] = set()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mbit_data.decompress import format_suffix
 from mbit_data.filters import Filters
+from mbit_data.inputs import InputFile
+from mbit_data.left_out import ON_ERROR, OnError
 from mbit_data.minhash import DEDUP, Dedup
-from mbit_data.read import ON_ERROR, OnError, Reading
+from mbit_data.read import DEFAULT_TEXT_KEY, Reading
+from mbit_data.records import RECORDS
 from mbit_data.tokenizer import Tokenizer
 from mbit_data.train_tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, MODEL_TYPES, ModelType
 from megatron_bit.data.manifest import VERSION
@@ -59,7 +63,7 @@ class PrepareOptions:
     shard_tokens: int = 2_000_000
     workers: int = len(os.sched_getaffinity(0))  # processes; the CPUs this job may use
     eos_token: str | None = None  # ends a document, where a tokenizer.json does not say it
-    text_key: str = "text"  # of JSON lines, and the column of Parquet
+    text_key: str | None = None  # of JSON lines, and the column of Parquet; text
     on_error: OnError = "stop"  # at a damaged record, or leave it out and count it
     filters: Filters = NO_FILTERS
     dedup: Dedup | None = None
@@ -101,6 +105,13 @@ class PrepareOptions:
                 "from 0 to the count minus 1"
             )
 
+    def check_use(self, files: Iterable[InputFile]) -> None:
+        """Raises UserError for an option that none of the files has a use for."""
+        if self.text_key is not None and not any(format_suffix(file.source) in RECORDS for file in files):
+            raise UserError(
+                f"text_key is {self.text_key!r}, and no input has records: it is for {', '.join(RECORDS)}; leave it out"
+            )
+
     def identity(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides the bytes of the folder, as JSON; paths and worker count do not.
 
@@ -124,7 +135,7 @@ class PrepareOptions:
                 "tokenizer_sample_bytes": self.tokenizer_sample_bytes or DEFAULT_SAMPLE_BYTES,
             }
         optional = {
-            "text_key": None if self.text_key == "text" else self.text_key,
+            "text_key": None if self.text_key == DEFAULT_TEXT_KEY else self.text_key,
             "filters": self.filters.given() or None,
             "dedup": self.dedup,
             "parts": self.part.count if self.part else None,

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from mbit_data import dedup
+from mbit_data.decompress import ChangedInput
 from mbit_data.hf_tokenizer import CONFIG_FILE
 from mbit_data.inputs import expand_inputs
 from mbit_data.journal import Journal
+from mbit_data.left_out import LeftOut
 from mbit_data.lock import only_one
 from mbit_data.options import PrepareOptions, code_sha256, differences
 from mbit_data.progress import Reporter
@@ -49,13 +51,15 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
     if options.part is not None:
         raise ValueError("a part is made by mbit_data.array.prepare_part")
     report, out = Reporter(progress), Path(options.out)
-    found = expand_inputs(options.inputs, exclude=out)
-    files, skipped, digests = scan(found, options.workers, options.reading())
-    if skipped:
-        report.line(f"skipped {len(skipped)} files that are not text (first: {skipped[0].path})")
+    left_out = LeftOut(options.on_error)
+    found = expand_inputs(options.inputs, out, left_out, spool=out)
+    options.check_use(found)
+    files = scan(found, options.workers, options.reading(), left_out)
+    for line in left_out.lines():
+        report.line(line)
     if not files:
-        raise UserError(f"none of the {len(found)} input files is text (first: {found[0].path})")
-    content = combine_hashes((file.source, digest) for file, digest in zip(files, digests, strict=True))
+        raise UserError(f"none of the {len(found)} input files is text (first: {found[0].name})")
+    content = combine_hashes((file.source, file.sha256) for file in files)
     identity = options.identity({"input_sha256": content})
 
     def make(journal: Journal) -> Manifest:
@@ -65,10 +69,11 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
         journal.use_tokenizer(tokenizer.sha256)
         splits, dropped = write_shards(work, tokenizer, _copies(work))
         if not any(split.documents for split in splits.values()):
-            left_out = f"all were left out ({describe_dropped(dropped)})" if dropped else "there are none"
+            why = f"all were left out ({describe_dropped(dropped)})" if dropped else "there are none"
             raise UserError(
-                f"the input is empty: {len(files)} files (first: {files[0].path}), and of their documents {left_out}"
+                f"the input is empty: {len(files)} files (first: {files[0].name}), and of their documents {why}"
             )
+        dropped |= left_out.counts
         manifest = write_manifest(out, splits, tokenizer, identity, dropped)
         (out / KEYS_FILE).unlink(missing_ok=True)
         if dropped:
@@ -88,7 +93,11 @@ def make_folder(
         if (out / FILE_NAME).exists():
             return _finished(out, identity, report)
         journal = claim(out, out / UNFINISHED_FILE, identity, report)
-        manifest = make(journal)
+        try:
+            manifest = make(journal)
+        except ChangedInput:
+            journal.forget()
+            raise
         journal.path.unlink()
     report.line(f"wrote {out / FILE_NAME}")
     return manifest
@@ -125,7 +134,8 @@ def claim(out: Path, journal: Path, identity: Mapping[str, Any], report: Reporte
 def _is_scrap(path: Path) -> bool:
     """What is left of a file of ours when the process is killed while it is written."""
     ours = (*FILE_NAMES.values(), CONFIG_FILE, FILE_NAME, UNFINISHED_FILE, KEYS_FILE)
-    return path.name in {f"{name}{PARTIAL}" for name in ours}
+    # what a pipe gave is kept in a nameless file, which NFS gives a name until it is closed
+    return path.name in {f"{name}{PARTIAL}" for name in ours} or path.name.startswith(".nfs")
 
 
 def write_manifest(

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from mbit_data.decompress import open_input
+from mbit_data.decompress import check_unchanged, open_input
 from mbit_data.filters import BROKEN, EMPTY
 from mbit_data.inputs import InputFile, expand_inputs
 from mbit_data.journal import Journal
+from mbit_data.left_out import ON_ERROR, LeftOut, OnError
 from mbit_data.options import code_sha256
 from mbit_data.prepare import make_folder
 from mbit_data.progress import Reporter
-from mbit_data.read import ON_ERROR, OnError, Reading, combine_hashes
+from mbit_data.read import Reading, combine_hashes, hash_file
 from mbit_data.tokenize import TokenizedDocument, split_of
 from mbit_data.work import summarise
 from mbit_data.write import SplitWriter
@@ -77,17 +78,23 @@ def prepare_raw(options: RawOptions, progress: bool = True) -> Manifest:
     """
     options.check()
     report, out = Reporter(progress), Path(options.out)
-    files = expand_inputs(options.inputs, exclude=out)
+    left_out = LeftOut(options.on_error)
+    found = expand_inputs(options.inputs, out, left_out, spool=out)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(_hash, files))
-    content = combine_hashes((file.source, digest) for file, digest in zip(files, digests, strict=True))
+        files = [file for file in pool.map(lambda file: hash_file(file, left_out), found) if file is not None]
+    for line in left_out.lines():
+        report.line(line)
+    if not files:
+        raise UserError(f"none of the {len(found)} input files can be read (first: {found[0].name})")
+    content = combine_hashes((file.source, file.sha256) for file in files)
     identity = options.identity(content)
 
     def make(journal: Journal) -> Manifest:
         report.line(f"{len(files)} files, {sum(file.size for file in files) / 1e6:.1f} MB")
         splits, dropped = _write_shards(options, out, files, journal, report)
         if not any(split.documents for split in splits.values()):
-            raise UserError(f"the input is empty: no record in {len(files)} files (first: {files[0].path})")
+            raise UserError(f"the input is empty: no record in {len(files)} files (first: {files[0].name})")
+        dropped |= left_out.counts
         manifest = Manifest(
             folder=out, splits=splits, tokenizer_file="", tokenizer_sha256="", vocab_size=0, eos_id=0, dtype="uint8",
             identity=identity, package_version=__version__, dropped=dropped, raw_bits=options.bits,
@@ -97,11 +104,6 @@ def prepare_raw(options: RawOptions, progress: bool = True) -> Manifest:
         return manifest
 
     return make_folder(out, identity, report, make)
-
-
-def _hash(file: InputFile) -> str:
-    with open_input(file) as (_, raw):
-        return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def _write_shards(
@@ -119,6 +121,8 @@ def _write_shards(
                     made += document.text_bytes
                     shard = writers[split].add(f"{number:09d}", document)
                     if shard is not None:
+                        if reading.unfinished is not None:
+                            check_unchanged(reading.unfinished)
                         journal.add(split, shard, number)
                 advance(document.read_bytes, len(document.tokens))
         splits = {split: writer.finish() for split, writer in writers.items()}
@@ -141,9 +145,10 @@ def _documents(
     size, unused = options.record_bytes, 8 * options.record_bytes - options.bits
     for file in files:
         done = index = 0
-        with open_input(file) as (stream, raw):
-            while data := stream.read(options.document_records * size):
-                begin, position = index * options.document_records, raw.tell()
+        reading.unfinished = file
+        with open_input(file) as opened:
+            while data := opened.stream.read(options.document_records * size):
+                begin, position = index * options.document_records, opened.position
                 whole, rest = divmod(len(data), size)
                 records = np.frombuffer(data, dtype=np.uint8, count=whole * size).reshape(-1, size)
                 wrong = np.flatnonzero(records[:, -1] & (2**unused - 1))
@@ -162,5 +167,7 @@ def _documents(
                     yield TokenizedDocument(file.source, index, records, len(data), digest, position - done)
                     done = position
                 index += 1
+            opened.finish()
+        reading.unfinished = None
         if index == 0:
             dropped[EMPTY] += 1

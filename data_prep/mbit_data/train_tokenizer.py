@@ -11,6 +11,7 @@ from typing import Literal
 
 import sentencepiece
 
+from mbit_data.decompress import check_unchanged
 from mbit_data.inputs import InputFile
 from mbit_data.read import Reading, read_documents
 from megatron_bit.errors import UserError
@@ -36,6 +37,7 @@ def sample_texts(files: list[InputFile], budget: int, reading: Reading | None = 
         share = min(left, max(SMALL_FILE_BYTES, -(-budget * file.size // total)))
         for document in read_documents(file, reading):
             if share <= 0:
+                check_unchanged(file)  # its hash will never be known
                 break
             text = document.text[:share]  # characters, at most as many as bytes: never above the budget by 4x
             used = len(text.encode())

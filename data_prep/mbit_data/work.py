@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mbit_data import dedup, pool, tokenize
+from mbit_data.decompress import check_unchanged
 from mbit_data.filters import BROKEN, EMPTY, EXACT_DUPLICATE, NEAR_DUPLICATE, add_counts
 from mbit_data.hf_tokenizer import CONFIG_FILE, HuggingFaceModel, config_for
 from mbit_data.inputs import InputFile
@@ -160,6 +161,8 @@ def write_shards(
                     )
                     shard = writers[encoded.split].add(f"{work.prefix}{number:09d}", whole)
                     if shard is not None:
+                        if reading.unfinished is not None:  # after a kill nobody will hear of its hash
+                            check_unchanged(reading.unfinished)
                         journal.add(encoded.split, shard, number)
                 advance(document.read_bytes, 0 if tokens is None else len(tokens))
         splits = {split: writer.finish() for split, writer in writers.items()}

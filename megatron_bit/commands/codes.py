@@ -9,6 +9,7 @@ import tyro
 
 from megatron_bit.commands.arguments import Args
 from megatron_bit.errors import UserError
+from megatron_bit.paths import user_path
 
 
 def codes(
@@ -55,9 +56,10 @@ def codes(
         raise UserError(f"files ({files[0]}) are for --compare; the file to write is --out FILE")
     if compare and (out is not None or force):
         raise UserError("--compare writes nothing: leave out --out and --force")
+    folder, out = user_path(folder), None if out is None else user_path(out)
     options = job.CodeOptions(bits=bits, tokens=tokens, sweeps=sweeps, seed=seed)
     if compare:
-        report = job.compare(folder, options, tuple(Path(file) for file in files), progress=not quiet)
+        report = job.compare(folder, options, tuple(map(user_path, files)), progress=not quiet)
         text = job.render(report)
     else:
         report = job.learn(folder, options, out, force, progress=not quiet)

@@ -9,6 +9,7 @@ import tyro
 
 from megatron_bit.commands.arguments import Args
 from megatron_bit.errors import EXIT_USER_ERROR, UserError
+from megatron_bit.paths import user_path
 
 
 def prepare(
@@ -22,7 +23,7 @@ def prepare(
     validation_fraction: float = 0.02,
     shard_tokens: int = 2_000_000,
     tokenizer_sample_bytes: int | None = None,
-    text_key: str = "text",
+    text_key: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     dedup: Literal["exact", "near"] | None = None,
     min_chars: int | None = None,
@@ -48,7 +49,7 @@ def prepare(
     Interrupted, the same command goes on behind the last finished shard.
 
     Args:
-        inputs: text, .jsonl, .parquet, also .gz, .xz, .zst; folders, globs; `stdlib`: Python's own standard library.
+        inputs: text, JSON, .parquet, also .gz, .xz, .zst; pipes, folders, globs; `stdlib`: Python's standard library.
         out: folder to write.
         vocab_size: of the tokenizer to train; default 4096.
         tokenizer: an existing SentencePiece .model or Hugging Face tokenizer.json, instead of training one.
@@ -57,8 +58,8 @@ def prepare(
         validation_fraction: share of the documents held out, chosen by their hash.
         shard_tokens: tokens of one shard.
         tokenizer_sample_bytes: text to train the tokenizer on; default 8,000,000.
-        text_key: key of the text in JSON lines, and column in Parquet.
-        on_error: at a record that is damaged: stop, or leave it out and count it.
+        text_key: key of the text in JSON, and column in Parquet; default text.
+        on_error: at a damaged record, or what may not be read in a folder: stop, or leave it out and count it.
         dedup: leave out copies: of the same text but for white space, or of nearly the same words.
         min_chars: leave out shorter documents.
         max_chars: leave out longer documents.
@@ -79,6 +80,7 @@ def prepare(
     from mbit_data.filters import Filters
     from mbit_data.options import Part, PrepareOptions
 
+    out, tokenizer = user_path(out), None if tokenizer is None else user_path(tokenizer)
     if raw_bits is not None:
         text = {
             "vocab_size": vocab_size, "tokenizer": tokenizer, "eos_token": eos_token, "model_type": model_type,
@@ -86,7 +88,7 @@ def prepare(
             "max_chars": max_chars, "min_alpha_fraction": min_alpha_fraction, "max_symbol_ratio": max_symbol_ratio,
             "max_duplicate_lines": max_duplicate_lines, "max_repeated_ngrams": max_repeated_ngrams, "codes": codes,
             "workers": workers, "array": array or None, "array_index": array_index, "array_count": array_count,
-            "join": join or None, "text_key": None if text_key == "text" else text_key,
+            "join": join or None, "text_key": text_key,
         }  # fmt: skip
         for name, value in text.items():
             if value is not None:
@@ -173,6 +175,7 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> int:
     """Hash every shard of a data folder again; name the damaged ones. Exit code 2 if there are any."""
     from mbit_data.verify import verify as run
 
+    folder = user_path(folder)
     problems = run(folder)
     for problem in problems:
         print(problem)
@@ -209,7 +212,7 @@ def inspect(
     for option, value in (("--samples", samples), ("--chars", chars), ("--tokens", tokens)):
         if value < 0:
             raise UserError(f"{option} {value} has to be at least 0")
-    report = job.inspect(folder, split, samples, seed, chars, tokens, bits, code)
+    report = job.inspect(user_path(folder), split, samples, seed, chars, tokens, bits, code)
     if json:
         from json import dumps
 
@@ -244,4 +247,6 @@ def bench_data(
             raise UserError(f"{option} {value} has to be at least 1")
     from megatron_bit.bench import data as job
 
-    return job.main(tuple(inputs), megabytes, tokenizer, workers, repeats, json)
+    return job.main(
+        tuple(inputs), megabytes, None if tokenizer is None else user_path(tokenizer), workers, repeats, json
+    )

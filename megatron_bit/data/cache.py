@@ -38,6 +38,13 @@ class ShardCache:
                     fetch(path)
                     self._shrink(self.limit, keep=path)
 
+    def discard(self, sha256: str, file: IO[bytes]) -> None:
+        """Remove the file, which `file` is, unless another process has put a new one in its place. Raises OSError."""
+        path = self.folder / sha256
+        with self._locked(sha256[:2]), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                os.unlink(path)
+
     def clear(self) -> bool:
         """Make what room there is, on a full disk; whether anything could go."""
         return self._shrink(0, keep=None)

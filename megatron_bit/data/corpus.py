@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_bit.config import DataConfig
+from megatron_bit.config import DataConfig, Verify
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.data.stream import streamed_tokens
 from megatron_bit.errors import UserError
@@ -35,6 +35,7 @@ class Corpus:
     sources: tuple[Source, ...]
     block_size: int = 1  # documents are filled up to blocks of so many tokens
     temperature: float = 1.0
+    verify: Verify = "first"  # when a shard is hashed while it is read
 
     @classmethod
     def of(cls, manifest: Manifest, block_size: int = 1) -> Corpus:
@@ -92,6 +93,10 @@ def open_corpus(data: DataConfig, block_size: int, check: bool, tokens: Sequence
                 f"data.sources do not mix: {manifests[0].name} holds records of {manifests[0].raw_bits} bits, "
                 f"{other.name} of {other.raw_bits} (0: text)"
             )
+    if tokens is None:  # not yet looked at by another rank
+        for manifest in manifests:
+            if not manifest.raw_bits:
+                manifest.checked_tokenizer_path()
     if data.align_blocks:
         manifests[0].need_vocabulary("data.align_blocks")
     tokens = tokens or [_tokens(manifest, block_size) for manifest in manifests]
@@ -100,7 +105,7 @@ def open_corpus(data: DataConfig, block_size: int, check: bool, tokens: Sequence
         Source(manifest, counts, *((None, None) if setting is None else (setting.weight, setting.epochs)))
         for manifest, counts, setting in zip(manifests, tokens, settings, strict=True)
     )
-    return Corpus(sources, block_size, data.temperature)
+    return Corpus(sources, block_size, data.temperature, data.verify)
 
 
 def _tokens(manifest: Manifest, block_size: int) -> Tokens:

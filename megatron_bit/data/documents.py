@@ -11,6 +11,7 @@ import io
 
 import numpy as np
 
+from megatron_bit.data.npy import decode_array
 from megatron_bit.errors import UserError
 
 
@@ -45,4 +46,4 @@ def decode_lengths(data: bytes, sha256: str, name: str) -> np.ndarray:
     digest = hashlib.sha256(data).hexdigest()
     if digest != sha256:
         raise UserError(f"{name} is damaged: SHA-256 {digest}, the manifest says {sha256}; copy it again")
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return decode_array(data)

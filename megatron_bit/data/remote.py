@@ -89,6 +89,27 @@ class RemoteFolder:
         except FileNotFoundError as error:
             raise UserError(f"{self.name(file)} does not exist; copy it back or prepare again") from error
 
+    def read(self, file: str, sha256: str) -> bytes:
+        """The content of a small file, through the cache; a damaged copy there is fetched again. Raises UserError.
+
+        What the second copy holds was hashed when it came, or by the process that has put it there since.
+        """
+        with self.open(file, sha256) as stream:
+            data = stream.read()
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+            self.discard(sha256, stream)
+        with self.open(file, sha256) as stream:
+            return stream.read()
+
+    def discard(self, sha256: str, file: IO[bytes]) -> None:
+        """Forget the damaged copy `file`, so that `open` fetches it again. Raises UserError."""
+        try:
+            self.cache.discard(sha256, file)
+        except OSError as error:
+            path = self.cache.folder / sha256
+            raise UserError(f"{path} is damaged and cannot be removed ({error.strerror}); remove it") from error
+
     def ahead(self, files: Iterable[tuple[str, str, int]]) -> None:
         """Begin to fetch (file, SHA-256, bytes), as many as the cache holds at a time, in background threads.
 
@@ -108,12 +129,8 @@ class RemoteFolder:
     def read_all(self, files: Iterable[tuple[str, str]]) -> list[bytes]:
         """The content of (file, SHA-256), several at a time. Raises UserError."""
 
-        def read(pair: tuple[str, str]) -> bytes:
-            with self.open(*pair) as stream:
-                return stream.read()
-
         with ThreadPoolExecutor(self.options.workers) as pool:
-            return list(pool.map(read, files))
+            return list(pool.map(lambda pair: self.read(*pair), files))
 
     def close(self) -> None:
         """Forget what has not been begun."""

@@ -55,7 +55,8 @@ class Samples:
             shares.append(share)
             # without a shuffle the order walks shard by shard: one in memory is enough
             capacity = shuffle_shards if shuffle else 1
-            self.readers.append(ShardReader(manifest, split, capacity, corpus.block_size, source.tokens[split]))
+            totals = source.tokens[split]
+            self.readers.append(ShardReader(manifest, split, capacity, corpus.block_size, totals, corpus.verify))
         if not orders:
             assert problem is not None
             raise problem

@@ -1,9 +1,10 @@
-"""Shards into token arrays, through webdataset's tar reading, with one window of shards in memory."""
+"""Shards into token arrays, with one window of shards in memory."""
 
 from __future__ import annotations
 
-import io
-import re
+import hashlib
+import math
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import IO
 
 import numpy as np
 
+from megatron_bit.config import Verify
 from megatron_bit.data.documents import aligned, decode_lengths
 from megatron_bit.data.manifest import Manifest, Shard, lengths_file
+from megatron_bit.data.npy import decode_array
+from megatron_bit.data.shard_file import ShardFile
 from megatron_bit.errors import ShardError, UserError
 
 TOKENS_SUFFIX = "tokens.npy"
@@ -21,73 +25,81 @@ TOKENS_SUFFIX = "tokens.npy"
 def read_documents(path: Path) -> Iterator[np.ndarray]:
     """The token arrays of a shard's documents, [n] or records [n, bytes], in the order they were written."""
     with open(path, "rb") as stream:
-        yield from _documents(stream)
+        yield from _documents(ShardFile(stream, path.stat().st_size, hashed=False))
 
 
-def _documents(stream: IO[bytes]) -> Iterator[np.ndarray]:
-    """Uses webdataset's tar reading and not its `WebDataset` pipeline: that one splits shards by rank from the
-    environment, leaves files open and cuts a path at `#` or `?`; which shard is read when is ours to say.
-    """
-    from webdataset.tariterators import tar_file_iterator
-
-    for member in tar_file_iterator(stream, select_files=lambda name: name.endswith(TOKENS_SUFFIX)):  # type: ignore[arg-type]
-        yield decode_array(member["data"])
+def _documents(file: ShardFile) -> Iterator[np.ndarray]:
+    for name, data in file.members():
+        if name.endswith(TOKENS_SUFFIX):
+            yield decode_array(data)
 
 
-_ARRAY = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
-)
-
-
-def decode_array(data: bytes) -> np.ndarray:
-    """What numpy reads from a .npy file in memory. Raises ValueError.
-
-    numpy compiles the header as Python, 50 us for each document; one that `prepare` has written is matched instead.
-    """
-    header = _ARRAY.match(data)
-    if header is not None:
-        count, size, begin = int(header[3]), int(header[2]), header.end()
-        if begin == 10 + int.from_bytes(header[1], "little") and len(data) == begin + count * size:
-            return np.frombuffer(data, dtype=f"<u{size}", offset=begin)
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-
-
-def read_shard(manifest: Manifest, shard: Shard, block_size: int = 1, total: int | None = None) -> np.ndarray:
+def read_shard(
+    manifest: Manifest, shard: Shard, block_size: int = 1, total: int | None = None, verify: bool = True
+) -> np.ndarray:
     """All tokens of a shard, document after document: [total] of the manifest's dtype, of records [total, bytes].
+
+    A copy in the cache that is damaged is thrown away and fetched again, once.
 
     Args:
         block_size: fill every document up to whole blocks with end-of-document tokens.
         total: tokens with those, as `streamed_tokens` says; may be left out with blocks of 1.
+        verify: hash the file while it is read. Without, only what cannot be read or cannot be right is damage.
 
-    Raises ShardError naming the shard, and how far it could be read, if it cannot be had or read to its end, or holds
-    another number of tokens, another dtype, or a token that is not in the vocabulary.
+    Raises ShardError naming the shard, and how far it could be read, if it cannot be had or read to its end, has
+    another SHA-256, or holds another number of tokens, another dtype, or a token that is not in the vocabulary.
     """
-    name, total = manifest.shard_name(shard), shard.tokens if total is None else total
-    record, empty = manifest.record_shape, 0 if manifest.raw_bits else manifest.eos_id
-    result = np.full((total, *record), empty, dtype=np.dtype(manifest.dtype))
-    filled = read = byte = 0
-    with manifest.open_shard(shard) as stream:
-        try:
-            for document in _documents(stream):
-                if document.dtype != result.dtype or document.ndim == 0 or document.shape[1:] != record:
-                    kind = f"{manifest.dtype} {['n', *record]}"
-                    raise ValueError(f"a document is {document.dtype} {document.shape}, not {kind}")
-                if filled + len(document) > total:
-                    raise ValueError(f"more tokens than the {total} of the manifest")
-                result[filled : filled + len(document)] = document
-                filled += -(-len(document) // block_size) * block_size
-                read, byte = read + len(document), stream.tell()
-        except Exception as error:  # whatever bad bytes make tarfile, webdataset or numpy raise
-            reason = error.args[0] if error.args else type(error).__name__
-            raise ShardError(
-                f"shard {name} is damaged after {read} of {shard.tokens} tokens, behind byte {byte} of {shard.size}: "
-                f"{reason}; copy it again",
-                shard.sha256,
-            ) from error
+    remote = manifest.remote
+    for last in (remote is None, True):
+        with manifest.open_shard(shard) as stream:
+            try:
+                return _tokens(stream, manifest, shard, block_size, shard.tokens if total is None else total, verify)
+            except ShardError as error:
+                found = _sha256(stream)
+                if not last and remote is not None and found != shard.sha256:
+                    remote.discard(shard.sha256, stream)
+                    continue
+                other = f" (its SHA-256 is {found}, the manifest says {shard.sha256})" if found != shard.sha256 else ""
+                raise ShardError(f"{error}{other}", shard.sha256) from error
+    raise AssertionError
+
+
+def _tokens(
+    stream: IO[bytes], manifest: Manifest, shard: Shard, block_size: int, total: int, verify: bool
+) -> np.ndarray:
+    name, record = manifest.shard_name(shard), manifest.record_shape
+    there, dtype = os.fstat(stream.fileno()).st_size, np.dtype(manifest.dtype)
+    if there > shard.size or shard.tokens * dtype.itemsize * math.prod(record) > shard.size:
+        raise ShardError(
+            f"shard {name} has {there} bytes, and the manifest says {shard.tokens} tokens in {shard.size}; copy it "
+            "again or prepare the data again",
+            shard.sha256,
+        )
+    result = np.full((total, *record), 0 if manifest.raw_bits else manifest.eos_id, dtype=dtype)
+    filled = read = 0
+    file = ShardFile(stream, shard.size, verify)
+    try:
+        for document in _documents(file):
+            if document.dtype != result.dtype or document.ndim == 0 or document.shape[1:] != record:
+                kind = f"{manifest.dtype} {['n', *record]}"
+                raise ValueError(f"a document is {document.dtype} {document.shape}, not {kind}")
+            if filled + len(document) > total:
+                raise ValueError(f"more tokens than the {total} of the manifest")
+            result[filled : filled + len(document)] = document
+            filled += -(-len(document) // block_size) * block_size
+            read += len(document)
+        other = verify and file.sha256() != shard.sha256
+    except Exception as error:  # whatever bad bytes make tarfile or numpy raise
+        reason = error.args[0] if error.args else type(error).__name__
+        raise ShardError(
+            f"shard {name} is damaged after {read} of {shard.tokens} tokens, behind byte {file.position} of "
+            f"{shard.size}: {reason}; copy it again",
+            shard.sha256,
+        ) from error
     if filled != total:
         raise ShardError(
-            f"shard {name} ends after {read} of {shard.tokens} tokens, at byte {byte} of {shard.size}; copy it again "
-            "or prepare the data again",
+            f"shard {name} ends after {read} of {shard.tokens} tokens, at byte {file.position} of {shard.size}; "
+            "copy it again or prepare the data again",
             shard.sha256,
         )
     if total and not manifest.raw_bits and int(result.max()) >= manifest.vocab_size:
@@ -96,7 +108,17 @@ def read_shard(manifest: Manifest, shard: Shard, block_size: int = 1, total: int
             "copy it again or prepare the data again",
             shard.sha256,
         )
+    if other:
+        raise ShardError(f"shard {name} is damaged; copy it again or prepare the data again", shard.sha256)
     return result
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    try:
+        stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    except OSError as error:
+        return f"not to be had: {error.strerror}"
 
 
 def streamed_tokens(manifest: Manifest, split: str, block_size: int) -> np.ndarray:
@@ -128,18 +150,25 @@ class ShardReader:
     """Token arrays of one split's shards; keeps the `capacity` most recently used ones in memory."""
 
     def __init__(
-        self, manifest: Manifest, split: str, capacity: int, block_size: int = 1, totals: np.ndarray | None = None
+        self,
+        manifest: Manifest,
+        split: str,
+        capacity: int,
+        block_size: int = 1,
+        totals: np.ndarray | None = None,
+        verify: Verify = "first",
     ):
-        """totals: int64 [shards], as `streamed_tokens` says; may be left out with blocks of 1."""
-        # Here and not at the first read, which happens in the prefetch thread: webdataset imports torch,
-        # and two threads importing torch at once can see half of it.
-        import webdataset.tariterators  # noqa: F401
+        """totals: int64 [shards], as `streamed_tokens` says; may be left out with blocks of 1.
 
+        verify: which readings of a shard hash it, as `data.verify` says.
+        """
         self.manifest = manifest
         self._shards = manifest.split(split).shards
         self._totals = [shard.tokens for shard in self._shards] if totals is None else totals.tolist()
         self._block_size = block_size
         self._capacity = capacity
+        self._verify = verify
+        self._verified: set[int] = set()
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def indices(self, damaged: frozenset[str]) -> frozenset[int]:
@@ -158,7 +187,9 @@ class ShardReader:
             return self._cache[shard]
         while len(self._cache) >= self._capacity:  # before reading, so that one window is the limit
             self._cache.popitem(last=False)
-        tokens = read_shard(self.manifest, self._shards[shard], self._block_size, self._totals[shard])
+        verify = self._verify == "always" or (self._verify == "first" and shard not in self._verified)
+        tokens = read_shard(self.manifest, self._shards[shard], self._block_size, self._totals[shard], verify)
+        self._verified.add(shard)
         tokens.flags.writeable = False
         self._cache[shard] = tokens
         return tokens

@@ -93,6 +93,7 @@ ANOTHER: dict[str, list[str]] = {
     "data.align_blocks": ["data.align_blocks=true"],
     "data.on_error": ["data.on_error=skip"],
     "data.prefetch": ["data.prefetch=1"],
+    "data.verify": ["data.verify=always"],
     "data.remote.cache": ["data.remote.cache=cache"],
     "data.remote.cache_gib": ["data.remote.cache_gib=1"],
     "data.remote.attempts": ["data.remote.attempts=1"],

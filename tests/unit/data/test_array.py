@@ -78,7 +78,7 @@ def test_parts_in_any_order_hold_what_one_process_makes(options, tmp_path, dedup
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 12))
 @settings(max_examples=200, deadline=None)
 def test_shares_are_consecutive_and_fair(sizes, count):
-    files = [InputFile(f"/x/{i}", str(i), size, False) for i, size in enumerate(sizes)]
+    files = [InputFile(f"/x/{i}", str(i), size, False, 0) for i, size in enumerate(sizes)]
     shares = [share_of(files, Part(index, count)) for index in range(count)]
     assert [file for share in shares for file in share] == files
     for share in shares:
@@ -184,7 +184,7 @@ def test_tasks_at_the_same_time_as_a_user_starts_them(options, tmp_path):
     assert [process.returncode for process in running] == [0, 0, 0], outputs
     assert "part 2 of 3: " in outputs[2][0] and "--join --out" in outputs[2][0]
     joined = subprocess.run([*command, "--join", "--out", str(options.out)], capture_output=True, text=True)
-    assert joined.returncode == 0 and "left out: 1 empty" in joined.stdout, joined
+    assert joined.returncode == 0 and "left out: 1 binary file, 1 empty" in joined.stdout, joined
     one = prepare(
         PrepareOptions(options.inputs, tmp_path / "one", vocab_size=400, shard_tokens=4000, workers=1), progress=False
     )

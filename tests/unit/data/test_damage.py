@@ -73,14 +73,28 @@ def corrupt(path):
     path.write_bytes(data)
 
 
+def flipped(path):
+    """One bit of a token: what is read is possible, and another text."""
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"\x93NUMPY") + 128] ^= 1
+    path.write_bytes(data)
+
+
 def empty(path):
     path.write_bytes(b"")
 
 
-DAMAGE = {"truncated": truncated, "corrupt": corrupt, "empty": empty, "gone": lambda path: path.unlink()}
+DAMAGE = {
+    "truncated": truncated,
+    "corrupt": corrupt,
+    "flipped": flipped,
+    "empty": empty,
+    "gone": lambda path: path.unlink(),
+}
 SAYS = {
     "truncated": r"damaged after \d+ of 400 tokens, behind byte \d+ of \d+|ends after \d+ of 400 tokens, at byte \d+",
     "corrupt": r"damaged after \d+ of 400 tokens, behind byte [1-9]\d* of \d+",
+    "flipped": r"is damaged; copy it again or prepare the data again \(its SHA-256 is [0-9a-f]{64}, the manifest",
     "empty": r"(after 0 of 400 tokens)",
     "gone": "cannot be opened",
 }

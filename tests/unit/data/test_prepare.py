@@ -257,7 +257,7 @@ def test_files_that_are_not_text(corpus, tmp_path, capsys):
     (corpus / "empty.py").write_text("")
     manifest = prepare(options(corpus, tmp_path / "out"))
     assert sum(split.documents for split in manifest.splits.values()) == 40
-    assert "skipped 1 files" in capsys.readouterr().err
+    assert "left out: 1 binary file (" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"image\.png is binary"):
         prepare(options(corpus / "image.png", tmp_path / "x"), progress=False)
     with pytest.raises(UserError, match="empty"):
