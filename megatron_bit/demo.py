@@ -86,7 +86,7 @@ def _known_words(data: Path) -> set[str]:
     from megatron_bit.data.stream import ShardReader
 
     manifest = load_manifest(data, check_files=False)
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = Tokenizer(manifest.checked_tokenizer_path())
     reader = ShardReader(manifest, "train", capacity=1)
     known: set[str] = set()
     for shard in range(len(manifest.split("train").shards)):

@@ -21,6 +21,7 @@ import numpy as np
 
 from mbit_data import dedup
 from mbit_data.filters import add_counts
+from mbit_data.hf_tokenizer import CONFIG_FILE
 from mbit_data.inputs import InputFile, expand_inputs
 from mbit_data.journal import Journal
 from mbit_data.lock import only_one
@@ -136,6 +137,12 @@ def join(out: Path, progress: bool = True) -> Manifest:
     tokenizer = Tokenizer(out / name)
     if tokenizer.sha256 != sha256:
         raise UserError(f"{tokenizer.path} is another tokenizer than the parts were made with; copy it back")
+    eos_id = common["tokenizer"].get("eos_id", tokenizer.eos_id)
+    if tokenizer.eos_id != eos_id:
+        raise UserError(
+            f"{tokenizer.path.with_name(CONFIG_FILE)} is not the one the parts were made with (documents end with "
+            f"token {tokenizer.eos_id}, with {eos_id} in the parts); copy it back"
+        )
     dropped: Counter[str] = Counter()
     for content in contents:
         add_counts(dropped, content["dropped"])

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_bit.data.manifest import TOKENIZER_CONFIG
 from megatron_bit.errors import UserError
 
-CONFIG_FILE = "tokenizer_config.json"  # stands beside tokenizer.json and names the token that ends a document
+CONFIG_FILE = TOKENIZER_CONFIG  # stands beside tokenizer.json and names the token that ends a document
 # what the families call it, if nothing says so: GPT-2/NeoX, Llama 3, Llama/T5, Gemma, BERT
 USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 

@@ -42,7 +42,7 @@ def inspect(
         if bits is not None or code is not None:
             raise UserError(f"{folder} holds records, whose bits are shown as they are; leave out --bits and --code")
         return _inspect_records(manifest, split, samples, seed, tokens)
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = Tokenizer(manifest.checked_tokenizer_path())
     needed = max(1, (manifest.vocab_size - 1).bit_length())
     spell = None
     if bits is not None or code is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mbit_data.tokenizer import Tokenizer
-from megatron_bit.data.manifest import Manifest, lengths_file, load_manifest
+from megatron_bit.data.manifest import lengths_file, load_manifest
 from megatron_bit.errors import UserError
 
 
@@ -18,11 +17,10 @@ def verify(folder: Path | str) -> list[str]:
     manifest = load_manifest(folder, check_files=False)
     problems = []
     if not manifest.raw_bits:
-        tokenizer = _problem(manifest.tokenizer_path, None, manifest.tokenizer_sha256)
-        if tokenizer:
-            problems.append(f"tokenizer {manifest.tokenizer_path}: {tokenizer}")
-        else:
-            problems += _other_end(manifest)
+        try:
+            manifest.checked_tokenizer_path()
+        except UserError as error:
+            problems.append(str(error))
     for name, split in manifest.splits.items():
         for shard in split.shards:
             problem = _problem(manifest.shard_path(shard), shard.size, shard.sha256)
@@ -33,19 +31,6 @@ def verify(folder: Path | str) -> list[str]:
             if problem:
                 problems.append(f"document lengths {lengths}: {problem}")
     return problems
-
-
-def _other_end(manifest: Manifest) -> list[str]:
-    """What ends a document stands beside a tokenizer.json, in a file that has no hash in the manifest."""
-    try:
-        eos_id = Tokenizer(manifest.tokenizer_path).eos_id
-    except UserError as error:
-        return [str(error)]
-    if eos_id != manifest.eos_id:
-        return [
-            f"tokenizer {manifest.tokenizer_path}: documents end with {eos_id}, the manifest says {manifest.eos_id}"
-        ]
-    return []
 
 
 def _problem(path: Path, size: int | None, sha256: str) -> str | None:

@@ -64,7 +64,7 @@ def read_code(path: Path, manifest: Manifest, bits: int | None = None) -> Learne
             raise ValueError(f"format {about.get('format')!r} version {about.get('version')!r}")
         options = json.loads(about["options"])
         intact = about["table_sha256"] == _digest(table)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a code ({error}); make it again with {again}") from error
     if about.get("tokenizer_sha256") != manifest.tokenizer_sha256:
         raise UserError(f"{path} is of another tokenizer than {manifest.tokenizer_path}; make it again with {again}")

@@ -92,6 +92,10 @@ def open_corpus(data: DataConfig, block_size: int, check: bool, tokens: Sequence
                 f"data.sources do not mix: {manifests[0].name} holds records of {manifests[0].raw_bits} bits, "
                 f"{other.name} of {other.raw_bits} (0: text)"
             )
+    if tokens is None:  # not yet looked at by another rank
+        for manifest in manifests:
+            if not manifest.raw_bits:
+                manifest.checked_tokenizer_path()
     if data.align_blocks:
         manifests[0].need_vocabulary("data.align_blocks")
     tokens = tokens or [_tokens(manifest, block_size) for manifest in manifests]

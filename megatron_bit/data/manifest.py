@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ VERSION = 1
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
 MAX_RAW_BITS = 256
+TOKENIZER_CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; says which token ends a document
 LENGTHS_SUFFIX = ".lengths.npy"  # of the sidecar of a shard (data/documents.py); here, for whom numpy is too much
 
 
@@ -111,7 +112,44 @@ class Manifest:
 
     @property
     def tokenizer_path(self) -> Path:
+        """Where it lies. To open it, take `checked_tokenizer_path`."""
         return self.folder / self.tokenizer_file
+
+    def checked_tokenizer_path(self) -> Path:
+        """The tokenizer, once it is known to be the one that the shards were made with; read once for each manifest.
+
+        Raises UserError: records, which have none; a file that is missing or has another SHA-256 than the manifest
+        says; beside a tokenizer.json a tokenizer_config.json that lets another token end a document.
+        """
+        return self._checked_tokenizer
+
+    @functools.cached_property
+    def _checked_tokenizer(self) -> Path:
+        self.need_vocabulary("a tokenizer")
+        path, again = self.tokenizer_path, "copy it back or prepare the data again"
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"tokenizer {path} cannot be read ({error.strerror}); {again}") from error
+        if digest != self.tokenizer_sha256:
+            raise UserError(
+                f"tokenizer {path} is not the one the manifest names (its SHA-256 is {digest}, the manifest says "
+                f"{self.tokenizer_sha256}); {again}"
+            )
+        if path.suffix == ".json":
+            from mbit_data.tokenizer import Tokenizer
+
+            beside = path.with_name(TOKENIZER_CONFIG)
+            try:
+                eos_id = Tokenizer(path).eos_id
+            except UserError as error:
+                raise UserError(f"{error}: {beside}, which names the end of a document, is another; {again}") from error
+            if eos_id != self.eos_id:
+                raise UserError(
+                    f"{beside} is not the one the data were made with (documents end with token {eos_id}, the manifest "
+                    f"says {self.eos_id}); {again}"
+                )
+        return path
 
     def split(self, name: str) -> Split:
         """The split of that name. Raises UserError if the folder has none."""
@@ -194,7 +232,7 @@ def load_manifest(folder: Path | str, check_files: bool = True, options: RemoteC
 
     A folder may be remote (data/remote.py), with `options`: then its shards are looked at when they are fetched.
     Raises UserError: no such folder or manifest, broken or edited JSON, a format version this package does
-    not know, a shard or tokenizer that is missing or of another size (hashes are for `mbit_data.verify`).
+    not know, a shard that is missing or of another size (its hash is for `mbit_data.verify`), or another tokenizer.
     """
     if is_remote(str(folder)):
         return _load_remote(RemoteFolder(str(folder), options or RemoteConfig()))
@@ -221,8 +259,10 @@ def _load_remote(remote: RemoteFolder) -> Manifest:
     with remote.open(manifest.tokenizer_file, manifest.tokenizer_sha256) as stream:
         remote.place(manifest.tokenizer_file, stream.read())
     if manifest.tokenizer_file.endswith(".json"):
-        with contextlib.suppress(FileNotFoundError):
-            remote.copy("tokenizer_config.json")  # says which token ends a document
+        try:
+            remote.copy(TOKENIZER_CONFIG)
+        except FileNotFoundError:  # then one of before does not count either
+            (remote.mirror / TOKENIZER_CONFIG).unlink(missing_ok=True)
     return manifest
 
 
@@ -271,9 +311,9 @@ def _parse(folder: Path, path: Path, where: str) -> Manifest:
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Raises UserError naming the first shard (or the tokenizer) that is missing or of another size."""
-    if not manifest.raw_bits and not manifest.tokenizer_path.is_file():
-        raise UserError(f"tokenizer {manifest.tokenizer_path} is missing; copy it back or prepare again")
+    """Raises UserError naming the first shard that is missing or of another size, or a tokenizer of another SHA-256."""
+    if not manifest.raw_bits:
+        manifest.checked_tokenizer_path()
     for split in manifest.splits.values():
         for shard in split.shards:
             path = manifest.shard_path(shard)

@@ -1,6 +1,7 @@
 """Documents in whole blocks, what says so before a shard is read, and where documents begin in a batch."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -86,7 +87,8 @@ def make_data_once(tmp_path_factory):
     write_atomic(folder / "tokenizer.model", b"none")
     from megatron_bit.data.manifest import Manifest
 
-    return Manifest(folder, {"train": writer.finish()}, "tokenizer.model", "", 1000, EOS, "uint16", {}, "0")
+    digest = hashlib.sha256(b"none").hexdigest()
+    return Manifest(folder, {"train": writer.finish()}, "tokenizer.model", digest, 1000, EOS, "uint16", {}, "0")
 
 
 def test_starts_are_known_from_the_blocks_before():

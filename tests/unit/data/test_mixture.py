@@ -1,6 +1,7 @@
 """Several sources: exact shares, every sample of each source in its own order, one tokenizer."""
 
 import dataclasses
+import hashlib
 import json
 from fractions import Fraction
 
@@ -168,8 +169,10 @@ def test_sources_that_make_no_sense(sources, keys, message):
 
 def test_sources_of_different_tokenizers_are_refused_with_both_hashes(make_data):
     first, second = make_data([100], name="a"), make_data([100], name="b")
-    other = dataclasses.replace(second, tokenizer_sha256="ab" * 32)
+    second.tokenizer_path.write_bytes(b"other")
+    digest = hashlib.sha256(b"other").hexdigest()
+    other = dataclasses.replace(second, tokenizer_sha256=digest)
     write_atomic(second.folder / FILE_NAME, other.to_json().encode())
     load_manifest(second.folder)
-    with pytest.raises(UserError, match=rf"{first.tokenizer_sha256}.*{'ab' * 32}"):
+    with pytest.raises(UserError, match=rf"{first.tokenizer_sha256}.*{digest}"):
         open_corpus(data_of({"path": str(first.folder)}, {"path": str(second.folder)}), 4, check=True)
