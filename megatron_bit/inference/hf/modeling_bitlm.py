@@ -1117,7 +1117,7 @@ REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, o
 _NEXT_BYTES = ((0xFF,), (0x80,), (0x80, 0x80), (0x80, 0x80, 0x80), (0xA0, 0x80), (0x90, 0x80, 0x80), (0x41,))
 
 
-def _common(a: str, b: str) -> int:
+def common(a: str, b: str) -> int:
     """Length of the longest beginning that both have."""
     if b.startswith(a):
         return len(a)
@@ -1173,7 +1173,7 @@ class Decoder:
         completes), it is what follows the part that they share.
         """
         before, both = self.decode([*prompt]), self.decode([*prompt, *new])
-        return both[_common(before, both) :]
+        return both[common(before, both) :]
 
     def closes(self, token: int) -> bool:
         """Whether a text that ends with this token is final, whatever was before and whatever comes."""
@@ -1187,7 +1187,7 @@ class Decoder:
         """How many characters of `text`, the text of `ids`, are final."""
         count = len(text)
         for following in self._probes:
-            count = min(count, _common(text, self.decode([*ids, *following])))
+            count = min(count, common(text, self.decode([*ids, *following])))
         if len(self._probes) < len(_NEXT_BYTES):  # not all of them are tokens: three bytes are the most of a beginning
             count -= min(3, count - len(text[:count].rstrip(REPLACEMENT)))
         return count
@@ -1197,7 +1197,7 @@ class Decoder:
         a, b = self.decode(some), self.decode(others)
         for ids in self._probes:
             x, y = self.decode([*some, *ids]), self.decode([*others, *ids])
-            if x[_common(a, x) :] != y[_common(b, y) :]:
+            if x[common(a, x) :] != y[common(b, y) :]:
                 return False
         return True
 
@@ -1236,7 +1236,7 @@ class Detokenizer:
         ids = [*self._before, *self._new]
         now = self._decoder.decode(ids)
         final = len(now) if closed else self._decoder.final(ids, now)
-        at = _common(self._out, now)
+        at = common(self._out, now)
         self.pending = now[max(at, final) :].rstrip(REPLACEMENT)
         if final == len(now):
             self._move(closed)
@@ -1249,7 +1249,7 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, when nothing more comes."""
         now = self._decoder.decode([*self._before, *self._new])
-        text = now[_common(self._out, now) :]
+        text = now[common(self._out, now) :]
         self._move(False)
         return text
 
