@@ -160,3 +160,11 @@ def test_the_command_takes_prompts_as_they_are(root: Path, tmp_path: Path) -> No
     done = subprocess.run([*command, "--max-tokens", "2", "--json"], capture_output=True, check=True, timeout=60)
     prompts = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
     assert prompts == ["def \u2028x\x0cy", "", "z\x85"]
+
+
+def test_arguments_that_are_no_text(root: Path) -> None:
+    for option in ("--prompt", "--stop"):
+        command = [sys.executable, "-P", "-m", "megatron_bit", "generate", str(root / "run"), option, b"a\xff"]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and not done.stdout
+        assert done.stderr.startswith(f"megatron-bit: error: {option} b'a\\xff' is not UTF-8".encode())
