@@ -31,3 +31,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lines_of(content: bytes) -> list[str]:
+    """The lines of a text file, without a byte order mark and the ends of lines: \\n or \\r\\n, and nothing else.
+
+    What str.splitlines takes for more ends (U+2028, form feeds, ...) is text. ValueError if it is not UTF-8.
+    """
+    lines = content.decode("utf-8-sig").split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]

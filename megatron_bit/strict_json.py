@@ -5,7 +5,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -53,16 +52,6 @@ def parse(data: bytes, schema: TypeAdapter[T], what: str, limit: int, advice: st
         return schema.validate_json(data, strict=True)
     except ValidationError as error:
         raise UserError(f"{what} {_first(error)}; {advice}") from None
-
-
-def finite(tree: Any) -> Any:
-    """The same tree of JSON values, in which what is no number is None: NaN and Infinity are no JSON, and whoever reads
-    them strictly would lose the whole file."""
-    if isinstance(tree, float):
-        return tree if math.isfinite(tree) else None
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    return [finite(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _first(error: ValidationError) -> str:

@@ -60,6 +60,9 @@ class HuggingFaceModel:
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True)
 
+    def id_of(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
 
 def config_for(eos_token: str) -> bytes:
     """A tokenizer_config.json to stand beside a copied tokenizer.json."""

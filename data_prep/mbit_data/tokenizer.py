@@ -20,6 +20,7 @@ class _Model(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
+    def id_of(self, token: str) -> int | None: ...
 
 
 class Tokenizer:
@@ -68,6 +69,10 @@ class Tokenizer:
                 raise ValueError(f"token {token} is outside the tokenizer's vocabulary of {self.vocab_size}")
         return self.model.decode(ids)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name, as "<0x0A>"; None if the vocabulary has no such token."""
+        return self.model.id_of(token)
+
     @property
     def exact(self) -> bool:
         """Whether a text with tabs, runs of spaces, line ends and rare characters comes back unchanged."""
@@ -102,3 +107,7 @@ class _SentencePieceModel:
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
+
+    def id_of(self, token: str) -> int | None:
+        found = self._model.piece_to_id(token)  # that of the unknown piece, if there is none
+        return found if self._model.id_to_piece(found) == token else None

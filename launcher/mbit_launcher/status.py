@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -15,8 +14,9 @@ from pydantic import TypeAdapter
 
 from megatron_bit.checkpoint.folder import complete, newest_step
 from megatron_bit.errors import UserError
+from megatron_bit.measured import strict_json
 from megatron_bit.run_folder import resolve_file
-from megatron_bit.strict_json import Count, finite, parse
+from megatron_bit.strict_json import Count, parse
 from megatron_bit.text import shown
 
 from . import attempts, heartbeats, slurm
@@ -67,7 +67,7 @@ def main(folders: Sequence[Path], as_json: bool) -> int:
     runs = [run for folder in folders for run in find(folder)]
     rows = collect(list(dict.fromkeys(runs)))
     if as_json:
-        print(json.dumps(finite([asdict(row) for row in rows]), indent=1))
+        print(strict_json([asdict(row) for row in rows], indent=1))
     elif rows:
         print(table(rows), end="")
     else:

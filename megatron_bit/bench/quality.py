@@ -25,6 +25,7 @@ from megatron_bit.config import Config, load_config
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
+from megatron_bit.measured import number, strict_json
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.plan import table_parameters
 
@@ -119,10 +120,10 @@ def main(
         "vocabulary": manifest.vocab_size,
         "results": [result.to_json() for result in results],
     }
-    write_atomic(out / "quality.json", json.dumps(report, indent=1).encode())
+    write_atomic(out / "quality.json", strict_json(report, indent=1).encode())
     table = render(report, results)
     write_atomic(out / "quality.md", table.encode())
-    print(json.dumps(report, indent=1) if as_json else table)
+    print(strict_json(report, indent=1) if as_json else table)
     return 0
 
 
@@ -175,7 +176,8 @@ def _run(rung: Rung, seed: int, common: Sequence[str], target: Config, out: Path
     parameters = {"rest": other_parameters(config), "tables": table_parameters(config)}
     text = _text(run, jobs) if rung.text and seed == 0 else ""
     return Result(
-        rung, seed, last["nats_per_token_bound"], last["standard_error"], sum(r["seconds"] for r in log),
+        rung, seed, number(last["nats_per_token_bound"]), number(last["standard_error"]),
+        sum(r["seconds"] for r in log),
         train_flops(config), parameters, text, settings,
     )  # fmt: skip
 

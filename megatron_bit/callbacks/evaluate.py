@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ import torch.distributed as dist
 
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
+from megatron_bit.measured import strict_json
 from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel.agree import alone
 from megatron_bit.parallel.step import pipeline
-from megatron_bit.strict_json import finite
 from megatron_bit.trainer import Callback, Trainer
 
 
@@ -80,7 +79,7 @@ class EvaluateCallback(Callback):
                 "samples": count,
             }
             with open(trainer.run / "validation.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
+                file.write(strict_json(record) + "\n")
 
     def bound(self, trainer: Trainer) -> tuple[float, float, int]:
         """(mean, standard error over samples, samples) of the bound, the same on every rank and in every layout.

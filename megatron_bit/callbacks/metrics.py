@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
@@ -13,9 +12,9 @@ import torch.distributed as dist
 
 from megatron_bit import console
 from megatron_bit.errors import UserError
+from megatron_bit.measured import strict_json
 from megatron_bit.parallel.agree import alone, on_rank0
 from megatron_bit.parallel.split import train_flops
-from megatron_bit.strict_json import finite
 from megatron_bit.trainer import Callback, StepRecord, Trainer
 
 # Dense bf16 FLOP/s by the vendor's datasheets; a device that is not here has no MFU.
@@ -90,7 +89,7 @@ class MetricsCallback(Callback):
             self._said_lost = True
             lines[-1]["console"] = f"lost: {console.lost()}"
         try:
-            self._log.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+            self._log.writelines(strict_json(line) + "\n" for line in lines)
             self._log.flush()
         except OSError as error:
             raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None

@@ -67,6 +67,10 @@ def generate(
         raise UserError("--stream prints one text at a time: leave out --json and --batch-size")
     if "" in stop:
         raise UserError("--stop '' is an empty string; give the text to stop at")
+    for option, texts in (("--prompt", prompt), ("--stop", stop)):
+        for text in texts:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"{option} {text.encode(errors='surrogateescape')!r} is not UTF-8; give text that is")
     file = None if prompt_file is None else (prompt_file, _content(prompt_file))
     from megatron_bit.inference import generate as job
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from mbit_data.tokenizer import Tokenizer
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.models import Model
+from megatron_bit.inference.hf.modeling_bitlm import Decoder
 from megatron_bit.inference.hf_names import Source, WeightsOf, softmax_config, training_dtype
+from megatron_bit.inference.text import DataText, FolderText, Text
 from megatron_bit.inference.tokenizer_json import check_folder
 
 LONGEST = 2048  # tokens of a row for a model that takes more, or does not say: what a row costs grows with its square
@@ -27,22 +29,22 @@ class CausalModel(Model):
 
     head, block_size = "softmax", 1
 
-    def __init__(self, path: Path, model: Any, tokenizer: Any, begin: int, eos: int, step: int | None) -> None:
+    def __init__(self, path: Path, model: Any, text: Text, begin: int, eos: int, step: int | None) -> None:
         self.path, self.step, self.eos_id = path, step, eos
         self.context = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
-        self._begin, self._tokenizer = begin, tokenizer
+        self._begin, self._text = begin, text
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
 
     def encode(self, text: str) -> list[int]:
-        if isinstance(self._tokenizer, Tokenizer):
-            return self._tokenizer.encode(text)
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._text.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        if isinstance(self._tokenizer, Tokenizer):
-            return self._tokenizer.decode(ids)
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._text.decode(ids)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return self._text.decoder
 
     def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
         ids, logits = self._logits(rows)
@@ -104,7 +106,7 @@ def _draw(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
 def from_checkpoint(path: Path, checkpoint: Path, data: str | None, weights: WeightsOf) -> CausalModel:
     """A softmax run of ours as the Qwen3 or Llama that `convert` would make of it, in memory."""
     source = Source(checkpoint, data, weights)
-    tokenizer = Tokenizer(source.manifest.tokenizer_path)
+    text = DataText(source.manifest.checked_tokenizer_path())
     model = transformers.AutoModelForCausalLM.from_config(softmax_config(source.config))
     model = model.to(training_dtype(source.config))
     parameters = dict(model.named_parameters())
@@ -112,7 +114,7 @@ def from_checkpoint(path: Path, checkpoint: Path, data: str | None, weights: Wei
         for name, tensor in source.tensors():
             parameters.pop(name).copy_(tensor)
     assert not parameters, sorted(parameters)
-    return CausalModel(path, model, tokenizer, tokenizer.eos_id, tokenizer.eos_id, source.step)
+    return CausalModel(path, model, text, text.eos_id, text.eos_id, source.step)
 
 
 def from_folder(folder: Path) -> CausalModel:
@@ -136,4 +138,5 @@ def from_folder(folder: Path) -> CausalModel:
     begin, eos = eos if begin is None else begin, begin if eos is None else eos
     if begin is None or eos is None:
         raise UserError(f"the tokenizer of {folder} has no token that begins or ends a text, and the first needs one")
-    return CausalModel(folder, model, tokenizer, begin, eos, getattr(model.config, "training_step", None))
+    step = getattr(model.config, "training_step", None)
+    return CausalModel(folder, model, FolderText(tokenizer), begin, eos, step)

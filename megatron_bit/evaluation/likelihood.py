@@ -13,6 +13,7 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import score
 from megatron_bit.evaluation.validation import Validation
+from megatron_bit.measured import exponential, quotient
 
 SAMPLES, TOLERANCE, MAX_PASSES = 256, 0.01, 16  # where nothing is said; the tolerance in nats per token
 
@@ -30,7 +31,8 @@ class Likelihood:
     noise_samples: int  # noise levels of a block in a pass; 0 where there is no noise
     samples: int
     tokens: int  # of all samples
-    bits_per_byte: float | None  # of text
+    bytes: int | None  # of text: UTF-8 bytes of these samples
+    bits_per_byte: float | None  # of text: all nats of these samples, those of ends of documents too, over their bytes
     perplexity: float | None  # of a token of text
     bits_per_record: float | None  # of raw records, which tokens are then
 
@@ -68,6 +70,7 @@ def measure(
         if len(values) >= 2 and (len(values) >= max_passes or standard_errors(values)[2] <= tolerance):
             break
     mean, text = float(np.mean(values)), not model.record_bits
+    tokens = len(rows) * model.context
     total, of_text, noise = standard_errors(values)
     return Likelihood(
         nats_per_token=mean,
@@ -78,9 +81,10 @@ def measure(
         passes=len(values),
         noise_samples=0 if model.exact else model.noise_samples,
         samples=len(rows),
-        tokens=len(rows) * model.context,
-        bits_per_byte=mean / math.log(2) / validation.bytes_per_token if text else None,
-        perplexity=math.exp(mean) if text else None,
+        tokens=tokens,
+        bytes=validation.bytes if text else None,
+        bits_per_byte=quotient(mean * tokens / math.log(2), validation.bytes) if text else None,
+        perplexity=exponential(mean) if text else None,
         bits_per_record=None if text else mean / math.log(2),
     )
 

@@ -57,9 +57,10 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _moved(config: Config, meta: Mapping[str, Any]) -> bool:
-    """Whether the run's own data folder is no longer there, or is another one."""
+    """Whether the run's own data folder is no longer there, is another one, or has another tokenizer by now."""
     try:
         manifest = load_manifest(data_of(config, "the checkpoint"), check_files=False)
+        manifest.checked_tokenizer_path()
     except UserError:
         return True
     return manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_bit.config import Config
 from megatron_bit.inference.generate import Generator
+from megatron_bit.inference.hf.modeling_bitlm import Decoder
 
 NOISE_SAMPLES = 16  # of a diffusion head that does not say how it was validated
 
@@ -41,7 +43,12 @@ class Model(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; control tokens give nothing."""
+        """The text of token ids that are a whole one (`decoder` has others); control tokens give nothing."""
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What makes text of tokens that continue others."""
+        return Decoder(self.decode)
 
     @abstractmethod
     def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
@@ -89,6 +96,10 @@ class BitModel(Model):
         self.context, self.step = config.max_position_embeddings, generator.step
         self.record_bits = 0 if generator.records is None else config.bits
         self.eos_id = -1 if self.record_bits else generator.eos_id
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return self._generator.text.decoder
 
     def encode(self, text: str) -> list[int]:
         return self._generator.text.encode(text)

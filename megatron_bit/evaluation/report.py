@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_bit.evaluation.tasks import LastWord, Ranking
 from megatron_bit.evaluation.validation import Validation
 from megatron_bit.files import write_atomic
 from megatron_bit.inference.hf_names import WeightsOf
+from megatron_bit.measured import show, strict_json
 from megatron_bit.run_folder import data_of
 
 
@@ -64,7 +64,7 @@ class Report:
 def main(path: Path, request: Request, *, as_json: bool, out: Path | None) -> int:
     """Evaluate, print the table or JSON, and write the JSON to `out`."""
     report = evaluate(path, request)
-    text = json.dumps(asdict(report), indent=1)
+    text = strict_json(asdict(report), indent=1)
     if out is not None:
         try:
             write_atomic(out, f"{text}\n".encode())
@@ -171,17 +171,17 @@ def _likelihood(it: Likelihood) -> list[str]:
         else f"an upper bound; text +- {it.text_standard_error:.4f}, noise +- {it.noise_standard_error:.4f} after "
         f"{it.passes} passes of {it.noise_samples} noise levels"
     )
-    if it.bits_per_record is not None:
+    if it.bits_per_byte is None or it.perplexity is None:
         return [
             f"validation ({it.samples} samples, {it.tokens:,} records)",
-            f"  nats/record  {it.nats_per_token:.4f} +- {it.standard_error:.4f}  ({noise})",
-            f"  bits/record  {it.bits_per_record:.4f}",
+            f"  nats/record  {show(it.nats_per_token, 4)} +- {show(it.standard_error, 4)}  ({noise})",
+            f"  bits/record  {show(it.bits_per_record or 0.0, 4)}",
         ]
     return [
-        f"validation ({it.samples} samples, {it.tokens:,} tokens)",
-        f"  nats/token   {it.nats_per_token:.4f} +- {it.standard_error:.4f}  ({noise})",
-        f"  bits/byte    {it.bits_per_byte:.4f}",
-        f"  perplexity   {it.perplexity:.2f}",
+        f"validation ({it.samples} samples, {it.tokens:,} tokens, {it.bytes:,} bytes)",
+        f"  nats/token   {show(it.nats_per_token, 4)} +- {show(it.standard_error, 4)}  ({noise})",
+        f"  bits/byte    {show(it.bits_per_byte, 4)}",
+        f"  perplexity   {show(it.perplexity)}",
     ]
 
 
@@ -189,25 +189,22 @@ def _samples(it: Samples) -> list[str]:
     how = "".join(f", {name} {value}" for name, value in it.how.items())
     behind = f" behind {it.prefix} of validation text" if it.prefix else ""
     bound = "; its nats are an upper bound" if it.scorer_head == "diffusion" else ""
-    rows: list[tuple[str, str, Any]] = [
-        ("nats/token", "{:.4f}", lambda s: s.nats_per_token),
-        ("  +-", "{:.4f}", lambda s: s.standard_error),
-        ("perplexity", "{:.2f}", lambda s: s.perplexity),
-        ("nats/byte", "{:.4f}", lambda s: s.nats_per_byte),
-        ("unigram entropy", "{:.4f}", lambda s: s.unigram_entropy),
-        *((f"distinct-{n}", "{:.4f}", lambda s, n=n: s.distinct[n - 1]) for n in (1, 2, 3)),
-        ("scored tokens", "{:,}", lambda s: s.tokens),
-        ("bytes", "{:,}", lambda s: s.bytes),
+    rows: list[tuple[str, Callable[[Statistics], str]]] = [
+        ("nats/token", lambda s: show(s.nats_per_token, 4)),
+        ("  +-", lambda s: show(s.standard_error, 4)),
+        ("perplexity", lambda s: show(s.perplexity)),
+        ("nats/byte", lambda s: show(s.nats_per_byte, 4)),
+        ("unigram entropy", lambda s: show(s.unigram_entropy, 4)),
+        *((f"distinct-{n}", lambda s, n=n: show(s.distinct[n - 1], 4)) for n in (1, 2, 3)),
+        ("scored tokens", lambda s: f"{s.tokens:,}"),
+        ("bytes", lambda s: f"{s.bytes:,}"),
     ]
-
-    def value(pattern: str, get: Any, of: Statistics) -> str:
-        return pattern.format(get(of))
 
     mauve = f"{it.mauve:.4f}" if it.mauve is not None else f"not computed: {it.mauve_not_computed}"
     return [
         f"{it.texts} texts of {it.tokens} tokens{behind}{how}; scored by {it.scorer} ({it.scorer_head} head{bound})",
         f"  {'':16}{'generated':>12}{'real':>12}",
-        *(f"  {name:16}{value(p, get, it.generated):>12}{value(p, get, it.real):>12}" for name, p, get in rows),
+        *(f"  {name:16}{value(it.generated):>12}{value(it.real):>12}" for name, value in rows),
         f"  MAUVE           {mauve}",
         f"  the first begins: {' '.join(it.first.split())[:200]}",
     ]
@@ -229,7 +226,8 @@ def _tasks(results: Sequence[Ranking | LastWord]) -> list[str]:
                 else f"accuracy not computed: {it.accuracy_not_computed}"
             )
             words.append(
-                f"{it.task}: {it.items} last words, {it.nats_per_word:.3f} +- {it.standard_error:.3f} nats each "
+                f"{it.task}: {it.items} last words, "
+                f"{show(it.nats_per_word, 3)} +- {show(it.standard_error, 3)} nats each "
                 f"(perplexity {it.perplexity:.4g}); {hits}"
             )
     return (lines if len(lines) > 1 else []) + words

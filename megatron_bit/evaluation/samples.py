@@ -17,6 +17,7 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import encode_behind, score
 from megatron_bit.evaluation.validation import Validation
+from megatron_bit.measured import exponential, quotient
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Statistics:
     nats_per_token: float  # all nats over all tokens
     standard_error: float  # of that ratio, over texts
     perplexity: float
-    nats_per_byte: float
+    nats_per_byte: float  # the nats of those tokens over the bytes of these texts, without their contexts
     unigram_entropy: float  # nats: of the frequencies of the tokens in one text, averaged over texts
     distinct: tuple[float, float, float]  # different n-grams over all n-grams, of all texts together; n = 1, 2, 3
     tokens: int
@@ -80,9 +81,9 @@ def measure(
     for start in Progress("generating").over(range(0, texts, batch_size), step=batch_size, total=texts):
         some = prompts[start : start + batch_size]
         made += model.generate(some, tokens, range(start, start + len(some)), seed, how)
-    contexts = [model.decode(prompt) for prompt in prompts]
-    generated = [model.decode(ids) for ids in made]
-    real = [model.decode(piece[prefix:]) for piece in pieces]
+    generated = [_behind(model, prompt, ids) for prompt, ids in zip(prompts, made, strict=True)]
+    real = [_behind(model, piece[:prefix], piece[prefix:]) for piece in pieces]
+    some = {"seed": seed, "batch_size": batch_size}
     return Samples(
         texts=texts,
         tokens=tokens,
@@ -90,12 +91,22 @@ def measure(
         how=dict(how),
         scorer=str(scorer.path),
         scorer_head=scorer.head,
-        generated=statistics("scoring the generated", scorer, contexts, generated, seed=seed, batch_size=batch_size),
-        real=statistics("scoring the real", scorer, contexts, real, seed=seed, batch_size=batch_size),
-        mauve=mauve_score.compute(generated, real, featurizer, seed=seed) if featurizer and reason is None else None,
+        generated=statistics("scoring the generated", scorer, *zip(*generated, strict=True), **some),
+        real=statistics("scoring the real", scorer, *zip(*real, strict=True), **some),
+        mauve=_mauve(generated, real, featurizer, seed) if featurizer and reason is None else None,
         mauve_not_computed=reason,
-        first=(contexts[0] + generated[0])[:400],
+        first="".join(generated[0])[:400],
     )
+
+
+def _behind(model: Model, prompt: Sequence[int], new: Sequence[int]) -> tuple[str, str]:
+    """The text of prompt and new tokens in two: where that of the new ones begins, see `Decoder.behind`."""
+    whole, text = model.decode([*prompt, *new]), model.decoder.behind(prompt, new)
+    return whole[: len(whole) - len(text)], text
+
+
+def _mauve(generated: Sequence[tuple[str, str]], real: Sequence[tuple[str, str]], featurizer: Path, seed: int) -> float:
+    return mauve_score.compute([text for _, text in generated], [text for _, text in real], featurizer, seed=seed)
 
 
 def statistics(
@@ -120,8 +131,8 @@ def statistics(
     return Statistics(
         nats_per_token=mean,
         standard_error=error,
-        perplexity=math.exp(mean),
-        nats_per_byte=sum(sums) / size,
+        perplexity=exponential(mean),
+        nats_per_byte=quotient(sum(sums), size),
         unigram_entropy=float(np.mean([entropy(ids) for ids in behind if ids])),
         distinct=(distinct(behind, 1), distinct(behind, 2), distinct(behind, 3)),
         tokens=sum(map(len, behind)),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
+from megatron_bit.inference.hf.modeling_bitlm import common
 
 
 class Window(NamedTuple):
@@ -71,11 +72,27 @@ def score(
 def encode_behind(model: Model, context: str, text: str) -> tuple[list[int], int]:
     """Ids of context and text as one, and how many of them are the text's.
 
-    Tokenized together, because some tokenizers write a text's beginning in another way; the text's tokens are those
-    that the context alone does not have.
+    Tokenized together, because some tokenizers write a text's beginning in another way. The text's tokens are those
+    from the first on that has a part of the text, found by what the tokens' text is: one that lies on the border counts
+    whole, and if the context's end is tokenized in another way with the text behind it, no token of the context counts.
+    (lm-evaluation-harness takes away as many tokens as the context has by itself, which is the same where those are how
+    the whole begins, and moves the context's last spaces to the text, whose token counts here anyhow.)
     """
-    if not context:
-        ids = model.encode(text)
-        return ids, len(ids)
     ids = model.encode(context + text)
-    return ids, max(1, len(ids) - len(model.encode(context)))
+    if not context:
+        return ids, len(ids)
+    whole, alone = model.decode(ids), model.encode(context)
+    end = common(model.decode(alone), whole)  # of the context in the decoded text, which may have been normalised
+
+    def reach(count: int) -> int:
+        """Characters of the whole text that the first tokens have, without one that is not complete."""
+        return common(model.decode(ids[:count]), whole)
+
+    border = min(len(alone), len(ids))  # a guess, and most often right
+    while border > 0 and reach(border - 1) >= end:
+        border -= 1
+    while border < len(ids) and reach(border) < end:
+        border += 1
+    if reach(border) > end:  # the token before has the context's end and the text's beginning
+        border -= 1
+    return ids, max(1, len(ids) - border)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bit.errors import UserError
+from megatron_bit.files import lines_of
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ def thin(items: list[Item], limit: int | None) -> list[Item]:
 
 def _lambada(path: Path) -> Iterator[Item]:
     """OpenAI's files: a passage, whose last word is to be told."""
-    for line in _json_lines(path.read_text(encoding="utf-8")):
+    for line in _json_lines(path.read_bytes()):
         context, _, word = line["text"].strip().rpartition(" ")
         yield Item(context, (f" {word}",), 0)
 
 
 def _hellaswag(path: Path) -> Iterator[Item]:
     """Six lines an item: activity and context, the right ending's number, four endings."""
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # a text may have other line separators
+    lines = lines_of(path.read_bytes().rstrip(b"\r\n"))
     if len(lines) % 6:
         raise ValueError(f"{len(lines)} lines are no multiple of 6")
     for i in range(0, len(lines), 6):
@@ -68,8 +69,8 @@ def _hellaswag(path: Path) -> Iterator[Item]:
 
 def _piqa(path: Path) -> Iterator[Item]:
     """Two solutions of a goal, and a file of labels beside it; asked as GPT-3 was (arXiv 2005.14165)."""
-    labels = (path.parent / "valid-labels.lst").read_text(encoding="utf-8").split()
-    lines = list(_json_lines(path.read_text(encoding="utf-8")))
+    labels = (path.parent / "valid-labels.lst").read_text(encoding="utf-8-sig").split()
+    lines = list(_json_lines(path.read_bytes()))
     for line, label in zip(lines, labels, strict=True):
         choices = tuple(f" {line[key].strip()}" for key in ("sol1", "sol2"))
         yield Item(f"Question: {line['goal'].strip()}\nAnswer:", choices, int(label))
@@ -85,12 +86,12 @@ def _blimp(path: Path) -> Iterator[Item]:
             members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jsonl")]
             files = [(m.name, tar.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
     for _, data in sorted(files):
-        for line in _json_lines(data.decode("utf-8")):
+        for line in _json_lines(data):
             yield Item("", (line["sentence_good"], line["sentence_bad"]), 0)
 
 
-def _json_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.split("\n"):
+def _json_lines(content: bytes) -> Iterator[dict[str, Any]]:
+    for line in lines_of(content):
         if line.strip():
             yield json.loads(line)
 

@@ -23,11 +23,16 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import encode_behind, score
 from megatron_bit.evaluation.task_files import Item
+from megatron_bit.measured import exponential
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Share of items whose right choice is the likeliest, by its nats and by its nats per UTF-8 byte."""
+    """Share of items whose right choice is the likeliest, by its nats and by its nats per UTF-8 byte of the choice.
+
+    The bytes are those of the choice's text, with the space in front of it, and not those of the context; the nats are
+    those of its tokens (`scoring.encode_behind`).
+    """
 
     task: str
     items: int
@@ -92,7 +97,7 @@ def last_word(task: str, model: Model, items: Sequence[Item], *, seed: int, batc
         items=len(items),
         nats_per_word=mean,
         standard_error=float(np.std(nats, ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else 0.0,
-        perplexity=math.exp(mean),
+        perplexity=exponential(mean),
         accuracy=None if hits is None else float(np.mean(hits)),
         accuracy_standard_error=None if hits is None else _error(hits),
         accuracy_not_computed="greedy generation is not defined for a diffusion head" if hits is None else None,

@@ -12,6 +12,7 @@ from megatron_bit.data.manifest import load_manifest
 from megatron_bit.data.stream import read_shard
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.models import Model
+from megatron_bit.inference.hf.modeling_bitlm import Detokenizer
 
 
 class Validation:
@@ -28,18 +29,18 @@ class Validation:
             raise UserError(f"{model.path} is a model of {here}, and {folder} holds {there}; give --data DIR of {here}")
         self._split = self.manifest.split("validation")
         self._same = bool(model.record_bits) or model.tokenizer_sha256 == self.manifest.tokenizer_sha256
-        self._bytes = self._tokens = 0  # of what was tokenized again
+        self.bytes = 0  # UTF-8 bytes of the text of what `samples` has given
+        self._tokens = 0
+        self._sizes: list[int] = []  # bytes of the documents of the shard that was tokenized again last
         if not self._same:
             from mbit_data.tokenizer import Tokenizer
 
-            self._tokenizer = Tokenizer(self.manifest.tokenizer_path)
+            self._tokenizer = Tokenizer(self.manifest.checked_tokenizer_path())
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the text over its tokens, ends of documents among them; after `samples`."""
-        if self._same:
-            return self._split.text_bytes / self._split.tokens
-        return self._bytes / self._tokens
+        """UTF-8 bytes of the text of the samples over their tokens, ends of documents among these; after `samples`."""
+        return self.bytes / self._tokens
 
     def samples(self, count: int, length: int) -> list[list[Any]]:
         """The first pieces of `length` tokens, as training's validation takes them: shard by shard, in order.
@@ -50,8 +51,12 @@ class Validation:
             UserError: the split has not two of them.
         """
         out: list[list[int]] = []
+        self.bytes = 0
         for tokens in self._shards():
-            out += _cut(tokens, length)[: count - len(out)].tolist()
+            rows = _cut(tokens, length)[: count - len(out)]
+            out += rows.tolist()
+            if not self._model.record_bits:
+                self.bytes += self._text_bytes(tokens, len(rows) * length)
             if len(out) == count:
                 break
         if len(out) < 2:
@@ -59,6 +64,7 @@ class Validation:
                 f"the validation split of {self.manifest.folder} has {len(out)} pieces of {length} tokens, and two are "
                 "the least; prepare more text"
             )
+        self._tokens = len(out) * length
         return out
 
     def spread(self, count: int, length: int) -> list[list[int]]:
@@ -85,14 +91,40 @@ class Validation:
             tokens = read_shard(self.manifest, shard)
             yield tokens.astype(np.int64) if self._same else self._again(tokens)
 
+    def _text_bytes(self, tokens: np.ndarray, count: int) -> int:
+        """UTF-8 bytes of the text of a shard's first tokens; the end of a document has none.
+
+        Of a document that goes on behind them, as far as its text is certain: a character counts with the token that
+        completes it.
+        """
+        total = begin = 0
+        for number, document in enumerate(np.split(tokens, np.flatnonzero(tokens == self._model.eos_id) + 1)):
+            if begin >= count:
+                break
+            ids = document[document != self._model.eos_id].tolist()
+            total += self._document_bytes(number, ids, count - begin)
+            begin += len(document)
+        return total
+
+    def _document_bytes(self, number: int, ids: list[int], count: int) -> int:
+        whole = len(self._model.decode(ids).encode()) if self._same or count < len(ids) else 0
+        size = whole if self._same else self._sizes[number]
+        if count >= len(ids):
+            return size
+        part = len(Detokenizer(self._model.decoder).add(*ids[:count]).encode())
+        if whole == size:
+            return part
+        # the model's tokens do not give all of the text back: what they stand for is a share of it
+        return size * part // whole if whole else size * count // len(ids)
+
     def _again(self, tokens: np.ndarray) -> np.ndarray:
         ids: list[int] = []
+        self._sizes = []
         for document in np.split(tokens, np.flatnonzero(tokens == self.manifest.eos_id) + 1):
             if len(document):
                 text = self._tokenizer.decode(document)
                 ids += [*self._model.encode(text), self._model.eos_id]
-                self._bytes += len(text.encode())
-        self._tokens += len(ids)
+                self._sizes.append(len(text.encode()))
         return np.array(ids, dtype=np.int64)
 
 

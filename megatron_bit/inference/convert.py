@@ -86,7 +86,7 @@ def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
         return
     from megatron_bit.inference.tokenizer_json import convert_tokenizer, fingerprint
 
-    tokenizer = Tokenizer(source.manifest.tokenizer_path)
+    tokenizer = Tokenizer(source.manifest.checked_tokenizer_path())
     eos = tokenizer.eos_id
     fast = convert_tokenizer(tokenizer)
     if source.softmax:

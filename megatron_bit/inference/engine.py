@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from megatron_bit.inference.generate import Generator
-
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character yet
+from megatron_bit.inference.hf.modeling_bitlm import TextStream
 
 
 class Full(Exception):
@@ -85,7 +84,8 @@ class Engine:
     def _run(self, request: Request, emit: Callable[[Piece], None]) -> None:
         try:
             prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
-            sink = _Sink(request, [_Row(self.generator, request.stop) for _ in prompts], emit)
+            rows = [self.generator.stream(prompt, request.stop, include=False) for prompt in prompts]
+            sink = _Sink(request, rows, self.generator.eos_id, emit)
             self.generator.run(
                 prompts,
                 request.max_tokens,
@@ -102,9 +102,9 @@ class Engine:
 class _Sink:
     """transformers' streamer protocol: first the prompts, then a token of every row at a time."""
 
-    def __init__(self, request: Request, rows: list[_Row], emit: Callable[[Piece], None]) -> None:
-        self._request, self._rows, self._emit = request, rows, emit
-        self._begun = False
+    def __init__(self, request: Request, rows: list[TextStream], eos: int, emit: Callable[[Piece], None]) -> None:
+        self._request, self._rows, self._eos, self._emit = request, rows, eos, emit
+        self._begun, self._open = False, [True] * len(rows)
 
     def put(self, value: Tensor) -> None:
         if self._request.cancelled.is_set():
@@ -113,60 +113,18 @@ class _Sink:
             self._begun = True
             return
         for number, (row, token) in enumerate(zip(self._rows, value.tolist(), strict=True)):
-            if row.ended:
+            if not self._open[number]:
                 continue
             if self._request.first is None:
                 self._request.first = time.perf_counter() - self._request.arrived
             self._request.produced += 1
-            text = row.take(token)
-            if text or row.ended:
-                self._emit(Piece(number, text, "stop" if row.ended else None))
+            text = row.flush() if token == self._eos else row.add(token)
+            self._open[number] = going = token != self._eos and not row.ended
+            if text or not going:
+                self._emit(Piece(number, text, None if going else "stop"))
 
     def end(self) -> None:
         for number, row in enumerate(self._rows):
-            if not row.ended:
-                self._emit(Piece(number, row.rest(), "length"))
-
-
-class _Row:
-    """Token ids of one text to pieces of it, none of which is taken back later.
-
-    Held back: bytes that are no whole character yet, and an end that may become a stop string.
-    """
-
-    def __init__(self, generator: Generator, stop: tuple[str, ...]) -> None:
-        self._decode, self._eos, self._stop = generator.text.decode, generator.eos_id, stop
-        self._ids: list[int] = []
-        self._from = self._to = 0  # ids[from:to] give the text that is out already, as far as the next tokens need it
-        self._held = ""
-        self.ended = False
-
-    def take(self, token: int) -> str:
-        if token == self._eos:
-            self.ended = True
-            return self._held + self._new(final=True)
-        self._ids.append(token)
-        text = self._held + self._new(final=False)
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.ended = True
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        """What was held back, when nothing more comes."""
-        return self._held + self._new(final=True)
-
-    def _new(self, final: bool) -> str:
-        before, now = self._decode(self._ids[self._from : self._to]), self._decode(self._ids[self._from :])
-        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
-            return ""
-        self._from, self._to = self._to, len(self._ids)
-        return now[len(before) :]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+            if self._open[number]:
+                text = row.flush()
+                self._emit(Piece(number, text, "stop" if row.ended else "length"))

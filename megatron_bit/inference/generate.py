@@ -6,72 +6,25 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from mbit_data.tokenizer import Tokenizer
 from mbit_kernels import choice
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from megatron_bit.errors import UserError
-from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM
+from megatron_bit.files import lines_of
+from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM, TextStream
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
-from megatron_bit.inference.tokenizer_json import check_folder
+from megatron_bit.inference.text import DataText, FolderText, Records, Text
 from megatron_bit.model.kernels import device_name, function, missing
 
 __all__ = ["SAMPLERS", "Generator", "main"]
 
 _ENDED = -1  # no token: what a row of a batch holds behind its end
-
-
-class _Text(Protocol):
-    def encode(self, text: str) -> list[Any]: ...  # ids, or the bytes of records
-    def decode(self, ids: Sequence[Any], **_: Any) -> str: ...
-
-
-class _SentencePiece:
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.encode = tokenizer.encode
-        self._tokenizer = tokenizer
-
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        return self._tokenizer.decode(ids)
-
-
-class _Converted:
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text)["input_ids"]  # type: ignore[return-value]
-
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-class _Records:
-    """Raw records as text: a line of hexadecimal digits each."""
-
-    def __init__(self, bits: int) -> None:
-        self.bytes = -(-bits // 8)
-
-    def encode(self, text: str) -> list[list[int]]:
-        try:
-            return self.split(bytes.fromhex(text))
-        except ValueError as error:
-            raise UserError(f"--prompt {text[:40]!r}: {error}; give records as hexadecimal digits") from None
-
-    def split(self, content: bytes) -> list[list[int]]:
-        """Records of a file; ValueError if the last one is not whole."""
-        if len(content) % self.bytes:
-            raise ValueError(f"{len(content)} bytes are no whole number of records of {self.bytes}")
-        return [[*content[at : at + self.bytes]] for at in range(0, len(content), self.bytes)]
-
-    def decode(self, ids: Sequence[Sequence[int]], **_: Any) -> str:
-        return "\n".join(bytes(record).hex() for record in ids)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -100,7 +53,7 @@ class Generator:
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: BitLMForCausalLM
-        self.text: _Text
+        self.text: Text
         if (run / "config.json").exists():
             if data is not None:
                 raise UserError(f"--data {data} has no use here: {run} is a converted folder with its own tokenizer")
@@ -144,11 +97,10 @@ class Generator:
         self.step = source.step
         if source.records:
             self.model.generation_config = GenerationConfig()
-            self.text = _Records(self.model.config.bits)
+            self.text = Records(self.model.config.bits)
             return
-        tokenizer = Tokenizer(source.manifest.tokenizer_path)
-        self.model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
-        self.text = _SentencePiece(tokenizer)
+        self.text = text = DataText(source.manifest.checked_tokenizer_path())
+        self.model.generation_config = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.eos_id)
 
     def _open_converted(self, folder: Path) -> None:
         transformers_logging.disable_progress_bar()
@@ -161,9 +113,8 @@ class Generator:
                 )
             loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
             self.model, found = loaded
-            if self.model.config.vocab_size:
-                check_folder(folder)
-            self.text = _Converted(folder) if self.model.config.vocab_size else _Records(self.model.config.bits)
+            vocabulary, bits = self.model.config.vocab_size, self.model.config.bits
+            self.text = FolderText.converted(folder) if vocabulary else Records(bits)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"converted folder {folder} cannot be read: {error}") from None
         wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
@@ -182,11 +133,11 @@ class Generator:
         show: bool = False,
         **how: Any,
     ) -> list[dict[str, Any]]:
-        """Continue prompts, together; each stops at the end-of-document token or behind a stop string.
+        """Continue prompts, together; each ends at the end-of-document token or with the first stop string in its text.
 
         Args:
             sequences: keys of the noise, one a prompt (default 0, 1, ...); a (seed, sequence) has one text.
-            show: print the text as it comes; one prompt only.
+            show: print prompt and text, this as it comes; one prompt only.
             how: steps and sampler of a diffusion head, temperature of a chain head, guidance of both; the model's own
                 where not given.
 
@@ -194,15 +145,15 @@ class Generator:
             for every prompt a dict: prompt, text, tokens (produced for it), seconds (of all together),
             seconds_to_first_block, tokens_per_second (of all together), step.
         """
-        watch = _Watch(TextStreamer(self.text) if show else None)  # type: ignore[arg-type]
         rows = [self.text.encode(prompt) for prompt in prompts]
+        watch = _Watch(_Printed(self, prompts[0], rows[0], stop) if show else None)
         produced = self.run(rows, max_tokens, streamer=watch, seed=seed, sequences=sequences, stop=stop, **how)
         seconds = time.perf_counter() - watch.begin
         rate = sum(map(len, produced)) / seconds
         return [
             {
                 "prompt": prompt if self.records is None or not row else f"{self.text.decode(row)}\n",
-                "text": self.text.decode(new),
+                "text": self.text.behind(row, new, stop),
                 "tokens": len(new),
                 "seconds": round(seconds, 3),
                 "seconds_to_first_block": round(watch.first, 3),
@@ -249,9 +200,13 @@ class Generator:
         return torch.tensor(ids, dtype=torch.uint8).view(count, width, size), mask
 
     @property
-    def records(self) -> _Records | None:
+    def records(self) -> Records | None:
         """What its tokens are if they are raw records; None if they are text."""
-        return self.text if isinstance(self.text, _Records) else None
+        return self.text if isinstance(self.text, Records) else None
+
+    def stream(self, prompt: Sequence[int], stop: Sequence[str], include: bool) -> TextStream:
+        """The text of new tokens behind `prompt`, as it comes; `include`: with the stop string that ends it."""
+        return TextStream(self.text.decoder, prompt, stop, include)
 
     def check(self, how: Mapping[str, Any]) -> None:
         """UserError, which begins with the name, for what this model's head does not know."""
@@ -272,6 +227,22 @@ class Generator:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return int(self.model.config.vocab_size)
+
+
+class _Printed:
+    """A streamer that prints a prompt, and the text behind it as it comes."""
+
+    def __init__(self, generator: Generator, prompt: str, row: Sequence[int], stop: Sequence[str]) -> None:
+        self._text, self._eos, self._begun = generator.stream(row, stop, include=True), generator.eos_id, False
+        print(prompt, end="", flush=True)
+
+    def put(self, value: Tensor) -> None:
+        if self._begun:  # the first is the prompt
+            print(self._text.add(*(token for token in value.tolist() if token != self._eos)), end="", flush=True)
+        self._begun = True
+
+    def end(self) -> None:
+        print(self._text.flush(), flush=True)
 
 
 class _Watch:
@@ -352,7 +323,7 @@ def _prompts(generator: Generator, path: Path, content: bytes) -> list[str]:
         except ValueError as error:
             raise UserError(f"--prompt-file {path}: {error}") from None
     try:
-        lines = content.decode().splitlines()
+        lines = lines_of(content)
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt-file {path} cannot be read: {error}; give a text file, one prompt a line") from None
     if not lines:

@@ -77,6 +77,7 @@ class Source:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"
             )
+        self.manifest.checked_tokenizer_path()  # before anything else is done
         self.vocab_size = self.manifest.vocab_size
         self.config = config.with_vocab_size(self.vocab_size)
         if self.softmax:

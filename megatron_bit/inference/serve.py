@@ -14,17 +14,17 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_bit.errors import UserError
+from megatron_bit.inference.completion import Completion, Refused, read_completion
 from megatron_bit.inference.engine import Cancelled, Engine, Full, Piece, Request
 from megatron_bit.inference.generate import SAMPLERS, Generator
 
@@ -39,46 +39,6 @@ class Limits:
     prompt_tokens: int = 16384
     texts: int = 64  # prompts x n
     body_bytes: int = 2**20
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-
-
-class Completion(BaseModel):
-    """The body of a request. What would change the text and means nothing to a BitLM is refused, not ignored."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    model: str
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
-    max_tokens: int = Field(default=16, ge=1)
-    n: int = Field(default=1, ge=1)
-    stop: str | list[str] | None = None
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    echo: Literal[False] = False
-    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
-    top_p: float | None = Field(default=None, ge=1.0, le=1.0)
-    user: str | None = None  # said to be for the operator's logs; there are none
-    steps: int | None = Field(default=None, ge=2, le=1024)
-    sampler: str | None = None
-    guidance: float | None = Field(default=None, ge=0.0, le=100.0)
-
-
-class Refused(Exception):
-    """An answer with an error status."""
-
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param = status, param
-
-    def response(self) -> JSONResponse:
-        kind = "invalid_request_error" if self.status < 429 else "rate_limit_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": None}
-        headers = {"Retry-After": "1"} if self.status == 429 else None
-        return JSONResponse({"error": error}, self.status, headers)
 
 
 class Server:
@@ -128,7 +88,7 @@ class Server:
             body = self._read(await self._body(request))
             prompts = self._prompts(body)
             job = Request(
-                prompts, body.n, body.max_tokens, _stops(body), body.seed, self._how(body)
+                prompts, body.n, body.max_tokens, _stops(body), body.seed % 2**63, self._how(body)
             )  # fmt: skip
             pieces = self._start(job)
         except Refused as error:
@@ -155,18 +115,7 @@ class Server:
         return bytes(data)
 
     def _read(self, data: bytes) -> Completion:
-        try:
-            body = Completion.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            param = ".".join(map(str, first["loc"])) or None
-            why = {
-                "extra_forbidden": "is not known here, or means nothing to a BitLM",
-                "missing": "is missing",
-            }.get(first["type"], f"= {str(first.get('input'))[:80]!r}: {first['msg'][:1].lower()}{first['msg'][1:]}")
-            if param == "top_p":
-                why = f"is {first['input']}, and a BitLM has no such dial: leave it out, or 1"
-            raise Refused(400, f"{param or 'body'} {why}", param) from None
+        body = read_completion(data)
         if body.model != self._name:
             raise Refused(404, f"model {body.model!r} is not served here; it is {self._name!r}", "model")
         if body.max_tokens > self._limits.max_tokens:

@@ -108,6 +108,80 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(running: _Running) -> None
     assert _complete(running.client(), max_tokens=60, seed=1, stop=stop).choices[0].finish_reason == "stop"
 
 
+NEUTRAL = {
+    "seed": None, "n": None, "max_tokens": None, "stream": None, "echo": None, "logprobs": None, "suffix": None,
+    "stop": None, "temperature": None, "top_p": None, "user": None, "stream_options": None, "best_of": None,
+    "logit_bias": None, "presence_penalty": None, "frequency_penalty": None, "steps": None, "sampler": None,
+    "guidance": None, "prompt": None, "top_k": None,
+}  # fmt: skip
+VALUES = [
+    {"logit_bias": {}}, {"logit_bias": {"5": 0}}, {"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"best_of": 1},
+    {"best_of": 2, "n": 2}, {"n": 1}, {"suffix": ""}, {"top_p": 1}, {"top_p": 1.0}, {"user": "somebody"},
+    {"echo": False}, {"logprobs": False}, {"temperature": 1}, {"guidance": 1}, {"stop": []}, {"seed": -1},
+    {"stream_options": {"include_usage": None}}, {"top_k": -1}, {"min_p": 0.0}, {"repetition_penalty": 1.0},
+    {"ignore_eos": False}, {"stop_token_ids": []}, {"skip_special_tokens": True}, {"use_beam_search": False},
+]  # fmt: skip
+NOT_NEUTRAL = [
+    {"logit_bias": {"5": 1}}, {"presence_penalty": 0.5}, {"frequency_penalty": -1}, {"best_of": 3}, {"suffix": "x"},
+    {"top_p": 0.9}, {"echo": True}, {"logprobs": 0}, {"logprobs": 5}, {"top_k": 40}, {"repetition_penalty": 1.1},
+    {"ignore_eos": True}, {"min_tokens": 5}, {"temperature": 0.3}, {"unheard_of": 1}, {"seed": 1.5}, {"n": True},
+    {"stream_options": {"include_usage": 1}}, {"presence_penalty": False}, {"top_p": "1"}, {"logit_bias": 0},
+]  # fmt: skip
+
+
+def _post(running: _Running, body: dict[str, Any]) -> tuple[int, Any]:
+    data = json.dumps({"model": "tiny", "prompt": PROMPT, "steps": 2, "max_tokens": 2, **body}).encode()
+    request = urllib.request.Request(f"{running.url}/v1/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_what_changes_nothing_is_accepted(running: _Running) -> None:
+    want = _post(running, {})[1]["choices"][0]["text"]
+    for body in [*({key: None} for key in NEUTRAL), *VALUES]:
+        status, answer = _post(running, body)
+        assert status == 200, (body, answer)
+        if not {"steps", "max_tokens", "prompt", "seed"} & body.keys():
+            assert answer["choices"][0]["text"] == want, body
+    status, answer = _post(running, NEUTRAL)
+    assert status == 200 and answer["usage"]["completion_tokens"] <= 16
+
+
+def test_what_would_change_the_text_is_refused_by_name(running: _Running) -> None:
+    for body in NOT_NEUTRAL:
+        status, answer = _post(running, body)
+        name = next(iter(body))
+        assert status == 400, (body, answer)
+        error = answer["error"]
+        assert error["type"] == "invalid_request_error" and error["param"].split(".")[0] == name, (body, error)
+        assert error["message"].startswith(name) and "\n" not in error["message"]
+    for body, said in (([1], "body"), ("null", "body")):
+        data = json.dumps(body).encode()
+        with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+            urllib.request.urlopen(urllib.request.Request(f"{running.url}/v1/completions", data), timeout=30)
+        assert said in json.load(caught.value)["error"]["message"]
+
+
+def test_the_official_client_with_everything_it_can_send(running: _Running) -> None:
+    ask = running.client().completions.create
+    nothing: Any = {
+        "best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None, "max_tokens": 5,
+        "n": 1, "presence_penalty": 0, "seed": None, "stop": None, "suffix": None, "temperature": 1, "top_p": 1,
+        "user": "x",
+    }  # fmt: skip
+    whole = ask(model="tiny", prompt=PROMPT, **nothing).choices[0].text
+    for options in (None, {"include_usage": False}, {"include_usage": True}):
+        parts = list(ask(model="tiny", prompt=PROMPT, stream=True, stream_options=options, **nothing))
+        assert "".join(part.choices[0].text for part in parts if part.choices) == whole
+        assert (parts[-1].usage is not None) == bool(options and options["include_usage"])
+    with pytest.raises(openai.BadRequestError, match=r"presence_penalty 0.5: a BitLM is served without it") as caught:
+        ask(model="tiny", prompt=PROMPT, presence_penalty=0.5)
+    assert caught.value.param == "presence_penalty" and caught.value.type == "invalid_request_error"
+
+
 REFUSED = {
     "temperature": (
         {"temperature": 0.3},

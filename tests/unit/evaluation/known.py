@@ -24,7 +24,7 @@ class Known(Model):
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i).decode()
+        return bytes(i for i in ids if i).decode(errors="replace")
 
     def nats(self, rows: Sequence[Sequence[int]], keys: Sequence[int], seed: int) -> list[Tensor]:
         assert all(0 < len(row) <= self.context for row in rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,13 @@ from megatron_bit.config import load_config
 from megatron_bit.evaluation import progress
 from megatron_bit.evaluation.likelihood import measure, standard_errors
 from megatron_bit.evaluation.progress import Progress
+from megatron_bit.evaluation.report import Report, render
+from megatron_bit.evaluation.samples import Samples, statistics
 from megatron_bit.evaluation.scoring import encode_behind, score, windows
+from megatron_bit.evaluation.task_files import Item
+from megatron_bit.evaluation.tasks import last_word
 from megatron_bit.evaluation.validation import Validation
+from megatron_bit.measured import exponential, number, quotient, show, strict_json
 
 
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 9))
@@ -92,10 +100,10 @@ def test_passes_go_on_until_the_noise_is_small(tiny_data: Path) -> None:
     exact = measure(model, validation, tolerance=1.0, max_passes=9, **settings)
     assert (exact.passes, exact.noise_samples, exact.noise_standard_error) == (1, 0, 0.0)
     assert exact.perplexity == pytest.approx(math.e)
-    documents = validation.manifest.split("validation").documents
     # a byte a token, and a token for the end of each document
     assert exact.bits_per_byte * math.log(2) == pytest.approx(1 / validation.bytes_per_token)
-    assert 0.9 < validation.bytes_per_token < 1.0 and documents
+    every = [row for row in validation.samples(10**6, 16) if 0 in row]
+    assert every and validation.bytes_per_token == 1.0 - sum(row.count(0) for row in every) / validation._tokens
 
 
 def test_encode_behind_takes_what_the_context_has_not() -> None:
@@ -106,3 +114,75 @@ def test_encode_behind_takes_what_the_context_has_not() -> None:
     assert encode_behind(Known({}), "ab", "c") == ([97, 98, 99], 1)
     assert encode_behind(Known({}), "", "abc") == ([97, 98, 99], 3)
     assert encode_behind(Joins({}), "a", " b") == ([ord("X")], 1)
+
+
+class Words(Known):
+    """Tokens are the longest of some words; what a token's text is depends on nothing."""
+
+    WORDS = ("unhappy", "happy", "ness", "un", "hap", "py", " the", " ", "th", "e", "a", "p", "he", "t", "h")
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        while text:
+            word = next(word for word in self.WORDS if text.startswith(word))
+            ids.append(self.WORDS.index(word))
+            text = text[len(word) :]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.WORDS[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("context", "text", "expected"),
+    [
+        (
+            "unhap",
+            "pyness",
+            ["unhappy", "ness"],
+        ),  # a token on the border is the text's
+        ("unhap", "e", ["e"]),
+        ("un", "happy", ["unhappy"]),
+        ("happy ", "the", [" the"]),  # as many tokens as the context alone has, and one of them is not its
+        ("hap", "he", ["he"]),
+        ("a p", "py", ["py"]),
+        ("a", " the", [" the"]),
+    ],
+)
+def test_the_border_is_found_in_the_text(context: str, text: str, expected: list[str]) -> None:
+    model = Words({})
+    ids, count = encode_behind(model, context, text)
+    assert model.decode(ids) == context + text
+    assert [model.decode([i]) for i in ids[len(ids) - count :]] == expected
+
+
+def test_what_is_too_large_for_a_float_is_infinite(tiny_data: Path) -> None:
+    """And said: the report is kept, and its JSON is JSON."""
+    model = Known({}, otherwise=1000.0)
+    validation = Validation(model, tiny_data)
+    found = measure(model, validation, samples=4, tolerance=1.0, max_passes=9, seed=0, batch_size=4)
+    assert (found.nats_per_token, found.perplexity) == (1000.0, math.inf)
+    texts = statistics("x", model, ["a", ""], ["bc", "d"], seed=0, batch_size=2)
+    assert (texts.nats_per_token, texts.perplexity) == (1000.0, math.inf)
+    word = last_word("lambada", model, [Item("a", (" b",), 0)] * 2, seed=0, batch_size=2)
+    assert (word.nats_per_word, word.perplexity) == (2000.0, math.inf)
+    samples = Samples(2, 3, 0, {}, "known", "softmax", texts, texts, None, "why", "bc")
+    report = Report("known", "softmax", 1, None, "trained", 0, found, samples, (word,))
+    shown = render(report)
+    assert "  perplexity   inf\n" in shown and "(perplexity inf)" in shown and "nan" not in shown
+    there = json.loads(strict_json(asdict(report)), parse_constant=pytest.fail)
+    assert there["likelihood"]["perplexity"] == there["tasks"][0]["perplexity"] == "inf"
+    assert there["likelihood"]["nats_per_token"] == 1000.0
+    worse = Known({}, otherwise=math.nan)
+    found = measure(worse, Validation(worse, tiny_data), samples=4, tolerance=1.0, max_passes=9, seed=0, batch_size=4)
+    there = json.loads(strict_json({"a": [asdict(found)]}), parse_constant=pytest.fail)
+    assert there["a"][0]["perplexity"] == "nan" and math.isnan(number(there["a"][0]["perplexity"]))
+
+
+def test_measured_numbers() -> None:
+    assert exponential(709.0) < math.inf == exponential(710.0) == exponential(math.inf)
+    assert math.isnan(exponential(math.nan)) and exponential(-1e9) == 0.0
+    assert (quotient(1, 2), quotient(3.0, 0), quotient(-3.0, 0)) == (0.5, math.inf, -math.inf)
+    assert math.isnan(quotient(0.0, 0)) and math.isnan(quotient(math.nan, 0))
+    assert [show(x) for x in (1.234, 1e12, math.inf, -math.inf, math.nan)] == ["1.23", "1e+12", "inf", "-inf", "nan"]
+    assert (number("inf"), number(2), number("-inf")) == (math.inf, 2.0, -math.inf) and math.isnan(number(None))
