@@ -26,8 +26,8 @@ def show(x: float, digits: int = 2) -> str:
 
 
 def finite(tree: Any) -> Any:
-    """The same tree of JSON values, in which what is no finite number is None: NaN and Infinity are no JSON, and whoever
-    reads them strictly would lose the whole file."""
+    """The same tree of JSON values, in which what is no finite number is None: NaN and Infinity are no JSON, and a
+    strict reader would lose the whole file."""
     if isinstance(tree, dict):
         return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -149,6 +149,33 @@ def train_guarded(arguments: list[str]) -> int:
     return train_spiked(arguments, 100.0)
 
 
+def train_stalled(arguments: list[str], victim: int) -> int:
+    """Runs in a rank: the disk under rank `victim`'s part of step 2 does not answer until step 4 is being saved, longer
+    than the writer's patience, and then goes on."""
+    import threading
+
+    from megatron_bit.checkpoint import writer
+
+    plain, begin, back = writer.write_rank, writer.CheckpointWriter.__init__, threading.Event()
+
+    def slow(folder: Path, rank: int, part: Any) -> None:
+        if rank == victim and folder.name.startswith("step-00000002."):
+            assert back.wait(60)
+        plain(folder, rank, part)
+        if rank == victim and folder.name.startswith("step-00000004."):
+            back.set()
+
+    def impatient(self: Any, root: Path, keep: int, keep_every: int, patience: float, *more: Any) -> None:
+        begin(self, root, keep, keep_every, 1.0, *more)
+
+    writer.write_rank, writer.CheckpointWriter.__init__ = slow, impatient  # type: ignore[method-assign]
+    code = train(arguments)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint-2":
+            thread.join(60)
+    return code
+
+
 def train_killed(arguments: list[str], victims: str, operation: int) -> int:
     """Runs in a rank: SIGKILL at the n-th call that changes the disk (sync, rename, delete), here or everywhere.
 

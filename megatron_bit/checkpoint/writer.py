@@ -125,7 +125,7 @@ class CheckpointWriter:
         if not self._lock.acquire(timeout=self._patience):  # it is in the middle of the renames
             raise UserError(f"{self._root} does not answer: renaming {self._temporary} has not ended")
         self._abandoned.set()
-        self._state = "idle"
+        self._state, temporary = "idle", self._temporary
         self._lock.release()
         self._given_up += 1
         assert self._thread is not None
@@ -133,7 +133,7 @@ class CheckpointWriter:
         if self._thread.is_alive():  # it still reads its buffers
             self._buffers = {}
         elif self._groups.rank == 0:  # give the room back
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def finish(self) -> None:
         """Wait for the copy of the last save; UserError on all ranks if it failed."""

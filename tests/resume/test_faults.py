@@ -105,6 +105,24 @@ def test_one_failed_save_is_reported_and_training_goes_on(background: bool, tiny
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.suffix]
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_stalls_and_comes_back(victim: int, tiny_data: Path, tmp_path: Path) -> None:
+    """The save that was given up does not appear, and none of the others has a value of another step."""
+    settings = {"checkpoint.keep": 99}
+    assert set(run_ranks(tiny_runs.train_stalled, 2, _arguments(tmp_path / "run", tiny_data, **settings), victim)) == {
+        0
+    }
+    assert set(run_ranks(tiny_runs.train, 2, _arguments(tmp_path / "whole", tiny_data, **settings))) == {0}
+    run, whole = (tmp_path / name / "checkpoints" for name in ("run", "whole"))
+    assert [p.name for p in complete(run)] == [p.name for p in complete(whole) if p.name != "step-00000002"]
+    for folder in complete(run):
+        assert problems(folder) == []
+        for state in ("param", "exp_avg"):
+            both = (tiny_runs.read_state(root / folder.name, state) for root in (run, whole))
+            assert tiny_runs.worst(*both)[0] == 0.0, folder
+    assert [p.name for p in run.iterdir() if p.suffix] == []
+
+
 def test_two_failed_saves_in_a_row_end_the_run_with_the_last_good_one_left(tiny_data: Path, tmp_path: Path) -> None:
     arguments = _arguments(tmp_path / "run", tiny_data)
     with pytest.raises(AssertionError, match=r"UserError: checkpoint step 3 is not saved: .*2 in a row"):
