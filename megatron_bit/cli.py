@@ -30,7 +30,7 @@ from megatron_bit.commands.slurm import (
     submit,
 )
 from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
-from megatron_bit.errors import EXIT_USER_ERROR, LocalUserError, Stopped, UserError
+from megatron_bit.errors import EXIT_DIVERGED, EXIT_USER_ERROR, Diverged, LocalUserError, Stopped, UserError
 from megatron_bit.text import shown
 
 
@@ -99,7 +99,7 @@ def main() -> None:
         rank, distributed = environment.environment_int("RANK", 0), environment.environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
     except UserError as error:
-        code = EXIT_USER_ERROR
+        code = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_USER_ERROR
         if isinstance(error, LocalUserError) or (rank == 0 and not isinstance(error, Stopped)):
             where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
             print(f"megatron-bit: error: {shown(' '.join(str(error).split()))}{where}", file=sys.stderr, flush=True)

@@ -271,6 +271,15 @@ class OptimConfig(Section):
     A run that turns it on later begins with its weights."""
     spike_guard: float = Field(default=0.0, ge=0)
     """Skip an update whose loss is above this many times the running mean; 0 is off. Costs a host sync a step."""
+    max_skipped: int = Field(default=10, ge=0)
+    """Updates in a row that are skipped, or whose loss is no number, after which the run has diverged; 0: it never has.
+    Saves wait while updates are skipped, and the newest checkpoint that a finite loss was computed from is not
+    pruned."""
+    on_divergence: Literal["stop", "rewind"] = "stop"
+    """`stop`: with exit code 86 and a line that names that checkpoint. `rewind`: go on from it, behind the data that
+    was seen since."""
+    max_rewinds: int = Field(default=3, ge=1)
+    """`rewind`: as often in one start; then it stops."""
 
 
 Verify = Literal["first", "always", "never"]
@@ -412,7 +421,7 @@ class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints. The last step and a signal always save."""
     keep: int = Field(default=3, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; besides them the newest from whose weights a finite loss was computed."""
     keep_every: int = Field(default=0, ge=0)
     """Also keep every checkpoint whose step is a multiple of this; 0 keeps none for it."""
     background: bool = True

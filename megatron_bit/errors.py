@@ -25,5 +25,13 @@ class Stopped(UserError):
     """Another rank has said why the job ends; this one leaves with the same exit code, silently."""
 
 
+class Diverged(UserError):
+    """Updates were skipped, or losses no numbers, too often in a row: the same data and settings would do it again.
+
+    Exit code EXIT_DIVERGED, which a launcher does not answer with another attempt.
+    """
+
+
 EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 86
 EXIT_PREEMPTED = 85  # saved on a signal; the same command continues the run

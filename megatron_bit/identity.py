@@ -48,6 +48,7 @@ _KINDS: dict[Kind, str] = {
         diffusion.noise_warmup diffusion.log_mean diffusion.log_std diffusion.context_noise diffusion.condition_drop
         optim.lr optim.head_lr_scale optim.betas optim.eps optim.weight_decay optim.grad_clip optim.schedule
         optim.warmup_steps optim.decay_fraction optim.min_lr_ratio optim.ema_decay optim.spike_guard
+        optim.max_skipped optim.on_divergence optim.max_rewinds
         data.on_error train.steps train.stop_at train.global_batch_size train.precision train.init_from
         fp8.recipe fp8.amax_history fp8.first_layers_bf16 fp8.last_layers_bf16
         evaluate.every evaluate.initial evaluate.samples evaluate.noise_samples

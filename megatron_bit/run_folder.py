@@ -9,6 +9,7 @@ RUN/validation.jsonl    one record a validation
 RUN/rolled_back.jsonl   records of steps that were done again, because the run died before it had saved them
 RUN/heartbeats/         how far each rank is
 RUN/FINISHED            there when train.steps are done
+RUN/DIVERGED            says why a run has stopped by itself
 RUN/lock                held by the job that trains it
 """
 
@@ -65,7 +66,8 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
         (run / "starts").mkdir(exist_ok=True)
         if not (run / "identity.json").exists():
             write_atomic(run / "identity.json", json.dumps(mine, indent=1).encode())
-        (run / "FINISHED").unlink(missing_ok=True)  # written again when the last step is saved
+        for mark in ("FINISHED", "DIVERGED"):  # written again when it has come to that again
+            (run / mark).unlink(missing_ok=True)
         trust.remember(*filter(trust.acts, (*config.data.folders, config.checkpoint.mirror)))
         resolved = to_yaml(config).encode()
         write_atomic(run / "starts" / f"{_next_start(run):04d}.yaml", resolved)

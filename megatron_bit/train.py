@@ -17,23 +17,26 @@ from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.heartbeat import HeartbeatCallback
 from megatron_bit.callbacks.metrics import MetricsCallback
 from megatron_bit.callbacks.preempt import PreemptCallback
+from megatron_bit.checkpoint.folder import newest_until, read_meta
 from megatron_bit.checkpoint.init_from import fill, open_weights
 from megatron_bit.checkpoint.load import load_noise_table, load_optimizer, load_scaling, newest_undamaged
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
 from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import EXIT_PREEMPTED, UserError
+from megatron_bit.errors import EXIT_PREEMPTED, Diverged, UserError
+from megatron_bit.files import write_atomic
 from megatron_bit.identity import compare_run, identity, of_checkpoint
 from megatron_bit.model.build import build_model
 from megatron_bit.model.codec import learned_table
-from megatron_bit.optim.optimizer import build_optimizer
+from megatron_bit.optim.optimizer import Optimizer, build_optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.links import check_links
 from megatron_bit.run_folder import claim, record_start
 from megatron_bit.run_lock import RunLock
+from megatron_bit.run_log import roll_back
 from megatron_bit.state import TrainState
 from megatron_bit.trainer import Trainer
 
@@ -53,6 +56,9 @@ def main(config: Config) -> int:
                 print(said, flush=True)
         trainer = build(config, groups)
         trainer.fit()
+        while trainer.diverged:
+            on_divergence(trainer)
+            trainer.fit()
     except RuntimeError as error:
         other = lost(error)
         if other is error:
@@ -89,11 +95,7 @@ def build(config: Config, groups: Groups) -> Trainer:
     state = TrainState()
     start = time.perf_counter()
     if checkpoint is not None and meta is not None:
-        on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
-        on_every_rank(functools.partial(load_scaling, checkpoint, chunks))
-        optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
-        state = TrainState(**meta["state"])
-        load_noise_table(meta, chunks)
+        state = restore(checkpoint, meta, optimizer, groups)
     taken = ""
     if weights is not None:
         on_every_rank(functools.partial(fill, weights, optimizer, groups))
@@ -111,6 +113,48 @@ def build(config: Config, groups: Groups) -> Trainer:
         PreemptCallback(), HeartbeatCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback(mirror),
     )  # fmt: skip
     return Trainer(config, groups, corpus, optimizer, state, callbacks, mine, lock)
+
+
+def restore(checkpoint: Path, meta: dict[str, Any], optimizer: Optimizer, groups: Groups) -> TrainState:
+    """Load all that a checkpoint has into an optimizer and its model; returns the counters. All ranks call it."""
+    on_every_rank(functools.partial(load_optimizer, checkpoint, optimizer, groups))
+    on_every_rank(functools.partial(load_scaling, checkpoint, optimizer.chunks))
+    optimizer.loaded(meta["updates"])  # a collective: only when every rank has read its part
+    load_noise_table(meta, optimizer.chunks)
+    return TrainState(**meta["state"])
+
+
+def on_divergence(trainer: Trainer) -> None:
+    """Go back to the newest checkpoint from whose weights a finite loss was computed, and on behind the data that was
+    seen since (PaLM, 2204.02311, section 5.1); or raise Diverged, on all ranks."""
+    run, state, optim = trainer.run, trainer.state, trainer.config.optim
+
+    def look() -> tuple[Path | None, str]:
+        good = newest_until(run / "checkpoints", state.good)
+        stop = optim.on_divergence == "stop" or state.rewinds >= optim.max_rewinds or good is None
+        said = (
+            f"{run} has diverged: up to step {state.step} {trainer.in_row} updates in a row were skipped or had no "
+            f"finite loss; the newest checkpoint of before is {good or 'none'}"
+        )
+        if stop:
+            write_atomic(run / "DIVERGED", f"{said}\n".encode())
+            return None, said
+        assert good is not None
+        roll_back(run, read_meta(good)["step"])
+        print(f"warning: {said}; going on from there behind sample {state.samples} ({state.rewinds + 1} of "
+              f"{optim.max_rewinds} rewinds)", flush=True)  # fmt: skip
+        return good, said
+
+    good, said = on_rank0(look)
+    if good is None:
+        newer = (
+            "remove the newer ones (`megatron-bit checkpoint rm`), lower optim.lr or set optim.grad_clip, and continue"
+        )
+        raise Diverged(f"{said}; {newer}, or set optim.on_divergence=rewind")
+    begun = restore(good, on_rank0(lambda: read_meta(good)), trainer.optimizer, trainer.groups)
+    begun.samples, begun.rewinds = state.samples, state.rewinds + 1
+    begun.damaged, begun.replaced = state.damaged, state.replaced
+    trainer.begin_again(begun)
 
 
 def open_data(config: Config) -> Corpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ class Trainer:
         self.record: StepRecord | None = None
         self._settled = True
         self.asked_to_stop = False  # this rank got a signal
+        self.in_row = 0  # updates skipped, or losses that were no numbers, up to the last settled step
+        self.diverged = False  # more of them than optim.max_skipped allows
         self.preempted = False  # all ranks know that one of them did, one step after its all-reduce
         self.votes = Votes()  # what this rank says of a save in flight
         self.heard: tuple[int, Votes] = (0, Votes())  # (step, sums over all ranks), one step after its all-reduce
@@ -109,7 +112,7 @@ class Trainer:
     @property
     def stopping(self) -> bool:
         """Whether the step just done is the last; the same on every rank."""
-        return self.preempted or self.state.step >= self.last_step
+        return self.preempted or self.diverged or self.state.step >= self.last_step
 
     def fit(self) -> None:
         """Train from `state` to the last step, or until a signal."""
@@ -188,8 +191,7 @@ class Trainer:
             self.optimizer.poison()
         self.optimizer.step([lr * group["lr_scale"] for group in self.optimizer.base.param_groups])
         if self.record is not None:  # the step before: its values are there without waiting
-            self.settle()
-            stop, *votes = self.record.totals[2:].tolist()
+            stop, *votes = self.settle()[2:]
             self.preempted, self.heard = stop > 0, (self.record.step, Votes(*votes))
         state.step += 1
         state.samples += config.train.global_batch_size
@@ -200,12 +202,27 @@ class Trainer:
         )
         self._settled = False
 
-    def settle(self) -> None:
-        """Count the last step if it was skipped, which waits for it. Call before `state` is saved or shown."""
+    def settle(self) -> list[float]:
+        """Count the last step if it was skipped, which waits for it; returns its totals. Call before `state` is saved
+        or shown, on every rank at the same step: all draw the same conclusions from the same numbers."""
+        assert self.record is not None
+        totals: list[float] = self.record.totals.tolist()
         if not self._settled:
-            assert self.record is not None
             self._settled = True
-            self.state.skipped += bool(self.record.skipped)
+            skipped = bool(self.record.skipped)
+            self.state.skipped += skipped
+            if skipped or not math.isfinite(totals[0]):
+                self.in_row += 1
+            else:  # its loss is of the weights behind the step before
+                self.in_row, self.state.good = 0, self.record.step - 1
+            limit = self.config.optim.max_skipped
+            self.diverged = bool(limit) and self.in_row >= limit
+        return totals
+
+    def begin_again(self, state: TrainState) -> None:
+        """Go on from weights that were loaded over those that diverged."""
+        self.state, self.record, self._settled = state, None, True
+        self.in_row, self.diverged = 0, False
 
     def to_device(self, batch: Batch) -> TokenBatch:
         """numpy to this rank's device, without waiting for the copy."""

@@ -141,6 +141,22 @@ def train_spiked(arguments: list[str], factor: float) -> int:
     return train(arguments)
 
 
+def train_poisoned(arguments: list[str], first: int, last: int) -> int:
+    """Runs in a rank: like `train`, but samples first ... last - 1 have no finite loss."""
+    from megatron_bit.model import bitlm
+
+    plain = bitlm.BitLM.loss
+
+    def loss(self: Any, hidden: Any, batch: Any) -> Any:
+        output = plain(self, hidden, batch)
+        bad = ((batch.sample >= first) & (batch.sample < last)).any()
+        scale = torch.where(bad, float("nan"), 1.0)
+        return type(output)(output.loss * scale, output.metrics * scale)
+
+    bitlm.BitLM.loss = loss  # type: ignore[method-assign]
+    return train(arguments)
+
+
 def train_guarded(arguments: list[str]) -> int:
     """Runs in a rank: a spike of 100 times the loss, and a guard that trusts its mean after two steps."""
     from megatron_bit.optim import guard

@@ -67,6 +67,7 @@ class Facts:
     asked: bool = False
     hung: str = ""  # what the watchdog saw
     bad_nodes: str = ""  # what the preflight check found
+    diverged: str = ""  # what the trainer says of itself (RUN/DIVERGED)
     status: int = 0
     error: str = ""  # the first failing rank's own words
 
@@ -77,6 +78,8 @@ def decide(history: Sequence[Attempt], facts: Facts, max_restarts: int) -> tuple
         return "finished", "all steps are done", False
     if facts.stop_file:
         return "stopped", f"a STOP file; saved at step {facts.step}" if facts.asked else "a STOP file", False
+    if facts.diverged:  # the same data and settings would do it again
+        return "diverged", facts.diverged, False
     if facts.stop_at:
         return "stop_at", f"step {facts.step} is train.stop_at", False
     if facts.taken:
@@ -161,6 +164,7 @@ def end(submission: Submission, attempt: str, status: int, state: str, asked: bo
         asked=asked,
         hung=_text(logs / HUNG),
         bad_nodes=_text(logs / BAD_NODES),
+        diverged=_text(run / "DIVERGED") if _since(run / "DIVERGED", this.begin) else "",
         status=status,
         error=str(failure) if failure else "",
     )
@@ -176,6 +180,11 @@ def _end(submission: Submission, attempt: str, step: int, outcome: str, reason: 
     record: dict[str, Any] = {"attempt": attempt, "end": time.time(), "step": step}
     append_line(submission.attempts, {**record, "outcome": outcome, "reason": reason, "again": again})
     _say(f"attempt {attempt}: {outcome}: {reason}")
+
+
+def _since(path: Path, begin: float) -> bool:
+    """Whether a file was written in an attempt; an earlier start may have left one."""
+    return path.exists() and path.stat().st_mtime >= begin
 
 
 def _newest(run: Path) -> int:

@@ -19,6 +19,7 @@ class CheckpointCallback(Callback):
         c = trainer.config.checkpoint
         patience = 0.9 * 60 * trainer.config.parallel.timeout_minutes  # the others wait for us in a collective
         root = trainer.run / "checkpoints"
+        self._due = False
         self._writer = CheckpointWriter(root, c.keep, c.keep_every, patience, trainer.groups, self._mirror)
         self._mark(trainer)  # continued with nothing left to do
         if c.initial and trainer.state.step == 0:
@@ -29,10 +30,14 @@ class CheckpointCallback(Callback):
         heard, votes = trainer.heard
         if writer.step is not None and heard > writer.step:  # what was said before the save began is not about it
             writer.poll(votes)
-        if trainer.stopping or step % trainer.config.checkpoint.every == 0:
+        self._due = self._due or step % trainer.config.checkpoint.every == 0
+        if self._due:
+            trainer.settle()  # what is saved has to be worth it: not while updates are skipped
+        if (trainer.stopping and not trainer.diverged) or (self._due and not trainer.in_row):
+            self._due = False
             self._save(trainer)
         if trainer.stopping:
-            writer.wait(required=True)
+            writer.wait(required=not trainer.diverged)
             if not trainer.preempted:  # no time for that; the next start catches up
                 writer.finish()
             self._mark(trainer)
@@ -40,7 +45,9 @@ class CheckpointCallback(Callback):
         trainer.votes = writer.votes
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.settle()
+        if trainer.record is not None:
+            trainer.settle()
+        self._writer.good = trainer.state.good
         meta = {
             "state": trainer.state.to_json(),
             "updates": trainer.optimizer.updates,
@@ -56,5 +63,5 @@ class CheckpointCallback(Callback):
 
     @staticmethod
     def _mark(trainer: Trainer) -> None:
-        if trainer.groups.rank == 0 and trainer.state.step >= trainer.config.train.steps:
+        if trainer.groups.rank == 0 and trainer.state.step >= trainer.config.train.steps and not trainer.diverged:
             (trainer.run / "FINISHED").touch()

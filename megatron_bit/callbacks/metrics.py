@@ -85,6 +85,8 @@ class MetricsCallback(Callback):
                     "tokens_per_second": round(per_step / seconds, 1),
                 }
             )
+        for line in lines if trainer.state.rewinds else ():
+            line["rewinds"] = trainer.state.rewinds
         if console.lost() and not self._said_lost:
             self._said_lost = True
             lines[-1]["console"] = f"lost: {console.lost()}"
@@ -117,6 +119,7 @@ class MetricsCallback(Callback):
         eta = _duration(pace * (trainer.last_step - state.step))
         skipped = f"  skipped {state.skipped}" if state.skipped else ""
         skipped += f"  replaced {state.replaced}" if state.replaced else ""
+        skipped += f"  rewinds {state.rewinds}" if state.rewinds else ""
         text = (
             f"step {state.step}/{config.train.steps}  loss {mean('loss'):.4f}  "
             f"bound {mean('nats_per_token_bound'):.3f} nats/token  {_count(rate)} tokens/s  MFU {mfu}  "

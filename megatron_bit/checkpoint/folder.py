@@ -62,6 +62,12 @@ def newest_step(root: Path) -> int:
     return 0 if not found else step_of(found[-1].name) or 0
 
 
+def newest_until(root: Path, step: int) -> Path | None:
+    """The newest committed checkpoint of at most this step."""
+    found = [folder for folder in complete(root) if (step_of(folder.name) or 0) <= step]
+    return found[-1] if found else None
+
+
 def checkpoints_of(target: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first, or `target` itself, if it is one; UserError if there are none."""
     if (target / "COMMITTED").exists():

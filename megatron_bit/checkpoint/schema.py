@@ -61,6 +61,8 @@ class State(TypedDict):
     skipped: NotRequired[Count]
     loss_mean: NotRequired[Finite]
     replaced: NotRequired[Count]
+    good: NotRequired[Annotated[int, Field(ge=-1, lt=2**62)]]
+    rewinds: NotRequired[Count]
     damaged: NotRequired[list[Sha256]]
 
 

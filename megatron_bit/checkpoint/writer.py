@@ -60,6 +60,7 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._problem = ""
         self._failures = 0  # in a row
+        self.good = -1  # the newest checkpoint up to this step is never pruned (TrainState.good)
         self._given_up = 0  # saves whose threads may still write, in folders and from buffers that stay theirs
         self._step = 0
         self._meta: dict[str, Any] = {}
@@ -226,7 +227,10 @@ class CheckpointWriter:
         if self._groups.rank == 0:
             if self._mirror is not None:
                 self._mirror.put(self._final)
-            folders.prune(self._root, self._keep, self._keep_every, self._mirror.needed if self._mirror else ())
+            needed = set(self._mirror.needed) if self._mirror else set()
+            if (good := folders.newest_until(self._root, self.good)) is not None:
+                needed.add(good)
+            folders.prune(self._root, self._keep, self._keep_every, needed)
             print(f"saved {self._final} in {self._seconds:.1f} s (training waited {self._stall:.2f} s)", flush=True)
 
     def _report(self, error: UserError, required: bool = False) -> None:

@@ -142,10 +142,29 @@ def test_a_run_with_a_name_like_a_setting_and_a_copy_beside_its_checkpoints(trai
     (copy / "meta.json").write_text(json.dumps(meta))
     done = run("train", str(name), "train.steps=4")
     assert done.code == 0, done.err
-    assert sorted(p.name for p in (name / "checkpoints").iterdir()) == ["step-00000002-good", "step-00000004"]
+    kept = ["step-00000002-good", "step-00000003", "step-00000004"]  # of step 3 a finite loss is known
+    assert sorted(p.name for p in (name / "checkpoints").iterdir()) == kept
     listed = json.loads(run("checkpoint", "ls", str(name), "--json").out)
-    assert [line["step"] for line in listed] == [4]
+    assert [line["step"] for line in listed] == [3, 4]
     different = run("checkpoint", "diff", str(name), str(copy))
     assert different.code == 1 and not different.err
     assert "data.path: " in different.out and "half a pair: \\ud800" in different.out
     run("checkpoint", "rm", str(copy), "--step", "2").refused("is no run folder, and --step is a checkpoint of one")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_diverges_has_an_exit_code_of_its_own(ranks: int, train_args: Any, tmp_path: Path) -> None:
+    several = ["--nproc", "2", "train.micro_batch_size=4"] if ranks > 1 else []
+    settings = (
+        "train.steps=40",
+        "optim.lr=1e20",
+        "optim.warmup_steps=0",
+        "checkpoint.initial=true",
+        "checkpoint.every=5",
+    )
+    ended = run(*train_args(tmp_path / "run", *settings), *several)
+    assert ended.code == 86, ended.err
+    lines = [line for line in ended.err.splitlines() if "error" in line]
+    assert len(lines) == 1 and "Traceback" not in ended.err
+    assert "10 updates in a row were skipped" in lines[0] and "step-00000000" in lines[0]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000000"]

@@ -20,6 +20,7 @@ CRASH, BAD = Facts(step=7, status=1), Facts(step=7, bad_nodes="node n1: 3 of 8 G
 CASES = {
     "finished": ([], Facts(step=9, finished=True, status=1), "finished", False),
     "finished while SLURM stops it": ([], Facts(step=9, finished=True, asked=True), "finished", False),
+    "diverged": ([], Facts(step=7, diverged="run has diverged", status=1), "diverged", False),
     "STOP": ([], Facts(step=7, stop_file=True, asked=True), "stopped", False),
     "STOP and a crash": ([], Facts(step=7, stop_file=True, status=1), "stopped", False),
     "train.stop_at": ([], Facts(step=7, stop_at=True), "stop_at", False),

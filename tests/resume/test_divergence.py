@@ -1,0 +1,92 @@
+"""A run whose updates are skipped again and again ends, or goes back; what was good is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from gloo_ranks import run_ranks
+
+from megatron_bit.checkpoint.folder import complete
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "zero1": (2, {"parallel.zero_stage": 1}),
+    "zero3": (2, {"parallel.zero_stage": 3}),
+    "tp2_pp2": (4, {"parallel.tp": 2, "parallel.pp": 2}),
+}
+BAD = (8, 16)  # samples of steps 5 to 8
+SETTINGS = {
+    "train.global_batch_size": 2, "train.steps": 12, "checkpoint.every": 2, "checkpoint.keep": 1, "log.every": 1,
+    "optim.max_skipped": 3,
+}  # fmt: skip
+
+
+def _train(run: Path, data: Path, world: int, **settings: Any) -> None:
+    arguments = tiny_runs.overrides(run, data, {**SETTINGS, **settings})
+    assert set(run_ranks(tiny_runs.train_poisoned, world, arguments, *BAD)) == {0}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_stops_and_keeps_what_was_good(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Step 4 was saved, and the loss of its weights was no number: only that of step 2 was seen to be finite."""
+    world, layout = LAYOUTS[name]
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match=r"Diverged: .*run has diverged: up to step 7 3 updates .*step-00000002; "):
+        _train(run, tiny_data, world, **layout)
+    assert [p.name for p in complete(run / "checkpoints")] == ["step-00000002", "step-00000004"]  # and none of step 6
+    assert "step-00000002" in (run / "DIVERGED").read_text() and not (run / "FINISHED").exists()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, 8))
+    assert [r["loss"] is None for r in records] == [False] * 4 + [True] * 3
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_goes_back_and_on_behind_the_data(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    """To the bits of a start from that checkpoint whose cursor was set behind the data by hand."""
+    world, layout = LAYOUTS[name]
+    with pytest.raises(AssertionError, match="Diverged"):
+        _train(tmp_path / "hand", tiny_data, world, **layout)
+    shutil.rmtree(tmp_path / "hand" / "checkpoints" / "step-00000004")
+    _set_cursor(tmp_path / "hand" / "checkpoints" / "step-00000002", 14)
+    _train(tmp_path / "hand", tiny_data, world, **layout, **{"optim.max_skipped": 0})
+    run = tmp_path / "run"
+    _train(run, tiny_data, world, **layout, **{"optim.on_divergence": "rewind"})
+    newest = [complete(folder / "checkpoints")[-1] for folder in (run, tmp_path / "hand")]
+    for state in ("param", "exp_avg", "exp_avg_sq"):
+        assert tiny_runs.worst(*(tiny_runs.read_state(folder, state) for folder in newest))[0] == 0.0
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert [r.get("rewinds", 0) for r in records] == [0] * 2 + [1] * 10
+    gone = [json.loads(line)["step"] for line in (run / "rolled_back.jsonl").read_text().splitlines()]
+    assert gone == [3, 4, 5, 6, 7] and not (run / "DIVERGED").exists()
+
+
+def _set_cursor(checkpoint: Path, samples: int) -> None:
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    meta["state"]["samples"] = samples
+    text = json.dumps(meta).encode()
+    (checkpoint / "meta.json").write_bytes(text)
+    hashes = json.loads((checkpoint / "hashes.json").read_text())
+    hashes["meta.json"] = {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
+    mark = json.dumps(hashes).encode()
+    (checkpoint / "hashes.json").write_bytes(mark)
+    (checkpoint / "COMMITTED").write_text(hashlib.sha256(mark).hexdigest())
+
+
+def test_rewinds_are_counted(tiny_data: Path, tmp_path: Path) -> None:
+    """Data that does not become better: it stops after the last one."""
+    arguments = {**SETTINGS, "optim.on_divergence": "rewind", "optim.max_rewinds": 2, "train.steps": 40}
+    with pytest.raises(AssertionError, match=r"Diverged: .*set optim.on_divergence=rewind"):
+        run_ranks(tiny_runs.train_poisoned, 1, tiny_runs.overrides(tmp_path / "run", tiny_data, arguments), 8, 10**6)
+    assert next(p.name for p in complete(tmp_path / "run" / "checkpoints")) == "step-00000002"
+
+
+def test_never_if_it_is_switched_off(tiny_data: Path, tmp_path: Path) -> None:
+    _train(tmp_path / "run", tiny_data, 1, **{"optim.max_skipped": 0})
+    assert (tmp_path / "run" / "FINISHED").exists()
