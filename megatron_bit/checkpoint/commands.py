@@ -12,6 +12,7 @@ from typing import Any
 from megatron_bit.checkpoint import folder as folders
 from megatron_bit.errors import UserError
 from megatron_bit.run_lock import RunLock
+from megatron_bit.text import shown
 
 
 def resolve(target: Path) -> list[Path]:
@@ -48,7 +49,7 @@ def ls(target: Path, as_json: bool) -> int:
         print(f"{'step':>10} {'tokens':>16} {'MiB':>10}  {'written':19}  layout")
         for line in lines:
             size = f"{line['bytes'] / 2**20:,.1f}"
-            print(f"{line['step']:>10} {line['tokens']:>16,} {size:>10}  {line['written']}  {line['layout']}")
+            print(f"{line['step']:>10} {line['tokens']:>16,} {size:>10}  {line['written']}  {shown(line['layout'])}")
     for text in unreadable:
         print(f"unreadable: {text}", file=sys.stderr)
     return 2 if unreadable else 0
@@ -127,12 +128,12 @@ def _compare_tensors(pair: Sequence[Path]) -> tuple[dict[str, dict[str, float]],
 def _print_diff(result: dict[str, Any]) -> None:
     print("\n".join(result["checkpoints"]))
     for key, (one, other) in result["config"].items():
-        print(f"  {key}: {one} -> {other}")
+        print(f"  {key}: {shown(one)} -> {shown(other)}")
     for name in result["only_in_one"]:
-        print(f"  only in one of them: {name}")
+        print(f"  only in one of them: {shown(name)}")
     different = sorted(result["different"].items(), key=lambda item: -item[1]["max_abs"])
     for name, values in different[:20]:
-        print(f"  {name}: differs by up to {values['max_abs']:.3g} (largest value {values['largest']:.3g})")
+        print(f"  {shown(name)}: differs by up to {values['max_abs']:.3g} (largest value {values['largest']:.3g})")
     if len(different) > 20:
         print(f"  ... and {len(different) - 20} more")
     print(f"{result['tensors'] - len(different)} of {result['tensors']} tensors are equal to the bit")

@@ -146,9 +146,12 @@ def test_a_run_with_a_name_like_a_setting_and_a_copy_beside_its_checkpoints(trai
     assert sorted(p.name for p in (name / "checkpoints").iterdir()) == kept
     listed = json.loads(run("checkpoint", "ls", str(name), "--json").out)
     assert [line["step"] for line in listed] == [3, 4]
+    run("checkpoint", "diff", str(name), str(copy)).refused("step-00000002-good/meta.json is no valid JSON")
+    meta["config"]["data"]["path"] = "a line\nand \x1b[2J"
+    (copy / "meta.json").write_text(json.dumps(meta))
     different = run("checkpoint", "diff", str(name), str(copy))
     assert different.code == 1 and not different.err
-    assert "data.path: " in different.out and "half a pair: \\ud800" in different.out
+    assert r"data.path: a line\nand \x1b[2J -> " in different.out or r" -> a line\nand \x1b[2J" in different.out
     run("checkpoint", "rm", str(copy), "--step", "2").refused("is no run folder, and --step is a checkpoint of one")
 
 
