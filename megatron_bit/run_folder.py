@@ -16,6 +16,7 @@ RUN/lock                held by the job that trains it
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from megatron_bit.files import write_atomic
 from megatron_bit.identity import compare_run, of_checkpoint, of_folder
 from megatron_bit.run_lock import RunLock
 from megatron_bit.run_log import roll_back
+
+RUN_ID = "run id"
 
 
 def claim(config: Config, mine: dict[str, Any], lock: RunLock) -> None:
@@ -64,8 +67,10 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
         compare_run(of_checkpoint(meta, where), mine, where)
     try:
         (run / "starts").mkdir(exist_ok=True)
-        if not (run / "identity.json").exists():
-            write_atomic(run / "identity.json", json.dumps(mine, indent=1).encode())
+        own = {} if not (run / "identity.json").exists() else json.loads((run / "identity.json").read_text())
+        mine[RUN_ID] = _run_id(own, meta, str(checkpoint))
+        if RUN_ID not in own:
+            write_atomic(run / "identity.json", json.dumps({**mine, **own, RUN_ID: mine[RUN_ID]}, indent=1).encode())
         for mark in ("FINISHED", "DIVERGED"):  # written again when it has come to that again
             (run / mark).unlink(missing_ok=True)
         trust.remember(*filter(trust.acts, (*config.data.folders, config.checkpoint.mirror)))
@@ -76,6 +81,18 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
     except OSError as error:
         raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
     return meta
+
+
+def _run_id(own: dict[str, Any], meta: dict[str, Any] | None, where: str) -> str:
+    """Which run this is: a checkpoint of another one of the same model and data, which a job that had lost its folder
+    could have left here, is not continued. A folder that has no id yet takes that of its checkpoint."""
+    mine, there = own.get(RUN_ID), (meta or {"identity": {}})["identity"].get(RUN_ID)
+    if mine and there and mine != there:
+        raise UserError(
+            f"checkpoint {where} is of another run: {RUN_ID} is {there} there and {mine} here; take it away, or start "
+            "a new run from it (train.init_from)"
+        )
+    return mine or there or secrets.token_hex(8)
 
 
 def _next_start(run: Path) -> int:

@@ -51,6 +51,22 @@ class RunLock:
         self._file = file
         return None
 
+    def lost(self) -> str:
+        """Why the run folder is not this job's any more: it was removed, or moved, and another may stand in its place.
+        Empty while it is."""
+        if self._file is None:
+            return ""
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            return f"run folder {self._path.parent} is gone: it was removed or moved away"
+        except OSError:
+            return ""  # a disk that does not answer is no other folder
+        held = os.fstat(self._file.fileno())
+        if (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            return f"run folder {self._path.parent} is another one than this job began in: it was replaced"
+        return ""
+
     def release(self) -> None:
         if self._file is not None:
             self._file.close()

@@ -59,6 +59,9 @@ def main(config: Config) -> int:
         while trainer.diverged:
             on_divergence(trainer)
             trainer.fit()
+        if trainer.orphaned:
+            why = on_rank0(trainer.lock.lost)
+            raise UserError(f"{why}; {trainer.left}")
     except RuntimeError as error:
         other = lost(error)
         if other is error:

@@ -83,6 +83,8 @@ class Trainer:
         self.asked_to_stop = False  # this rank got a signal
         self.in_row = 0  # updates skipped, or losses that were no numbers, up to the last settled step
         self.diverged = False  # more of them than optim.max_skipped allows
+        self.left = ""  # where an orphan's state was saved
+        self.orphaned = False  # all ranks know that the run folder is not this job's any more
         self.preempted = False  # all ranks know that one of them did, one step after its all-reduce
         self.votes = Votes()  # what this rank says of a save in flight
         self.heard: tuple[int, Votes] = (0, Votes())  # (step, sums over all ranks), one step after its all-reduce
@@ -112,7 +114,7 @@ class Trainer:
     @property
     def stopping(self) -> bool:
         """Whether the step just done is the last; the same on every rank."""
-        return self.preempted or self.diverged or self.state.step >= self.last_step
+        return self.preempted or self.diverged or self.orphaned or self.state.step >= self.last_step
 
     def fit(self) -> None:
         """Train from `state` to the last step, or until a signal."""

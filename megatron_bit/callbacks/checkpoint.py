@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.writer import CheckpointWriter
+from megatron_bit.config import to_yaml
+from megatron_bit.errors import UserError
+from megatron_bit.files import write_atomic
 from megatron_bit.model.chunk import noise_tables
+from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.trainer import Callback, Trainer
 
 
@@ -16,16 +24,22 @@ class CheckpointCallback(Callback):
         self._mirror = mirror
 
     def start(self, trainer: Trainer) -> None:
-        c = trainer.config.checkpoint
-        patience = 0.9 * 60 * trainer.config.parallel.timeout_minutes  # the others wait for us in a collective
-        root = trainer.run / "checkpoints"
-        self._due = False
-        self._writer = CheckpointWriter(root, c.keep, c.keep_every, patience, trainer.groups, self._mirror)
+        self._open(trainer, trainer.run)
         self._mark(trainer)  # continued with nothing left to do
-        if c.initial and trainer.state.step == 0:
+        if trainer.config.checkpoint.initial and trainer.state.step == 0:
             self._save(trainer)
 
+    def _open(self, trainer: Trainer, run: Path) -> None:
+        c = trainer.config.checkpoint
+        patience = 0.9 * 60 * trainer.config.parallel.timeout_minutes  # the others wait for us in a collective
+        root = run / "checkpoints"
+        self._due = False
+        self._writer = CheckpointWriter(root, c.keep, c.keep_every, patience, trainer.groups, self._mirror)
+
     def after_step(self, trainer: Trainer) -> None:
+        if trainer.orphaned:
+            self._save_beside(trainer)
+            return
         writer, step = self._writer, trainer.state.step
         heard, votes = trainer.heard
         if writer.step is not None and heard > writer.step:  # what was said before the save began is not about it
@@ -43,6 +57,20 @@ class CheckpointCallback(Callback):
             self._mark(trainer)
         writer.tell()
         trainer.votes = writer.votes
+
+    def _save_beside(self, trainer: Trainer) -> None:
+        """The run folder is another's or gone: nothing is written there any more, and the state goes beside it."""
+        writer, state = self._writer, trainer.state.step
+        if writer.step is not None:
+            writer.forget()
+        beside = on_rank0(lambda: save_place(trainer))
+        self._mirror = None
+        self._open(trainer, beside)
+        self._save(trainer)
+        self._writer.wait(required=True)
+        trainer.left = (
+            f"its state of step {state} is saved in {beside}, a run that `megatron-bit train {beside}` continues"
+        )
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.record is not None:
@@ -63,5 +91,20 @@ class CheckpointCallback(Callback):
 
     @staticmethod
     def _mark(trainer: Trainer) -> None:
-        if trainer.groups.rank == 0 and trainer.state.step >= trainer.config.train.steps and not trainer.diverged:
+        ended = trainer.state.step >= trainer.config.train.steps and not (trainer.diverged or trainer.orphaned)
+        if trainer.groups.rank == 0 and ended:
             (trainer.run / "FINISHED").touch()
+
+
+def save_place(trainer: Trainer) -> Path:
+    """A run folder beside the one that was lost, with its configuration; UserError if it cannot be made."""
+    run = trainer.run.absolute()
+    beside = run.with_name(f"{run.name}.left-{os.getpid()}")
+    try:
+        (beside / "checkpoints").mkdir(parents=True)
+        config = trainer.config.model_copy(update={"run": str(beside)})
+        write_atomic(beside / "identity.json", json.dumps(trainer.identity, indent=1).encode())
+        write_atomic(beside / "config.yaml", to_yaml(config).encode())
+    except OSError as error:
+        raise UserError(f"{trainer.lock.lost()}, and {beside} cannot be made: {error.strerror}") from None
+    return beside

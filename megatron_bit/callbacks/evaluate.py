@@ -55,7 +55,7 @@ class EvaluateCallback(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         every = trainer.config.evaluate.every
-        if self._stream is None or trainer.preempted or trainer.diverged:
+        if self._stream is None or trainer.preempted or trainer.diverged or trainer.orphaned:
             return
         if trainer.state.step % every and trainer.state.step < trainer.config.train.steps:
             return

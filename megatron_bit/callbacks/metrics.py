@@ -62,9 +62,12 @@ class MetricsCallback(Callback):
 
     def _flush(self, trainer: Trainer) -> None:
         records, self._records = self._records, []
-        memory = torch.tensor([_memory_bytes()], dtype=torch.float64, device=trainer.groups.device)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        lost = trainer.groups.rank == 0 and bool(trainer.lock.lost())
+        told = torch.tensor([_memory_bytes(), lost], dtype=torch.float64, device=trainer.groups.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
         trainer.settle()
+        memory, orphaned = told.tolist()
+        trainer.orphaned = bool(orphaned)
         if trainer.groups.rank != 0:
             return
         per_step = trainer.config.train.global_batch_size * trainer.config.data.seq_length
@@ -101,7 +104,7 @@ class MetricsCallback(Callback):
                     self._writer.add_scalar(f"train/{key}", line[key], line["tokens"])
             self._writer.add_scalar("train/skipped", trainer.state.skipped, trainer.state.tokens)
             self._writer.add_scalar("train/replaced", trainer.state.replaced, trainer.state.tokens)
-        self._print(trainer, lines, memory.item())
+        self._print(trainer, lines, memory)
 
     def _print(self, trainer: Trainer, lines: list[dict[str, Any]], memory: float) -> None:
         def mean(key: str) -> float:

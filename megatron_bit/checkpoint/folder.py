@@ -128,7 +128,7 @@ def fresh(folder: Path, needed: int) -> None:
     """An empty folder to save `needed` bytes in; UserError if it cannot be made or the disk is too full."""
     try:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed save has left
-        folder.mkdir(parents=True)
+        folder.mkdir()  # and not its parents: a run folder that is gone does not come back by itself
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"checkpoint folder {folder} cannot be made: {error.strerror}") from None

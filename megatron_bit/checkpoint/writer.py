@@ -136,6 +136,10 @@ class CheckpointWriter:
         elif self._groups.rank == 0:  # give the room back
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def forget(self) -> None:
+        """Give up the save in flight, whatever becomes of it. All ranks call it."""
+        on_every_rank(self._give_up)
+
     def finish(self) -> None:
         """Wait for the copy of the last save; UserError on all ranks if it failed."""
         if self._mirror is not None:

@@ -95,6 +95,7 @@ def _write_checkpoint(root: Path, weights: HuggingFaceWeights, config: Config, m
         places = {s: [{"file": file_name(0), "key": key, "offset": offset, "shape": shape}] for s, key in keys.items()}
         index[name] = {"shape": shape, "states": places}
     size = sum(spec.nbytes for spec in specs)
+    root.mkdir()
     folders.fresh(temporary, int(size * 1.02))
     write_part(temporary, 0, specs, _tensors(weights, shapes, states, config), index)
     folders.commit(temporary, final, *folders.join(temporary, 1, lambda: True), meta)

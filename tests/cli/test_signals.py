@@ -120,6 +120,32 @@ def test_two_ranks(train_args: Any, tmp_path: Path) -> None:
     _same(cut, whole, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_folder_that_is_replaced(ranks: int, train_args: Any, tmp_path: Path) -> None:
+    """The first job stops with one line and leaves the new one's folder alone; its state is a run of its own."""
+    folder = tmp_path / "run"
+    several = ["--nproc", "2"] if ranks > 1 else []
+    settings = (*SETTINGS, "train.steps=100000", "checkpoint.keep=2", *several)
+    first = Running(*train_args(folder, *settings))
+    first.wait_for("step 8/")
+    folder.rename(tmp_path / "away")
+    second = Running(*train_args(folder, *settings))
+    assert first.end() == 2, "".join(first.lines)
+    (line,) = [line for line in first.lines if "error" in line]
+    assert "run folder" in line and ("is gone" in line or "was replaced" in line) and "megatron-bit train" in line
+    (beside,) = tmp_path.glob("run.left-*")
+    assert str(beside) in line and "Traceback" not in "".join(first.lines)
+    second.wait_for("step 12/")
+    second.process.send_signal(signal.SIGTERM)
+    assert second.end() == 85, "".join(second.lines)
+    step = _saved(beside)
+    again = run("train", str(beside), f"train.steps={step + 2}", *several)
+    assert again.code == 0 and f"at step {step}" in again.out, again.err
+    # a checkpoint of the first job in the second one's folder is not continued
+    shutil.copytree(beside / "checkpoints" / f"step-{step + 2:08d}", folder / "checkpoints" / "step-00090000")
+    run("train", str(folder)).refused("step-00090000 is of another run: run id is")
+
+
 def test_before_the_first_step(train_args: Any, tmp_path: Path) -> None:
     """SLURM may take the nodes while ranks still import: nothing is lost, and the same command continues."""
     job = Running(*train_args(tmp_path / "run", *SETTINGS), "--nproc", "2")
