@@ -58,6 +58,9 @@ class CheckpointCallback(Callback):
         writer.tell()
         trainer.votes = writer.votes
 
+    def finish(self, trainer: Trainer) -> None:
+        self._writer.leave()  # whatever ends the run, a save that is under way may end well
+
     def _save_beside(self, trainer: Trainer) -> None:
         """The run folder is another's or gone: nothing is written there any more, and the state goes beside it."""
         writer, state = self._writer, trainer.state.step

@@ -78,8 +78,12 @@ class EvaluateCallback(Callback):
                 "standard_error": error,
                 "samples": count,
             }
-            with open(trainer.run / "validation.jsonl", "a", encoding="utf-8") as file:
-                file.write(strict_json(record) + "\n")
+            path = trainer.run / "validation.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(strict_json(record) + "\n")
+            except OSError as error:
+                raise alone(UserError(f"{path} cannot be written: {error.strerror}")) from None
 
     def bound(self, trainer: Trainer) -> tuple[float, float, int]:
         """(mean, standard error over samples, samples) of the bound, the same on every rank and in every layout.

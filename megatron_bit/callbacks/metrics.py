@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -40,7 +41,9 @@ class MetricsCallback(Callback):
             if trainer.config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(trainer.run / "tensorboard"))
+                # what a start before has shown of steps that are done again is not shown twice, as in log.jsonl
+                purge = trainer.state.tokens + 1 if trainer.state.tokens else None
+                self._writer = SummaryWriter(str(trainer.run / "tensorboard"), purge_step=purge)
         except OSError as error:
             raise UserError(f"log {error.filename or trainer.run} cannot be written: {error.strerror}") from None
 
@@ -55,10 +58,10 @@ class MetricsCallback(Callback):
             self._flush(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        if self._log is not None:
-            self._log.close()
-        if self._writer is not None:
-            self._writer.close()
+        for file in (self._log, self._writer):
+            with contextlib.suppress(OSError):  # a full disk has been said, and a full buffer would say it once more
+                if file is not None:
+                    file.close()
 
     def _flush(self, trainer: Trainer) -> None:
         records, self._records = self._records, []
@@ -99,12 +102,20 @@ class MetricsCallback(Callback):
         except OSError as error:
             raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None
         if self._writer is not None:
+            self._show(trainer, lines)
+        self._print(trainer, lines, memory)
+
+    def _show(self, trainer: Trainer, lines: list[dict[str, Any]]) -> None:
+        """The same for tensorboard, which a run goes on without."""
+        try:
             for line in lines:
                 for key in ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second"):
                     self._writer.add_scalar(f"train/{key}", line[key], line["tokens"])
             self._writer.add_scalar("train/skipped", trainer.state.skipped, trainer.state.tokens)
             self._writer.add_scalar("train/replaced", trainer.state.replaced, trainer.state.tokens)
-        self._print(trainer, lines, memory)
+        except OSError as error:  # of its writing thread, some time after
+            print(f"warning: tensorboard cannot be written: {error.strerror}; going on without", flush=True)
+            self._writer = None
 
     def _print(self, trainer: Trainer, lines: list[dict[str, Any]], memory: float) -> None:
         def mean(key: str) -> float:

@@ -27,6 +27,8 @@ from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 
+LEAVING_SECONDS = 30.0  # that a run which ends by an error waits for a save in flight
+
 
 class Votes(NamedTuple):
     """What a rank says of the save in flight; summed over all ranks."""
@@ -135,6 +137,11 @@ class CheckpointWriter:
             self._buffers = {}
         elif self._groups.rank == 0:  # give the room back
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def leave(self) -> None:
+        """Let the save in flight end, if its disk answers; without the other ranks, one of which may have ended."""
+        if self._thread is not None and self._state != "idle":
+            self._thread.join(min(LEAVING_SECONDS, self._patience))
 
     def forget(self) -> None:
         """Give up the save in flight, whatever becomes of it. All ranks call it."""

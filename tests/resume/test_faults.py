@@ -154,6 +154,43 @@ def test_a_full_disk(tiny_data: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(run / "checkpoints")], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.parametrize("log", ["log.jsonl", "validation.jsonl"])
+def test_a_full_disk_under_a_log(log: str, tiny_data: Path, tmp_path: Path) -> None:
+    """One line, nothing raised while closing, and the save in flight is completed."""
+    run, full = tmp_path / "run", tmp_path / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], check=False).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        (full / log).touch()
+        subprocess.run(["dd", "if=/dev/zero", f"of={full}/fill", "bs=1k"], check=False, capture_output=True)
+        run.mkdir()
+        (run / log).symlink_to(full / log)
+        settings = {"evaluate.every": 2, "evaluate.initial": False, "evaluate.samples": 2, "checkpoint.every": 2}
+        with pytest.raises(AssertionError, match=rf"(Local)?UserError: .*{log} cannot be written: No space") as said:
+            run_ranks(tiny_runs.train, 2, _arguments(run, tiny_data, **settings, **{"log.every": 3}))
+        assert "OSError" not in str(said.value)
+        assert not list((run / "checkpoints").glob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+
+
+def test_what_is_done_again_stands_once_in_tensorboard_too(tiny_data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    settings = {"log.tensorboard": True, "checkpoint.every": 2, "log.every": 1}
+    assert run_ranks(tiny_runs.train, 1, _arguments(run, tiny_data, **settings, **{"train.stop_at": 4})) == [0]
+    shutil.rmtree(run / "checkpoints" / "step-00000004")  # as if the run had died before it was saved
+    assert run_ranks(tiny_runs.train, 1, _arguments(run, tiny_data, **settings)) == [0]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [point.step for point in events.Scalars("train/loss")] == [record["tokens"] for record in logged]
+    assert [record["step"] for record in logged] == [1, 2, 3, 4, 5]
+
+
 def test_two_jobs_on_one_run(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
