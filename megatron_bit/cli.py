@@ -30,7 +30,16 @@ from megatron_bit.commands.slurm import (
     submit,
 )
 from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
-from megatron_bit.errors import EXIT_DIVERGED, EXIT_USER_ERROR, Diverged, LocalUserError, Stopped, UserError
+from megatron_bit.errors import (
+    EXIT_DIVERGED,
+    EXIT_RANK_LOST,
+    EXIT_USER_ERROR,
+    Diverged,
+    LocalUserError,
+    RankLost,
+    Stopped,
+    UserError,
+)
 from megatron_bit.text import shown
 
 
@@ -91,6 +100,9 @@ GROUPS = {
 }
 
 
+CODES = {Diverged: EXIT_DIVERGED, RankLost: EXIT_RANK_LOST}
+
+
 def main() -> None:
     """Entry point: run a command, print a user's mistake as one line, and leave with its exit code."""
     rank, distributed = 0, False
@@ -99,8 +111,8 @@ def main() -> None:
         rank, distributed = environment.environment_int("RANK", 0), environment.environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
     except UserError as error:
-        code = EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_USER_ERROR
-        if isinstance(error, LocalUserError) or (rank == 0 and not isinstance(error, Stopped)):
+        code = next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_USER_ERROR)
+        if isinstance(error, LocalUserError | RankLost) or (rank == 0 and not isinstance(error, Stopped)):
             where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
             print(f"megatron-bit: error: {shown(' '.join(str(error).split()))}{where}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:

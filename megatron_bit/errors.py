@@ -32,6 +32,11 @@ class Diverged(UserError):
     """
 
 
+class RankLost(UserError):
+    """Ranks do not answer: stopped, or on a node that is. Exit code EXIT_RANK_LOST; another attempt may go well."""
+
+
 EXIT_USER_ERROR = 2
+EXIT_RANK_LOST = 87
 EXIT_DIVERGED = 86
 EXIT_PREEMPTED = 85  # saved on a signal; the same command continues the run

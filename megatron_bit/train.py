@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bit import trust
@@ -24,14 +25,14 @@ from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
 from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import EXIT_PREEMPTED, Diverged, UserError
+from megatron_bit.errors import EXIT_PREEMPTED, Diverged, RankLost, Stopped, UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.identity import compare_run, identity, of_checkpoint
 from megatron_bit.model.build import build_model
 from megatron_bit.model.codec import learned_table
 from megatron_bit.optim.optimizer import Optimizer, build_optimizer
 from megatron_bit.parallel import groups as process_groups
-from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0
+from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0, unheard
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.links import check_links
 from megatron_bit.run_folder import claim, record_start
@@ -63,6 +64,9 @@ def main(config: Config) -> int:
             why = on_rank0(trainer.lock.lost)
             raise UserError(f"{why}; {trainer.left}")
     except RuntimeError as error:
+        ranks = unheard(error)
+        if ranks is not None:
+            raise _not_heard(config, ranks) from None
         other = lost(error)
         if other is error:
             raise
@@ -70,6 +74,26 @@ def main(config: Config) -> int:
     trainer.lock.release()
     process_groups.shutdown()
     return EXIT_PREEMPTED if trainer.preempted else 0
+
+
+def _not_heard(config: Config, ranks: list[int]) -> UserError:
+    """One rank says it: the lowest that has waited."""
+    from mbit_launcher import heartbeats
+
+    if dist.get_rank() != min(rank for rank in range(dist.get_world_size()) if rank not in ranks):
+        return Stopped("")
+    beats = {beat.rank: beat for beat in heartbeats.read(Path(config.run))}
+    said = []
+    for rank in ranks[:8]:
+        beat = beats.get(rank)
+        where = "" if beat is None else f" on {beat.host} (last step {beat.step}, {time.time() - beat.time:.0f} s ago)"
+        said.append(f"rank {rank}{where}")
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    minutes = config.parallel.timeout_minutes
+    return RankLost(
+        f"{', '.join(said)}{more} did not answer for parallel.timeout_minutes = {minutes:g}; is the "
+        "process stopped, or its node gone? The same command goes on from the newest checkpoint"
+    )
 
 
 def build(config: Config, groups: Groups) -> Trainer:

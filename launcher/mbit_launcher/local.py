@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_bit.errors import EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from megatron_bit.errors import EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_RANK_LOST, EXIT_USER_ERROR, UserError
 
 # -P keeps the working folder off sys.path, or `import kernels` would find the folder of a checkout.
 COMMAND = (sys.executable, "-P", "-m", "megatron_bit")
 SHORT_GRACE_SECONDS = 10.0
+LOST_GRACE_SECONDS = 4.0  # of the ranks beside one that does not answer
 _PR_SET_PDEATHSIG = 1
 # What the ranks get for what the parent gets. A lost terminal is a reason to save, too.
 _FORWARD = {
@@ -56,7 +57,7 @@ def run_local(
     (saved on a signal) the others have `grace_seconds` to end as well, after any other failure at most 10 s;
     then they get SIGTERM and, after at most 10 s more, SIGKILL.
 
-    Returns 0 if all ranks did; 2 or 86 if one exited with that; else the code of the first rank that failed (128 +
+    Returns 0 if all ranks did; 2, 86 or 87 if one exited with that; else the code of the first rank that failed (128 +
     signal if one killed it); else 85 if one exited with 85. Raises UserError for a bad `nproc` or `port`.
     """
     if nproc < 1:
@@ -162,6 +163,8 @@ def _watch(ranks: _Running, watched: set[signal.Signals], grace: float) -> list[
             if _ended(process):
                 del ranks[rank]
                 exits.append(_Exit(rank, process.wait(), stopped))
+                if exits[-1].code == EXIT_RANK_LOST:  # the others have heard it by now, or hear nothing
+                    short = min(LOST_GRACE_SECONDS, short)
                 if exits[-1].code and not stopped:
                     wait = grace if exits[-1].code == EXIT_PREEMPTED else short
                     deadline = min(deadline, time.monotonic() + wait)
@@ -193,7 +196,7 @@ def _kill(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 def _result(exits: Sequence[_Exit], nproc: int) -> int:
     codes = [e.code for e in exits]
     failed = [e for e in exits if e.code not in (0, EXIT_PREEMPTED)]
-    for said in (EXIT_USER_ERROR, EXIT_DIVERGED):  # rank 0 has said why
+    for said in (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RANK_LOST):  # a rank has said why
         if said in codes:
             return said
     if not failed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +42,29 @@ def lost(error: RuntimeError) -> Exception:
     return ConnectionError(f"another rank has ended ({text.splitlines()[0][-100:]})")
 
 
+def unheard(error: RuntimeError) -> list[int] | None:
+    """The ranks that a collective waited for in vain; None for an error that is no time-out.
+
+    Whoever has waited says so in the store, and looks a little later who has not: those ranks are stopped, or in
+    something else. A store that does not answer is rank 0's. Takes at most PROBE_SECONDS more.
+    """
+    if "timed out" not in str(error).lower():
+        return None
+    waiting: list[int] = []
+
+    def probe() -> None:
+        store, me = _store(), dist.get_rank()
+        store.set(f"{_WAITS}/{me}", "1")
+        time.sleep(PROBE_SECONDS / 2)
+        waiting.extend(r for r in range(dist.get_world_size()) if store.check([f"{_WAITS}/{r}"]))
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return [rank for rank in range(dist.get_world_size()) if rank not in waiting] if waiting else [0]
+
+
+_WAITS, PROBE_SECONDS = "megatron_bit/waits", 6.0
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 

@@ -83,7 +83,7 @@ def build_groups(config: Config, dims: ParallelDims) -> Groups:
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
-        distributed_timeout_minutes=max(1, round(config.parallel.timeout_minutes)),
+        distributed_timeout_minutes=config.parallel.timeout_minutes,  # type: ignore[arg-type]  # of a timedelta
     )
     mcore.seed_tracker(config.train.seed)
     return Groups(

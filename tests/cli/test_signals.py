@@ -146,6 +146,23 @@ def test_a_run_folder_that_is_replaced(ranks: int, train_args: Any, tmp_path: Pa
     run("train", str(folder)).refused("step-00090000 is of another run: run id is")
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_stops_answering(victim: int, train_args: Any, tmp_path: Path) -> None:
+    """One line that names it, within the time that was set and a little more, and the run goes on afterwards."""
+    settings = (*SETTINGS, "train.steps=100000", "checkpoint.keep=2", "parallel.timeout_minutes=0.1")
+    job = Running(*train_args(tmp_path / "run", *settings), "--nproc", "2")
+    job.wait_for("step 6/")
+    os.kill(job.ranks()[victim], signal.SIGSTOP)
+    assert job.end() == 87, "".join(job.lines)
+    assert job.seconds < 6 + 30
+    text = "".join(job.lines)
+    assert "Traceback" not in text, text
+    (line,) = [line for line in job.lines if "error" in line]
+    assert f"rank {victim} on " in line and f"rank {1 - victim}" not in line and "timeout_minutes = 0.1" in line
+    again = run("train", str(tmp_path / "run"), f"train.steps={_saved(tmp_path / 'run') + 2}", "--nproc", "2")
+    assert again.code == 0, again.err
+
+
 def test_before_the_first_step(train_args: Any, tmp_path: Path) -> None:
     """SLURM may take the nodes while ranks still import: nothing is lost, and the same command continues."""
     job = Running(*train_args(tmp_path / "run", *SETTINGS), "--nproc", "2")
