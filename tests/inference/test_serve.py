@@ -15,7 +15,6 @@ from typing import Any
 import openai
 import pytest
 import tiny_runs
-import uvicorn
 from gloo_ranks import run_ranks
 
 from megatron_bit.inference import serve
@@ -37,7 +36,7 @@ class _Running:
         self.server = server
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._uvicorn = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
+        self._uvicorn = server.http(100)
         self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._socket]))
         self._thread.start()
 
