@@ -78,7 +78,7 @@ class Config(uvicorn.Config):
             server_header=False,
         )
         self.patience, self.connections, self.end = patience, connections, end
-        self.parting: set[_Parting] = set()
+        self.parting: dict[_Parting, None] = {}  # the oldest first
         self._said: dict[str, float] = {}
 
     def say(self, line: str) -> None:
@@ -184,21 +184,26 @@ class Connection(H11Protocol):
 class _Parting(asyncio.Protocol):
     """A client that is told 503. Closed at once it might lose that: a reset would answer what it still sends."""
 
-    def __init__(self, transport: asyncio.Transport, others: set[_Parting], loop: asyncio.AbstractEventLoop) -> None:
-        self._others = others
-        transport.write(_answer(_NO_ROOM, "too many connections; try again"))
-        transport.set_protocol(self)
+    def __init__(
+        self, transport: asyncio.Transport, others: dict[_Parting, None], loop: asyncio.AbstractEventLoop
+    ) -> None:
         if len(others) >= PARTING:
-            transport.close()
-            return
-        others.add(self)
+            next(iter(others))._leave()  # it had its time
+        others[self] = None
+        self._transport, self._others = transport, others
+        transport.set_protocol(self)
+        transport.write(_answer(_NO_ROOM, "too many connections; try again"))
         transport.write_eof()
-        self._end = loop.call_later(1.0, transport.abort)
+        self._end = loop.call_later(1.0, self._leave)
+
+    def _leave(self) -> None:
+        self._others.pop(self, None)
+        self._end.cancel()
+        self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self in self._others:
-            self._others.discard(self)
-            self._end.cancel()
+        self._others.pop(self, None)
+        self._end.cancel()
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:

@@ -14,8 +14,6 @@ from typing import Any
 
 import openai
 import pytest
-import tiny_runs
-from gloo_ranks import run_ranks
 
 from megatron_bit.inference import serve
 from megatron_bit.inference.generate import Generator
@@ -24,11 +22,8 @@ PROMPT = "def f(self):"
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    run = tmp_path_factory.mktemp("serve") / "run"
-    settings = {"train.steps": 1, "checkpoint.every": 1}
-    run_ranks(tiny_runs.train, 1, tiny_runs.overrides(run, tiny_data, settings))
-    return Generator(run)
+def generator(tiny_run: Path) -> Generator:
+    return Generator(tiny_run)
 
 
 class _Running:
