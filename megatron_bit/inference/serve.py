@@ -345,7 +345,7 @@ def main(
             listener.bind((host, port))  # before the model is read, which may take long
         except OSError as error:
             raise UserError(f"--host {host} --port {port} cannot be used: {error.strerror}; choose others") from None
-        except ValueError as error:  # UnicodeError among them
+        except (TypeError, ValueError) as error:  # it is no name that could be looked up
             raise UserError(f"--host {host!r} cannot be used: {error}; choose another") from None
         generator = Generator(run, data)
         if generator.records is not None:
