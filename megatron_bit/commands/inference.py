@@ -179,6 +179,7 @@ def serve(
     waiting: int = 32,
     max_tokens: int = 2048,
     data: Location | None = None,
+    allow_host: tuple[str, ...] = (),
 ) -> int:
     """Serve a model over HTTP: OpenAI's /v1/completions with streaming, /v1/models, /health, /metrics.
 
@@ -193,6 +194,8 @@ def serve(
         waiting: requests that may wait; one more is answered with 429.
         max_tokens: most tokens that a request may ask for.
         data: the run's data folder, if it has moved.
+        allow_host: names that requests may be for, as Host or from pages as Origin, beside localhost and its addresses.
+            Without any, a server on a loopback address answers those alone, and one on another address every Host.
     """
     try:
         from megatron_bit.inference import serve as job
@@ -203,7 +206,8 @@ def serve(
             f"--port {port} has to be 1 to 65535, --concurrency {concurrency} and --max-tokens {max_tokens} at "
             f"least 1, --waiting {waiting} at least 0"
         )
-    return job.main(run, host, port, name or run.resolve().name, concurrency, waiting, max_tokens, data)
+    named = run.resolve().name if name is None else name
+    return job.main(run, host, port, named, concurrency, waiting, max_tokens, data, allow_host)
 
 
 def bench_generate(

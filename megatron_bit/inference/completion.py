@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 from starlette.responses import JSONResponse
 
 # What OpenAI's API and vLLM know, and a BitLM does not have: accepted with the values that change nothing, because many
@@ -54,7 +54,7 @@ class Refused(Exception):
         self.status, self.param = status, param
 
     def response(self) -> JSONResponse:
-        kind = "invalid_request_error" if self.status < 429 else "rate_limit_error"
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": None}
         headers = {"Retry-After": "1"} if self.status == 429 else None
         return JSONResponse({"error": error}, self.status, headers)
@@ -63,17 +63,60 @@ class Refused(Exception):
 def read_completion(data: bytes) -> Completion:
     """Refused if it is none."""
     try:
-        return Completion.model_validate(_without_neutral(from_json(data)))
-    except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise Refused(400, f"body is no JSON: {error}") from None
-        first = error.errors()[0]
-        param = ".".join(map(str, first["loc"])) or None
+        return _validated(_read_json(data))
+    except RecursionError:  # of the parser, or of whatever looks at what it made
+        raise Refused(400, "body is nested too deeply") from None
+
+
+def _validated(given: Any) -> Completion:
+    try:
+        return Completion.model_validate(_without_neutral(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(shown(str(part), quoted=False) for part in first["loc"]) or None
         why = {
             "extra_forbidden": "is not known here, or means nothing to a BitLM",
             "missing": "is missing",
-        }.get(first["type"], f"= {str(first.get('input'))[:80]!r}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+        }.get(first["type"], f"= {shown(first.get('input'))}: {first['msg'][:1].lower()}{first['msg'][1:]}")
         raise Refused(400, f"{param or 'body'} {why}", param) from None
+
+
+def shown(value: Any, quoted: bool = True) -> str:
+    """Something of a client's in a message: short, and with nothing in it that a terminal would act on."""
+    text = str(value)
+    text = text if len(text) <= 80 else f"{text[:80]}..."
+    return repr(text) if quoted else text if text.isprintable() else repr(text)[1:-1]
+
+
+def _read_json(data: bytes) -> Any:
+    """JSON as its standard has it, and no key twice: one of the two values would be ignored. Refused otherwise."""
+    try:
+        tree = json.loads(data.decode(), object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
+        json.dumps(tree, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text
+    except UnicodeEncodeError:
+        raise Refused(400, "body has half of a surrogate pair, which is no character") from None
+    except ValueError as error:  # of the decoder, of UTF-8, of int() for thousands of digits
+        raise Refused(400, f"body is no JSON: {str(error).partition(';')[0]}") from None
+    return tree
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise Refused(400, f"{shown(key, quoted=False)} is there twice", shown(key, quoted=False))
+        made[key] = value
+    return made
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        _constant(text)
+    return value
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text[:80]} is no finite number")
 
 
 def _without_neutral(given: Any) -> Any:
@@ -90,7 +133,8 @@ def _without_neutral(given: Any) -> Any:
         same = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed)
         if not same and not zeros:
             named = " or ".join(json.dumps(each) for each in allowed)
-            what = f"{name} = {str(value)[:80]!r}: " if not isinstance(value, int | float) else f"{name} {value}: "
+            number = isinstance(value, int | float)
+            what = f"{name} {shown(value, quoted=False)}: " if number else f"{name} = {shown(value)}: "
             raise Refused(400, f"{what}a BitLM is served without it; leave it out, or say null or {named}", name)
     return given
 

@@ -74,15 +74,21 @@ class Engine:
             self._requests[id(request)] = request
         return self._pool.submit(self._run, request, emit)
 
-    def close(self) -> None:
-        """End what runs and forget what waits."""
+    def cancel(self) -> None:
+        """Let what runs and what waits end with Cancelled, soon."""
         with self._lock:
             for request in self._requests.values():
                 request.cancelled.set()
+
+    def close(self) -> None:
+        """End what runs and forget what waits."""
+        self.cancel()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, request: Request, emit: Callable[[Piece], None]) -> None:
         try:
+            if request.cancelled.is_set():  # while it waited
+                raise Cancelled
             prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
             rows = [self.generator.stream(prompt, request.stop, include=False) for prompt in prompts]
             sink = _Sink(request, rows, self.generator.eos_id, emit)

@@ -5,29 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
+import logging
 import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_bit.errors import UserError
-from megatron_bit.inference.completion import Completion, Refused, read_completion
+from megatron_bit.inference import connections
+from megatron_bit.inference.completion import Completion, Refused, read_completion, shown
+from megatron_bit.inference.connections import Patience
 from megatron_bit.inference.engine import Cancelled, Engine, Full, Piece, Request
 from megatron_bit.inference.generate import SAMPLERS, Generator
+from megatron_bit.inference.guard import Guard, allowed_hosts, check_content_type, is_loopback, plain_host
 
+_log = logging.getLogger("uvicorn.error")
 KEY = "MEGATRON_BIT_API_KEY"  # if it is set, requests have to carry it
 
 
@@ -42,12 +48,22 @@ class Limits:
 
 
 class Server:
-    """The routes, and what they count."""
+    """The routes, and what they count. `hosts` may be asked for beside those of loopback; None: every Host."""
 
-    def __init__(self, generator: Generator, name: str, workers: int, waiting: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        name: str,
+        workers: int,
+        waiting: int,
+        limits: Limits,
+        hosts: frozenset[str] | None = frozenset(),
+        patience: Patience = Patience(),
+    ) -> None:
         self.engine = Engine(generator, workers, waiting)
+        self.patience = patience
         self._generator, self._name, self._limits = generator, name, limits
-        self._key = os.environ.get(KEY)
+        self._key = os.fsencode(os.environ.get(KEY, ""))
         self._begin = int(time.time())
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("mbit_requests_total", "Requests by outcome", ["outcome"], registry=registry)
@@ -64,8 +80,17 @@ class Server:
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
             ],
+            middleware=[Middleware(Guard, hosts=hosts)],
+            exception_handlers={HTTPException: _no_such_route},
             lifespan=self._lifespan,
         )
+        self.app.router.redirect_slashes = False
+
+    def http(self, connections_at_once: int) -> connections.Server:
+        """What serves it: uvicorn, with limits."""
+        return connections.Server(
+            connections.Config(self.app, self.patience, connections_at_once, self.engine.cancel)
+        )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -79,14 +104,19 @@ class Server:
         return PlainTextResponse(generate_latest(self._registry).decode(), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: HttpRequest) -> Response:
+        try:
+            self._authorize(request)
+        except Refused as error:
+            return error.response()
         card = {"id": self._name, "object": "model", "created": self._begin, "owned_by": "megatron_bit"}
         return JSONResponse({"object": "list", "data": [card]})
 
     async def completions(self, request: HttpRequest) -> Response:
         try:
             self._authorize(request)
+            check_content_type(request.headers)
             body = self._read(await self._body(request))
-            prompts = self._prompts(body)
+            prompts = await asyncio.to_thread(self._prompts, body)  # others go on meanwhile
             job = Request(
                 prompts, body.n, body.max_tokens, _stops(body), body.seed % 2**63, self._how(body)
             )  # fmt: skip
@@ -94,6 +124,9 @@ class Server:
         except Refused as error:
             self._requests.labels("refused").inc()
             return error.response()
+        except ClientDisconnect:
+            self._requests.labels("cancelled").inc()
+            return Response(status_code=499)  # nobody reads it
         answer = _Answer(self._name, sum(map(len, prompts)))
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
@@ -102,26 +135,36 @@ class Server:
 
     # ------------------------------------------------------------ one request
     def _authorize(self, request: HttpRequest) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+        given = request.headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")
+        if self._key and not hmac.compare_digest(given, self._key):
             raise Refused(401, "the API key is missing or wrong")
 
     async def _body(self, request: HttpRequest) -> bytes:
-        data = bytearray()
-        async for piece in request.stream():
-            data += piece
-            if len(data) > self._limits.body_bytes:
-                raise Refused(413, f"the request is longer than {self._limits.body_bytes} bytes")
+        most, data = self._limits.body_bytes, bytearray()
+        too_long = Refused(413, f"the request is longer than {most} bytes")
+        if int(request.headers.get("content-length", "0")) > most:  # digits, says h11
+            raise too_long
+        try:
+            async with asyncio.timeout(self.patience.body):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > most:
+                        raise too_long
+        except TimeoutError:
+            raise Refused(408, f"the body was not there within {self.patience.body:g} s") from None
         return bytes(data)
 
     def _read(self, data: bytes) -> Completion:
         body = read_completion(data)
         if body.model != self._name:
-            raise Refused(404, f"model {body.model!r} is not served here; it is {self._name!r}", "model")
+            raise Refused(404, f"model {shown(body.model)} is not served here; it is {self._name!r}", "model")
         if body.max_tokens > self._limits.max_tokens:
-            raise Refused(400, f"max_tokens {body.max_tokens} is more than {self._limits.max_tokens}", "max_tokens")
+            asked = shown(body.max_tokens, quoted=False)
+            raise Refused(400, f"max_tokens {asked} is more than {self._limits.max_tokens}", "max_tokens")
         if body.sampler is not None and body.sampler not in SAMPLERS:
-            raise Refused(400, f"sampler {body.sampler!r} does not exist; it may be {', '.join(SAMPLERS)}", "sampler")
+            raise Refused(
+                400, f"sampler {shown(body.sampler)} does not exist; it may be {', '.join(SAMPLERS)}", "sampler"
+            )
         return body
 
     def _how(self, body: Completion) -> dict[str, Any]:
@@ -140,7 +183,8 @@ class Server:
         given: Any = body.prompt
         texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
         if not texts or len(texts) * body.n > self._limits.texts:
-            raise Refused(400, f"{len(texts)} prompts x n {body.n} have to be 1 to {self._limits.texts}", "prompt")
+            many = shown(body.n, quoted=False)
+            raise Refused(400, f"{len(texts)} prompts x n {many} have to be 1 to {self._limits.texts}", "prompt")
         vocabulary = self._generator.vocab_size
         rows = [self._generator.text.encode(text) if isinstance(text, str) else text for text in texts]
         if any(not 0 <= token < vocabulary for row in rows for token in row):
@@ -173,8 +217,8 @@ class Server:
             while isinstance(item := await pieces.get(), Piece):
                 yield _event(answer.chunk([(item.row, item.text, item.finish_reason)]))
             if item is not None:
-                outcome = "failed"
-                yield _event({"error": {"message": "generation failed", "type": "server_error"}})
+                outcome, error = _failure(item)
+                yield _event(error)
                 return
             if usage:
                 yield _event({**answer.chunk([]), "usage": answer.usage(job.produced)})
@@ -204,8 +248,8 @@ class Server:
                 texts[piece.row] = texts.get(piece.row, "") + piece.text
                 reasons[piece.row] = piece.finish_reason
             if piece is not None:
-                outcome = "failed"
-                return JSONResponse({"error": {"message": "generation failed", "type": "server_error"}}, 500)
+                outcome, error = _failure(piece)
+                return JSONResponse(error, 503 if outcome == "cancelled" else 500)
             outcome = "completed"
             choices = [(row, texts[row], reasons[row]) for row in sorted(texts)]
             return JSONResponse({**answer.chunk(choices), "usage": answer.usage(job.produced)})
@@ -244,6 +288,21 @@ class _Answer:
         return {"prompt_tokens": prompt, "completion_tokens": produced, "total_tokens": prompt + produced}
 
 
+def _failure(error: BaseException) -> tuple[str, dict[str, Any]]:
+    """The outcome, and what the client is told of it."""
+    if isinstance(error, Cancelled):
+        outcome, message = "cancelled", "the server is told to end"
+    else:
+        outcome, message = "failed", "generation failed"
+        _log.error("generation failed: %s: %s", type(error).__name__, shown(error))
+    return outcome, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
+
+
+async def _no_such_route(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return Refused(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}").response()
+
+
 def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
@@ -261,31 +320,54 @@ async def _disconnected(request: HttpRequest) -> None:
 
 
 def main(
-    run: Path, host: str, port: int, name: str, concurrency: int, waiting: int, max_tokens: int, data: str | None
+    run: Path,
+    host: str,
+    port: int,
+    name: str,
+    concurrency: int,
+    waiting: int,
+    max_tokens: int,
+    data: str | None,
+    allow_host: Sequence[str] = (),
 ) -> int:
-    """Serve until a signal; what runs then is ended. UserError if there is no model, or the port is taken."""
+    """Serve until a signal; what runs then has a few seconds to end.
+
+    Raises:
+        UserError: no model, the port is taken, a name or a key that cannot be used, too few descriptors.
+    """
+    hosts = allowed_hosts(allow_host)
+    if not name or not name.isprintable():
+        raise UserError(f"the model's name {name!r} has to be printable characters; give another with --name")
+    _check_key()
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))  # before the model is read, which may take long
         except OSError as error:
             raise UserError(f"--host {host} --port {port} cannot be used: {error.strerror}; choose others") from None
+        except (TypeError, ValueError) as error:  # it is no name that could be looked up
+            raise UserError(f"--host {host!r} cannot be used: {error}; choose another") from None
         generator = Generator(run, data)
         if generator.records is not None:
             raise UserError(
                 f"{run} makes raw records, and serve is for text; use `megatron-bit generate {run} --out FILE`"
             )
-        server = Server(generator, name, concurrency, waiting, Limits(max_tokens=max_tokens))
+        loopback = is_loopback(listener.getsockname()[0])
+        if loopback:
+            hosts |= {plain_host(host)}
+        checked = hosts if loopback or allow_host else None
+        server = Server(generator, name, concurrency, waiting, Limits(max_tokens=max_tokens), checked)
+        http = server.http(connections.connections_that_fit())
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"serving {name!r} on {address}/v1 (also /health and /metrics); Ctrl-C ends it", flush=True)
-        if not os.environ.get(KEY) and not _loopback(host):
+        if not os.environ.get(KEY) and not loopback:
             print(f"warning: {host} is open to others, and {KEY} is not set: anybody may use this", flush=True)
-        config = uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listener])
+        http.run(sockets=[listener])
     return 0
 
 
-def _loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+def _check_key() -> None:
+    """UserError for a key that no client could send, or that would quietly mean none."""
+    key = os.environ.get(KEY)
+    if key is not None and (not key or key != key.strip() or any(letter < " " or letter == "\x7f" for letter in key)):
+        raise UserError(f"{KEY} is set, and empty or with spaces or line ends around it; give a key, or unset it")

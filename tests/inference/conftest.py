@@ -108,6 +108,15 @@ def converted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, of text."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    settings = {"train.steps": 1, "checkpoint.every": 1}
+    assert run_ranks(tiny_runs.train, 1, tiny_runs.overrides(run, tiny_data, settings)) == [0]
+    return run
+
+
 @dataclass
 class Trainer:
     """The model that trains, with the weights of a checkpoint."""

@@ -14,9 +14,6 @@ from typing import Any
 
 import openai
 import pytest
-import tiny_runs
-import uvicorn
-from gloo_ranks import run_ranks
 
 from megatron_bit.inference import serve
 from megatron_bit.inference.generate import Generator
@@ -25,11 +22,8 @@ PROMPT = "def f(self):"
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    run = tmp_path_factory.mktemp("serve") / "run"
-    settings = {"train.steps": 1, "checkpoint.every": 1}
-    run_ranks(tiny_runs.train, 1, tiny_runs.overrides(run, tiny_data, settings))
-    return Generator(run)
+def generator(tiny_run: Path) -> Generator:
+    return Generator(tiny_run)
 
 
 class _Running:
@@ -37,7 +31,7 @@ class _Running:
         self.server = server
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._uvicorn = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
+        self._uvicorn = server.http(100)
         self._thread = threading.Thread(target=lambda: self._uvicorn.run(sockets=[self._socket]))
         self._thread.start()
 
@@ -163,6 +157,59 @@ def test_what_would_change_the_text_is_refused_by_name(running: _Running) -> Non
         with pytest.raises(urllib.error.HTTPError, match="400") as caught:
             urllib.request.urlopen(urllib.request.Request(f"{running.url}/v1/completions", data), timeout=30)
         assert said in json.load(caught.value)["error"]["message"]
+
+
+STRICT = {  # after a model and a prompt: what is said of it
+    '"temperature":NaN': "body is no JSON: NaN is no finite number",
+    '"temperature":-Infinity': "body is no JSON: -Infinity is no finite number",
+    '"top_p":1e999': "body is no JSON: 1e999 is no finite number",
+    f'"seed":{"9" * 5000}': "body is no JSON: Exceeds the limit (4300 digits) for integer string conversion",
+    f'"max_tokens":{10**400}': f"max_tokens 1{'0' * 79}... is more than 4000",
+    f'"n":{10**400}': f"1 prompts x n 1{'0' * 79}... have to be 1 to 64",
+    '"seed":1,"seed":2': "seed is there twice",
+    '"stop":"\\ud800"': "body has half of a surrogate pair, which is no character",
+    f'"stop":{"[" * 5000}': "body is nested too deeply",
+    '"\\u001b[31m":1': r"\x1b[31m is not known here, or means nothing to a BitLM",
+    '"sampler":"\\u001b[2J"': r"sampler '\x1b[2J' does not exist; it may be",
+}
+
+
+@pytest.mark.parametrize("more", STRICT, ids=lambda more: more[:20])
+def test_a_body_is_strict_json(more: str, running: _Running) -> None:
+    data = f'{{"model":"tiny","prompt":"def",{more}}}'.encode()
+    request = urllib.request.Request(f"{running.url}/v1/completions", data, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert json.load(caught.value)["error"]["message"].startswith(STRICT[more])
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n", "a\tb"])
+def test_a_key_that_no_client_can_send(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_bit.errors import UserError
+
+    monkeypatch.setenv(serve.KEY, key)
+    with pytest.raises(UserError, match="MEGATRON_BIT_API_KEY is set, and empty or with spaces") as caught:
+        serve.main(tmp_path, "127.0.0.1", 1, "tiny", 1, 1, 10, None)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "allowed", "said"),
+    [
+        ("a\x1b[31m", "127.0.0.1", (), r"name 'a\\x1b\[31m' has to be printable characters"),
+        ("", "127.0.0.1", (), "name '' has to be printable"),
+        ("tiny", "ä" * 70, (), "--host 'äää.* cannot be used"),
+        ("tiny", "127.0.0.1", ("http://box",), "--allow-host 'http://box' is no host"),
+        ("tiny", "127.0.0.1", ("box:80",), "--allow-host 'box:80' is no host"),
+        ("tiny", "127.0.0.1", ("*.example",), r"--allow-host '\*.example' is no host"),
+        ("tiny", "127.0.0.1", ("",), "--allow-host '' is no host"),
+    ],
+)
+def test_options_that_mean_nothing(name: str, host: str, allowed: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    from megatron_bit.errors import UserError
+
+    with pytest.raises(UserError, match=said):
+        serve.main(tmp_path, host, 1, name, 1, 1, 10, None, allowed)
 
 
 def test_the_official_client_with_everything_it_can_send(running: _Running) -> None:
