@@ -8,12 +8,15 @@ BIN := .venv/bin
 TEXT ?= stdlib
 DEMO ?= demo
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test fuzz lint docs clean
 demo: .venv/installed
 	$(BIN)/megatron-bit demo --text $(TEXT) --out $(DEMO)
 
 test: .venv/installed lint
 	$(BIN)/pytest
+
+fuzz: .venv/installed
+	MBIT_FUZZ_SEED=$${MBIT_FUZZ_SEED:-$$(date +%s)} MBIT_FUZZ_SECONDS=$${MBIT_FUZZ_SECONDS:-3600} MBIT_FUZZ_COLLECT=1 $(BIN)/pytest -s tests/fuzz
 
 lint: .venv/installed
 	$(BIN)/ruff check .

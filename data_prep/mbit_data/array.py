@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from mbit_data import dedup
 from mbit_data.decompress import ChangedInput
@@ -34,10 +36,42 @@ from mbit_data.read import combine_hashes, scan, text_files
 from mbit_data.tokenizer import FILE_NAMES, Tokenizer
 from mbit_data.work import Work, describe_dropped, make_tokenizer, write_keys, write_shards
 from megatron_bit.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, check_sizes, load_manifest
+from megatron_bit.data.manifest_schema import LIMIT, ShardEntry, TokenizerEntry
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL, write_atomic
+from megatron_bit.strict_json import Count, fits, tree
 
 ARRAY_FILE = "array.json"  # what all tasks of the folder have in common
+
+
+@with_config(ConfigDict(extra="allow"))
+class Common(TypedDict):
+    """`PrepareOptions.identity` of an array: what is used of it here."""
+
+    format_version: Any
+    parts: Annotated[int, Field(ge=1, lt=2**20)]
+    tokenizer: dict[str, Any]
+
+
+class ArrayContent(TypedDict):
+    """array.json."""
+
+    identity: Common
+    code_sha256: str
+
+
+class PartContent(TypedDict):
+    """What a task has made. Sources may hold bytes that are no UTF-8."""
+
+    identity: dict[str, Any]
+    files: list[Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    tokenizer: TokenizerEntry
+    splits: dict[Literal["train", "validation"], list[ShardEntry]]
+    dropped: dict[str, Count]
+
+
+ARRAY: TypeAdapter[ArrayContent] = TypeAdapter(ArrayContent)
+PART: TypeAdapter[PartContent] = TypeAdapter(PartContent)
 
 
 @dataclass(frozen=True)
@@ -135,13 +169,13 @@ def join(out: Path, progress: bool = True) -> Manifest:
     if (out / FILE_NAME).exists():
         report.line(f"{out}: nothing to do, already joined")
         return load_manifest(out)
-    common = _read(out / ARRAY_FILE)["identity"]
+    common = _read(out / ARRAY_FILE, ARRAY)["identity"]
     count = common["parts"]
     parts = [Part(index, count) for index in range(count)]
     missing = [part.index for part in parts if not _part_path(out, part).exists()]
     if missing:
         raise UserError(f"{out}: {_numbers(missing)} of {count} parts not finished; run them (again), then join")
-    contents = [_read(_part_path(out, part)) for part in parts]
+    contents = [_read(_part_path(out, part), PART) for part in parts]
     tokenizers = {(content["tokenizer"]["file"], content["tokenizer"]["sha256"]) for content in contents}
     if len(tokenizers) > 1:
         raise UserError(f"{out}: the parts were made with {len(tokenizers)} different tokenizers; prepare them again")
@@ -159,7 +193,7 @@ def join(out: Path, progress: bool = True) -> Manifest:
     for content in contents:
         add_counts(dropped, content["dropped"])
     splits = {
-        split: Split(tuple(Shard(**shard) for content in contents for shard in content["splits"][split]))
+        split: Split(tuple(Shard(**shard) for content in contents for shard in content["splits"].get(split, [])))
         for split in SPLITS
     }
     if not any(split.documents for split in splits.values()):
@@ -218,7 +252,7 @@ def _join_array(out: Path, common: dict[str, Any], part: Part) -> None:
         with suppress(FileExistsError):
             os.link(own, path)  # unlike a rename it does not replace what another task has written
         own.unlink()
-    there = _read(path)
+    there = _read(path, ARRAY)
     different = differences(there["identity"], common)
     if different:
         raise UserError(
@@ -237,12 +271,12 @@ def _is_scrap(name: str) -> bool:
 
 
 def _finished(out: Path, part: Part, about: dict[str, Any], report: Reporter) -> PartResult:
-    content = _read(_part_path(out, part))
+    content = _read(_part_path(out, part), PART)
     different = differences(content["identity"], about)
     if different:
         raise UserError(f"{out} holds {part} of other data: {different}; choose another folder or remove it")
     report.line(f"{out}: nothing to do, {part} is finished")
-    return PartResult(part, {s: Split(tuple(Shard(**x) for x in content["splits"][s])) for s in SPLITS})
+    return PartResult(part, {s: Split(tuple(Shard(**x) for x in content["splits"].get(s, []))) for s in SPLITS})
 
 
 def _copies(work: Work, part: Part) -> tuple[np.ndarray | None, tuple[int, ...]]:
@@ -283,8 +317,12 @@ def _numbers(indices: list[int]) -> str:
     return f"{'part' if len(indices) == 1 else 'parts'} {shown}"
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, schema: TypeAdapter[Any]) -> Any:
+    again = "remove the folder and prepare again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LIMIT:
+            raise ValueError(f"more than {LIMIT:,} bytes")
+        content = tree(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); remove the folder and prepare again") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); {again}") from error
+    return fits(content, schema, str(path), again)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_bit.data.manifest import TOKENIZER_CONFIG
 from megatron_bit.errors import UserError
+from megatron_bit.strict_json import MIB, OBJECT, load
+from megatron_bit.text import shown
 
 CONFIG_FILE = TOKENIZER_CONFIG  # stands beside tokenizer.json and names the token that ends a document
+CONFIG_LIMIT = 64 * MIB
 # what the families call it, if nothing says so: GPT-2/NeoX, Llama 3, Llama/T5, Gemma, BERT
 USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
@@ -29,8 +31,11 @@ class HuggingFaceModel:
             ) from error
         try:
             model = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"tokenizer {path} is not a Hugging Face tokenizer.json ({error})") from error
+        except BaseException as error:  # the library raises plain Exception; a panic in it is a BaseException
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            why = shown(error)[:200]
+            raise UserError(f"tokenizer {path} is not a Hugging Face tokenizer.json ({why})") from error
         # a file may carry the settings of some training, and would cut documents silently
         model.no_truncation()
         model.no_padding()
@@ -70,14 +75,14 @@ def config_for(eos_token: str) -> bytes:
 
 
 def _configured(path: Path) -> str | None:
-    try:
-        content: Any = json.loads(path.with_name(CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    beside = path.with_name(CONFIG_FILE)
+    if not beside.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.with_name(CONFIG_FILE)} cannot be read as JSON ({error}); fix or remove it") from error
-    token = content.get("eos_token") if isinstance(content, dict) else None
-    return token.get("content") if isinstance(token, dict) else token
+    token = load(beside, OBJECT, str(beside), CONFIG_LIMIT, "fix or remove it").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise UserError(f"{beside} has eos_token {shown(repr(token))[:60]}, which is no text; fix or remove it")
+    return token
 
 
 def _usual(path: Path, vocabulary: dict[str, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import tarfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from megatron_bit.data.manifest import Manifest, Shard, load_manifest
 from megatron_bit.data.npy import decode_array
 from megatron_bit.data.shard_file import ShardFile
 from megatron_bit.errors import UserError
+from megatron_bit.strict_json import tree
+from megatron_bit.text import shown
 
 MAX_SHARDS = 8  # read for lengths, frequencies and samples: evenly spaced ones, so that any folder takes seconds
 DECODED_TOKENS = 1_000_000  # decoded to count characters
@@ -173,9 +174,9 @@ def render(report: dict[str, Any]) -> str:
             f"{tokenizer['eos_id']}; stored as {report['dtype']}, {report['bits_needed']} bits a token needed"
         )
     lines = [
-        f"{report['folder']}: made by megatron-bit {report['made_by']}",
+        f"{report['folder']}: made by megatron-bit {shown(report['made_by'])}",
         what,
-        *(f"{name}: {value}" for name, value in options.items()),
+        *(shown(f"{name}: {value}") for name, value in options.items()),
         f"left out: {describe_dropped(report['dropped']) or 'nothing'}",
     ]
     for name, split in report["splits"].items():
@@ -203,7 +204,10 @@ def render(report: dict[str, Any]) -> str:
         bar = "#" * -(-BAR * bin_["documents"] // most)
         lines.append(f"  {bin_['from']:>9,} to {bin_['to']:>9,} {bin_['documents']:>9,} {bar}".rstrip())
     for sample in report["samples"]:
-        lines += ["", f"--- {sample['source']}, document {sample['document']}: {sample['tokens']:,} tokens"]
+        lines += [
+            "",
+            f"--- {shown(sample['source'])}, document {shown(sample['document'])}: {sample['tokens']:,} tokens",
+        ]
         if records:
             lines += [f"  {token['hex']}  {token['bits']}" for token in sample["first_tokens"]]
             continue
@@ -228,13 +232,15 @@ def _documents(manifest: Manifest, shard: Shard) -> Iterator[tuple[dict[str, Any
         with open(path, "rb") as file:
             for name, data in ShardFile(file, shard.size, hashed=False).members():
                 if name.endswith(".json"):
-                    about = json.loads(data)
+                    about = tree(data)
+                    if not isinstance(about, dict):
+                        raise ValueError(f"{name} holds no JSON object")
                     continue
                 ids = decode_array(data)
                 if not manifest.raw_bits and len(ids) and int(ids.max()) >= manifest.vocab_size:
                     raise ValueError(f"token {int(ids.max())} is outside the vocabulary of {manifest.vocab_size}")
                 yield about, ids
-    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(f"shard {path} is damaged: {error}; `megatron-bit data verify {manifest.folder}`") from error
 
 

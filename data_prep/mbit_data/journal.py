@@ -9,15 +9,36 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from mbit_data.options import differences
 from megatron_bit.data.manifest import LENGTHS_SUFFIX, SPLITS, Shard, lengths_file
+from megatron_bit.data.manifest_schema import LIMIT, ShardEntry
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL, write_atomic
+from megatron_bit.strict_json import Count, Sha256, fits, tree
 
 CHANGED = "none: the input has changed"  # in place of the code
 BEFORE_SHARDS = 2  # lines: header and tokenizer
+
+
+class ShardLine(TypedDict):
+    """A finished shard."""
+
+    split: Literal["train", "validation"]
+    last_document: Count
+    shard: ShardEntry
+
+
+class TokenizerLine(TypedDict):
+    tokenizer_sha256: Sha256
+
+
+SHARD_LINE: TypeAdapter[ShardLine] = TypeAdapter(ShardLine)
+TOKENIZER_LINE: TypeAdapter[TokenizerLine] = TypeAdapter(TokenizerLine)
 
 
 @dataclass
@@ -86,10 +107,13 @@ class Journal:
             os.fsync(file.fileno())
 
     def _continue(self, header: dict[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         try:
-            there = json.loads(lines[0])
+            if self.path.stat().st_size > LIMIT:
+                raise ValueError("no journal has so many bytes")
+            lines = self.path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            there = tree(lines[0].encode())
             different = differences(there["identity"], header["identity"])
+            code = there.get("code_sha256")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path} is damaged; remove the folder {self.path.parent} and prepare it again"
@@ -104,21 +128,21 @@ class Journal:
                 f"{self.path.parent} holds an unfinished prepare of other data: {different}; run that one again, "
                 "choose another folder, or remove it"
             )
-        if there.get("code_sha256") != header["code_sha256"]:
-            why = "whose input changed" if there.get("code_sha256") == CHANGED else "by other code"
+        if code != header["code_sha256"]:
+            why = "whose input changed" if code == CHANGED else "by other code"
             self.notes.append(f"an unfinished prepare {why} is here: begun again")
             return
         self.continued = True
         broken: set[str] = set()
         for line in lines[1:]:
             try:
-                entry = json.loads(line)
+                entry = tree(line.encode())
                 if "tokenizer_sha256" in entry:
-                    self.tokenizer_sha256 = entry["tokenizer_sha256"]
+                    self.tokenizer_sha256 = fits(entry, TOKENIZER_LINE, "line", "")["tokenizer_sha256"]
                     continue
-                split, shard = entry["split"], Shard(**entry["shard"])
-                last = entry["last_document"]
-            except (ValueError, LookupError, TypeError):
+                checked = fits(entry, SHARD_LINE, "line", "")
+                split, shard, last = checked["split"], Shard(**checked["shard"]), checked["last_document"]
+            except (ValueError, TypeError, UserError):
                 break  # the line that was being written
             if split not in broken and _is_whole(self.path.parent, shard):
                 self.finished[split].entries.append((shard, last))

@@ -26,7 +26,8 @@ from mbit_data.tokenize import TokenizedDocument, split_of
 from mbit_data.work import summarise
 from mbit_data.write import SplitWriter
 from megatron_bit import __version__
-from megatron_bit.data.manifest import FILE_NAME, MAX_RAW_BITS, SPLITS, VERSION, Manifest, Split
+from megatron_bit.data.manifest import FILE_NAME, SPLITS, VERSION, Manifest, Split
+from megatron_bit.data.manifest_schema import MAX_RAW_BITS
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 

@@ -6,7 +6,6 @@ that is none of these is refused, because a layer would compute something else t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from megatron_bit.config import config_from_dict
 from megatron_bit.errors import UserError
 from megatron_bit.identity import meaning
+from megatron_bit.strict_json import MIB, OBJECT, load
 
 BITLM = "bitlm"
 LLAMA_LAYOUT = ("llama", "qwen3")
@@ -50,13 +50,7 @@ _OFF = (None, False, 0, [], {}, "")  # values of what is there and not used
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return tree
+    return load(path, OBJECT, str(path), 256 * MIB, "copy it back, or convert again")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

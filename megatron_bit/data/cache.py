@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL
 
 
@@ -25,8 +27,11 @@ class ShardCache:
         (folder / "locks").mkdir(parents=True, exist_ok=True)
 
     def open(self, sha256: str, fetch: Callable[[Path], None]) -> IO[bytes]:
-        """The file with that content, made by `fetch(path)` if it is not there. Raises what `fetch` does, OSError."""
-        path = self.folder / sha256
+        """The file with that content, made by `fetch(path)` if it is not there.
+
+        Raises what `fetch` does, OSError; UserError if that is no SHA-256.
+        """
+        path = self._path(sha256)
         while True:
             with contextlib.suppress(FileNotFoundError):
                 file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
@@ -40,10 +45,15 @@ class ShardCache:
 
     def discard(self, sha256: str, file: IO[bytes]) -> None:
         """Remove the file, which `file` is, unless another process has put a new one in its place. Raises OSError."""
-        path = self.folder / sha256
+        path = self._path(sha256)
         with self._locked(sha256[:2]), contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 os.unlink(path)
+
+    def _path(self, sha256: str) -> Path:
+        if not re.fullmatch("[0-9a-f]{64}", sha256):  # another name would lead out of the folder
+            raise UserError(f"a file is kept under its SHA-256, and {sha256!r} is none; copy the manifest again")
+        return self.folder / sha256
 
     def clear(self) -> bool:
         """Make what room there is, on a full disk; whether anything could go."""

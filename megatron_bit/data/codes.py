@@ -16,6 +16,7 @@ import numpy as np
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL, sync_folder
+from megatron_bit.strict_json import tree
 
 LEARNED = "semantic"  # the value of model.code
 FORMAT = "megatron_bit.code"
@@ -62,9 +63,11 @@ def read_code(path: Path, manifest: Manifest, bits: int | None = None) -> Learne
             table = file.get_tensor(TABLE)
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise ValueError(f"format {about.get('format')!r} version {about.get('version')!r}")
-        options = json.loads(about["options"])
+        options = tree(about["options"].encode())
+        if not isinstance(options, dict):
+            raise ValueError("its options are no object")
         intact = about["table_sha256"] == _digest(table)
-    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a code ({error}); make it again with {again}") from error
     if about.get("tokenizer_sha256") != manifest.tokenizer_sha256:
         raise UserError(f"{path} is of another tokenizer than {manifest.tokenizer_path}; make it again with {again}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_bit.config import RemoteConfig
+from megatron_bit.data.manifest_schema import read_content, read_head
 from megatron_bit.data.remote import RemoteFolder, is_remote
 from megatron_bit.errors import ShardError, UserError
 
@@ -19,8 +20,6 @@ FILE_NAME = "manifest.json"
 FORMAT = "megatron_bit.data"
 VERSION = 1
 SPLITS = ("train", "validation")
-DTYPES = ("uint16", "uint32")
-MAX_RAW_BITS = 256
 TOKENIZER_CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; says which token ends a document
 LENGTHS_SUFFIX = ".lengths.npy"  # of the sidecar of a shard (data/documents.py); here, for whom numpy is too much
 LENGTHS_HEADER = 128  # bytes in front of the 4 for each document
@@ -268,46 +267,33 @@ def _load_remote(remote: RemoteFolder) -> Manifest:
 
 
 def _parse(folder: Path, path: Path, where: str) -> Manifest:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where} cannot be read as JSON ({error}); prepare the data again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    head = read_head(path, where)
+    if head.get("format") != FORMAT:
         raise UserError(f"{where} is not a {FORMAT} manifest; name a folder made by `megatron-bit prepare`")
-    if content.get("version") != VERSION:
-        raise UserError(f"{where} has format version {content.get('version')!r}, known is {VERSION}; prepare again")
-    try:
-        manifest = Manifest(
-            folder=folder,
-            splits={
-                name: Split(tuple(Shard(**shard) for shard in split["shards"]))
-                for name, split in content["splits"].items()
-            },
-            tokenizer_file=content["tokenizer"]["file"],
-            tokenizer_sha256=content["tokenizer"]["sha256"],
-            vocab_size=content["vocab_size"],
-            eos_id=content["eos_id"],
-            dtype=content["dtype"],
-            identity=content["identity"],
-            package_version=content["package_version"],
-            dropped=dict(content.get("dropped", {})),
-            raw_bits=content.get("raw_bits", 0),
-            code_sha256=content.get("code_sha256", ""),
-        )
-        stored, computed = content["fingerprint"], manifest.fingerprint
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} is damaged: {error!r}; prepare the data again") from error
+    if head.get("version") != VERSION:
+        raise UserError(f"{where} has format version {head.get('version')!r}, known is {VERSION}; prepare again")
+    content = read_content(path, where)
+    manifest = Manifest(
+        folder=folder,
+        splits={
+            name: Split(tuple(Shard(**shard) for shard in split["shards"])) for name, split in content["splits"].items()
+        },
+        tokenizer_file=content["tokenizer"]["file"],
+        tokenizer_sha256=content["tokenizer"]["sha256"],
+        vocab_size=content["vocab_size"],
+        eos_id=content["eos_id"],
+        dtype=content["dtype"],
+        identity=content["identity"],
+        package_version=content["package_version"],
+        dropped=content.get("dropped", {}),
+        raw_bits=content.get("raw_bits", 0),
+        code_sha256=content.get("code_sha256", ""),
+    )
+    stored, computed = content["fingerprint"], manifest.fingerprint
     if stored != computed:
         raise UserError(
             f"{where} was edited: it states fingerprint {stored}, its content gives {computed}; prepare again"
         )
-    if manifest.raw_bits and (manifest.dtype != "uint8" or not 1 <= manifest.raw_bits <= MAX_RAW_BITS):
-        raise UserError(
-            f"{where}: records of {manifest.raw_bits} bits as {manifest.dtype}, allowed are 1 to {MAX_RAW_BITS} bits "
-            "as uint8; prepare again"
-        )
-    if not manifest.raw_bits and manifest.dtype not in DTYPES:
-        raise UserError(f"{where}: dtype {manifest.dtype!r}, allowed are {', '.join(DTYPES)}; prepare again")
     return manifest
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_bit.checkpoint.folder import read_meta
+from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.config import Config, config_from_dict
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
@@ -50,10 +50,8 @@ def open_model(path: Path, data: str | None = None, weights: WeightsOf = "traine
 
 
 def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    kind = read_json(folder / "config.json").get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def _moved(config: Config, meta: Mapping[str, Any]) -> bool:

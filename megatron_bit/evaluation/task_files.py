@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_bit.errors import UserError
 from megatron_bit.files import lines_of
+from megatron_bit.strict_json import tree
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _blimp(path: Path) -> Iterator[Item]:
 def _json_lines(content: bytes) -> Iterator[dict[str, Any]]:
     for line in lines_of(content):
         if line.strip():
-            yield json.loads(line)
+            yield tree(line)
 
 
 TASKS: dict[str, tuple[str, Callable[[Path], Iterator[Item]]]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.errors import UserError
 from megatron_bit.files import lines_of
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM, TextStream
@@ -105,7 +105,7 @@ class Generator:
     def _open_converted(self, folder: Path) -> None:
         transformers_logging.disable_progress_bar()
         try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+            kind = read_json(folder / "config.json").get("model_type")
             if kind != "bitlm":
                 raise UserError(
                     f"{folder} is a model of type {kind}, not bitlm; give a run or a converted BitLM, or generate with "

@@ -15,7 +15,9 @@ from typing import Any
 
 from mbit_data.tokenizer import PROBE, SPACE_MARK, Tokenizer
 
+from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.errors import UserError
+from megatron_bit.text import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types of sentencepiece_model.proto
 UNIGRAM, BPE = 1, 2
@@ -78,9 +80,9 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 of what decides ids and text in a folder's tokenizer.json; `convert` writes it into config.json.
 
     Not of the file: transformers writes limits, padding and a template anew when it saves a tokenizer that it has used.
-    OSError or ValueError if there is no such file.
+    UserError if there is no such file.
     """
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "tokenizer.json")
     parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
     return hashlib.sha256(json.dumps([content.get(part) for part in parts], sort_keys=True).encode()).hexdigest()
 
@@ -90,15 +92,12 @@ def check_folder(folder: Path) -> None:
 
     Other folders do not say which one is theirs, and pass.
     """
-    try:
-        wanted = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokenizer_fingerprint")
-        if wanted is None or fingerprint(folder) == wanted:
-            return
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"converted folder {folder} cannot be read: {error}") from None
+    wanted = read_json(folder / "config.json").get("tokenizer_fingerprint")
+    if wanted is None or fingerprint(folder) == wanted:
+        return
     raise UserError(
         f"{folder / 'tokenizer.json'} is not the tokenizer that {folder} was converted with (config.json has "
-        f"tokenizer_fingerprint {str(wanted)[:12]}...); copy it back, or convert again"
+        f"tokenizer_fingerprint {shown(wanted)[:12]}...); copy it back, or convert again"
     )
 
 
@@ -106,7 +105,7 @@ def _plain(tokenizer: Tokenizer) -> Any:
     """A tokenizer.json that was trained with, without what others would add to a text: templates, limits, padding."""
     import tokenizers
 
-    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+    content = read_json(tokenizer.path)
     content |= {"post_processor": None, "truncation": None, "padding": None}
     out = tokenizers.Tokenizer.from_str(json.dumps(content))
     eos = str(out.id_to_token(tokenizer.eos_id))

@@ -177,7 +177,7 @@ def test_names_in_a_foreign_manifest_stay_in_the_folder(make_data, tmp_path, nam
     local = make_data([100])
     evil = dataclasses.replace(local, tokenizer_file=name)
     write_atomic(local.folder / FILE_NAME, evil.to_json().encode())
-    refused(tmp_path, f"pipe:cat {local.folder}/{{file}}", "no plain name")
+    refused(tmp_path, f"pipe:cat {local.folder}/{{file}}", r"manifest.json\) is damaged: tokenizer.file = ")
 
 
 def test_a_full_disk_makes_room_first_and_then_says_so(make_data, serve, tmp_path, monkeypatch):
@@ -206,10 +206,24 @@ def test_a_full_disk_makes_room_first_and_then_says_so(make_data, serve, tmp_pat
 
 def test_a_file_that_is_open_may_be_removed(tmp_path):
     cache = ShardCache(tmp_path, limit=10)
-    with cache.open("aa", lambda path: path.write_bytes(b"12345678")) as first:
-        cache.open("bb", lambda path: path.write_bytes(b"abcdefgh")).close()
-        assert not (tmp_path / "aa").exists() and (tmp_path / "bb").exists()
+    one, two = "aa" * 32, "bb" * 32
+    with cache.open(one, lambda path: path.write_bytes(b"12345678")) as first:
+        cache.open(two, lambda path: path.write_bytes(b"abcdefgh")).close()
+        assert not (tmp_path / one).exists() and (tmp_path / two).exists()
         assert first.read() == b"12345678"
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/etc/passwd", "../" * 9 + "x", "A" * 64, "a" * 63, "a" * 64 + "\n", "a" * 63 + "/"]
+)
+def test_a_key_of_the_cache_is_a_sha256(tmp_path, key):
+    cache = ShardCache(tmp_path / "cache", limit=10)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="SHA-256"):
+        cache.open(key, lambda path: pytest.fail("fetched"))
+    with open(__file__, "rb") as file, pytest.raises(UserError, match="SHA-256"):
+        cache.discard(key, file)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_configuration_reaches_the_folder(make_data, serve, tmp_path):

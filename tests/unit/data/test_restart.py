@@ -188,10 +188,10 @@ def test_other_options_inputs_or_tokenizers_are_not_mixed_in(options, tmp_path, 
     with pytest.raises(UserError, match=r"tokenizer in .* was changed"):
         prepare(options, progress=False)
     (options.out / "tokenizer.model").write_bytes(before["tokenizer.model"])
-    monkeypatch.setattr("mbit_data.prepare.code_sha256", lambda: "newer")
+    monkeypatch.setattr("mbit_data.prepare.code_sha256", lambda: "0" * 64)
     prepare(options)
     assert "by other code is here: begun again" in capsys.readouterr().err
-    assert load_manifest(options.out).code_sha256 == "newer" and not verify(options.out)
+    assert load_manifest(options.out).code_sha256 == "0" * 64 and not verify(options.out)
 
 
 def test_without_a_finished_shard_other_options_may_begin_again(options, tmp_path, monkeypatch, prepared, capsys):

@@ -90,7 +90,8 @@ def test_broken_manifests_are_user_errors(make_data, tmp_path):
             load_manifest(path.parent)
 
     refused("{", "JSON")
-    refused("[]", "not a megatron_bit.data manifest")
+    refused("{}", "not a megatron_bit.data manifest")
+    refused("[]", "the whole = .*object")
     refused(json.dumps({**good, "version": 2}), "format version 2")
     refused(json.dumps({**good, "eos_id": 7}), "edited")
     refused(json.dumps({key: value for key, value in good.items() if key != "dtype"}), "damaged.*dtype")
