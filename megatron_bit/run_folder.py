@@ -125,15 +125,15 @@ def resolve_file(saved: Path, overrides: tuple[str, ...]) -> Config:
 def doubt(config: Config, where: str) -> None:
     """What a configuration out of an artefact, the file `where`, would run or fetch: `trust.check` asks the user."""
     for folder in config.data.folders:
-        trust.doubt(folder, where, "data.path='{}'" if config.data.path else "data.sources=... again")
-    trust.doubt(config.checkpoint.mirror, where, "checkpoint.mirror='{}'")
+        trust.doubt(folder, where, "data.path={}" if config.data.path else "data.sources=... again")
+    trust.doubt(config.checkpoint.mirror, where, "checkpoint.mirror={}")
 
 
 def data_of(config: Config, where: str) -> str:
     """The data folder that a checkpoint's configuration (the file `where`) names; UserError if to open it is to run a
     command or to fetch from where the user has not said to."""
     folder = config.data.folders[0]
-    trust.doubt(folder, where, "--data '{}'")
+    trust.doubt(folder, where, "--data {}")
     trust.check()
     return folder
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 from pathlib import Path
 
 from megatron_bit.errors import UserError
@@ -45,7 +46,7 @@ def check() -> None:
         if not known(location):
             raise UserError(
                 f"{where} wants {location!r}, which is {_kind(location)}, and those are taken from you alone; if you "
-                f"mean it, say {instead.replace('{}', location)}"
+                f"mean it, say {instead.replace('{}', shlex.quote(location))}"
             )
 
 
