@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mbit_kernels import choice
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -115,8 +114,10 @@ class Generator:
             self.model, found = loaded
             vocabulary, bits = self.model.config.vocab_size, self.model.config.bits
             self.text = FolderText.converted(folder) if vocabulary else Records(bits)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"converted folder {folder} cannot be read: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # whatever transformers makes of a value of another type
+            raise UserError(f"converted folder {folder} cannot be read: {type(error).__name__}: {error}") from None
         wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
         if wrong:
             raise UserError(f"converted folder {folder}: {len(wrong)} tensors are missing or wrong, such as {wrong[0]}")
