@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -639,7 +640,9 @@ def validated(section: type[S], tree: Mapping[str, Any], origin: Mapping[str, st
             text = f"{prefix}{key}{where} is no key here; did you mean {' or '.join(prefix + name for name in close)}?"
         else:
             where = f" ({source})" if source else ""
-            text = f"{prefix}{key} = {value!r}{where}: {message[:1].lower()}{message[1:]}"
+            # the value may be of any size: YAML can name a part of itself again and again
+            shown = repr(value) if isinstance(value, str | int | float | None) else reprlib.repr(value)
+            text = f"{prefix}{key} = {shown[:200]}{where}: {message[:1].lower()}{message[1:]}"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(text + more) from None
 
@@ -647,6 +650,9 @@ def validated(section: type[S], tree: Mapping[str, Any], origin: Mapping[str, st
 def to_yaml(config: Config) -> str:
     """The resolved tree as YAML; `load_config` reads it back to the same tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+MOST_YAML_BYTES = 2**20
 
 
 class _UniqueKeys(yaml.constructor.BaseConstructor):
@@ -679,12 +685,16 @@ def read_yaml(
 ) -> dict[str, Any]:
     """The mapping in a YAML file; UserError, which calls it `what`, and says `instead` if it does not exist."""
     try:
+        if path.stat().st_size > MOST_YAML_BYTES:
+            raise UserError(f"{what} {path} has over {MOST_YAML_BYTES:,} bytes, which none has; {instead}")
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # both are safe
+    except RecursionError:
+        raise UserError(f"{what} {path} is not valid YAML: nested too deeply") from None
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist; {instead}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:  # 2001-99-99, !!int x
         raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not tree:
         return {}
@@ -732,7 +742,7 @@ def _parse_override(item: str) -> dict[str, Any]:
     field = dict(leaves()).get(key)
     try:
         value = text if field is not None and field.annotation is str else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError, OverflowError):
         value = text
     first, *rest = key.split(".")
     for part in reversed(rest):

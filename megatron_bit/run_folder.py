@@ -20,7 +20,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from megatron_bit import trust
+from megatron_bit import strict_json, trust
 from megatron_bit.checkpoint.folder import checkpoints_of, read_meta, sweep
 from megatron_bit.config import Config, load_config, read_yaml, to_yaml
 from megatron_bit.errors import UserError
@@ -44,14 +44,12 @@ def claim(config: Config, mine: dict[str, Any], lock: RunLock) -> None:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         if known.exists():
             where = f"run folder {run}"
-            compare_run(of_folder(json.loads(known.read_text()), mine, where), mine, where)
+            compare_run(of_folder(_stored(known), mine, where), mine, where)
         for line in (lock.acquire(), *sweep(run / "checkpoints")):
             if line:
                 print(line, flush=True)
     except OSError as error:
         raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
-    except ValueError as error:
-        raise UserError(f"{known} is not readable: {error}; choose another run=... folder") from None
 
 
 def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) -> dict[str, Any] | None:
@@ -67,7 +65,7 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
         compare_run(of_checkpoint(meta, where), mine, where)
     try:
         (run / "starts").mkdir(exist_ok=True)
-        own = {} if not (run / "identity.json").exists() else json.loads((run / "identity.json").read_text())
+        own = _stored(run / "identity.json") if (run / "identity.json").exists() else {}
         mine[RUN_ID] = _run_id(own, meta, str(checkpoint))
         if RUN_ID not in own:
             write_atomic(run / "identity.json", json.dumps({**mine, **own, RUN_ID: mine[RUN_ID]}, indent=1).encode())
@@ -81,6 +79,11 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
     except OSError as error:
         raise UserError(f"run folder {run} cannot be used: {error.strerror} ({error.filename})") from None
     return meta
+
+
+def _stored(known: Path) -> dict[str, Any]:
+    """identity.json; UserError if it is no JSON object, or larger than one can be."""
+    return strict_json.load(known, strict_json.OBJECT, str(known), strict_json.MIB, "choose another run=... folder")
 
 
 def _run_id(own: dict[str, Any], meta: dict[str, Any] | None, where: str) -> str:

@@ -78,5 +78,5 @@ def _named(holder: str) -> str:
         said = json.loads(holder)
         job = f", SLURM job {said['slurm_job']}" if said.get("slurm_job") else ""
         return f"process {said['pid']} on {said['host']} since {said['since']}{job}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "another process"

@@ -44,5 +44,5 @@ def _step(line: bytes) -> float:
     """Of a record; infinity if it cannot be read."""
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")

@@ -162,7 +162,7 @@ def load_profile(path: Path, overrides: Sequence[str] = ()) -> ClusterProfile:
             raise UserError(f"{PREFIX}{key}: {PREFIX}{sections[-1]} has no keys below it")
         try:
             target[leaf] = yaml.load(text, Loader=TextYaml)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):
             target[leaf] = text
         origin[key] = "command line"
     profile = validated(

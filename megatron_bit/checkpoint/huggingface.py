@@ -78,7 +78,7 @@ class HuggingFaceWeights:
         self.vocab_size: int = self._there.get("vocab_size") or 0  # 0: raw records
         self._files: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
-        self._where: dict[str, str] = read_json(index)["weight_map"] if index.exists() else {}
+        self._where = _weight_map(index) if index.exists() else {}
         self.settings = hf_config.settings(folder, self._there, self._code() if self.kind == BITLM else "")
         self._model = config_from_dict(self.settings).model
         self._check_names()
@@ -215,6 +215,16 @@ class HuggingFaceWeights:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"weights {self.folder / file} cannot be read: {error}") from None
         return self._files[file]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to file; UserError for an index that names what is no plain file of the folder."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII) for file in where.values()
+    ):
+        raise UserError(f"{index} has no weight_map of tensors and safetensors files; convert again, or copy it again")
+    return where
 
 
 def _name(logical: str) -> str:

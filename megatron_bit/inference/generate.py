@@ -121,7 +121,9 @@ class Generator:
         wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
         if wrong:
             raise UserError(f"converted folder {folder}: {len(wrong)} tensors are missing or wrong, such as {wrong[0]}")
-        self.step = int(getattr(self.model.config, "training_step", 0))
+        _check_generation(folder, self.model.generation_config, vocabulary)
+        step = getattr(self.model.config, "training_step", 0)
+        self.step = step if type(step) is int and step >= 0 else 0
 
     def generate(
         self,
@@ -263,6 +265,23 @@ class _Watch:
     def end(self) -> None:
         if self._inner is not None:
             self._inner.end()
+
+
+def _check_generation(folder: Path, how: Any, vocab_size: int) -> None:
+    """UserError for a generation_config.json whose values are of another type; transformers takes them as they are."""
+    eos = how.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    if vocab_size and not (ends and all(type(end) is int and 0 <= end < vocab_size for end in ends)):
+        raise UserError(
+            f"{folder}/generation_config.json has eos_token_id {str(eos)[:60]}, which is no token; copy it again"
+        )
+    kinds = {"temperature": (int, float), "guidance": (int, float), "steps": (int,), "seed": (int,), "sampler": (str,)}
+    for name, allowed in kinds.items():
+        value = getattr(how, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, allowed)):
+            raise UserError(
+                f"{folder}/generation_config.json has {name} {str(value)[:60]!r}, which it cannot be; copy it again"
+            )
 
 
 def main(

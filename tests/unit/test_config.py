@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -266,3 +267,32 @@ def test_softmax_wants_blocks_of_one_token_and_the_vocabulary_of_the_data():
     told = load_config(overrides=["model.vocab_size=420"])
     with pytest.raises(UserError, match=r"model.vocab_size is 420, and the data has a vocabulary of 421 tokens; leave"):
         told.with_vocab_size(421)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{a: " * 30_000 + "}" * 30_000, "[" * 100_000, "train: {steps: 2001-99-99}", "run: !!int x", "a: &x [*x",
+        "x: !!python/object:os.system y", "run: " + "x" * 2**21,
+    ],
+)  # fmt: skip
+def test_text_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"configuration .*c.yaml (is not valid YAML|has over )") as said:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(said.value) and len(str(said.value)) < 2000
+
+
+def test_a_value_that_names_itself_again_and_again(tmp_path: Path) -> None:
+    """A billion laughs: the message shows the beginning of it."""
+    lines = ["l0: &l0 [ha, ha]", *(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30))]
+    (tmp_path / "c.yaml").write_text("train: {steps: {" + ", ".join(lines) + "}}\n")
+    with pytest.raises(UserError, match=r"train.steps = .*valid integer") as said:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(said.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["2001-99-99", "!!int x", "[" * 5000])
+def test_a_value_that_yaml_cannot_make(text: str) -> None:
+    with pytest.raises(UserError, match=r"train.steps = "):
+        load_config(None, [f"train.steps={text}"])

@@ -101,7 +101,7 @@ def test_values_that_are_none(tmp_path: Path) -> None:
         ({"num_hidden_layers": ...}, "config.json has no num_hidden_layers"),
         ({"num_attention_heads": 0, "head_dim": ...}, "has a value that is none"),
         ({"hidden_size": [48]}, "cannot be a model here: model.hidden_size"),
-        ({"rope_parameters": {"rope_theta": float("nan")}}, "cannot be a model here: model.rope_base = nan"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "nan is no finite number"),
         ({"num_hidden_layers": -1}, "cannot be a model here: model.num_layers = -1"),
     ):
         with pytest.raises(UserError, match=message):
