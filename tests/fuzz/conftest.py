@@ -1,4 +1,4 @@
-"""How long to try: MBIT_FUZZ_SECONDS in all, divided over the tests; without it five examples of each kind, in a minute."""
+"""How long to try: MBIT_FUZZ_SECONDS in all, divided over the tests; without it five examples of each kind."""
 
 from __future__ import annotations
 
