@@ -21,8 +21,9 @@ class PreemptCallback(Callback):
             if number == signal.SIGINT:  # a second Ctrl-C does not wait
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        # what is ignored stays so: SIGHUP under nohup, Ctrl-C in the background
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        # ignored SIGHUP stays so, under nohup; the others are meant for the ranks, whatever a job's script does with them
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
         self._before: dict[int, Any] = {number: signal.signal(number, ask) for number in heard}
 
     def finish(self, trainer: Trainer) -> None:

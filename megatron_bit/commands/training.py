@@ -82,7 +82,8 @@ def train(
 
         return run_local(["train", *args, *(["--preset", preset] if preset else [])], nproc)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # until the first step there is nothing to save
-        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a lost terminal does not matter
+        # under nohup a lost terminal does not matter
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
     faulthandler.register(signal.SIGUSR2)  # a rank that hangs says where: the launcher's watchdog asks all of them
     # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning

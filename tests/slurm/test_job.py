@@ -13,7 +13,7 @@ from on_cluster import CHEAP, Run, Stage, all_but, cheap, command, slurm
 
 @cheap
 def finishes_in_a_folder_with_spaces_and_quotes(stage: Stage) -> None:
-    run = stage.stand_in(name='it\'s a "run" of 100% $HOME `id`/a b')
+    run = stage.stand_in(name='it\'s a "run" of 100% $-HOME `id`/a b')
     run.profile["environment"]["ODD"] = 'it\'s "$HOME" `id`'
     said = run.submit()
     assert str(run.folder) in said

@@ -24,7 +24,7 @@ def undisturbed(stage: Stage) -> Run:
     """A run that nothing happens to, in a folder whose name could be misread. Whoever asks first makes it."""
     with _MAKING:
         if not _MADE:
-            run = stage.real('it\'s "undisturbed" & 100% $HOME')
+            run = stage.real('it\'s "undisturbed" & 100% $-HOME')
             run.submit()
             assert run.wait_until_over(START) == ["finished"], run.everything()
             _MADE.append(run)
