@@ -21,7 +21,7 @@ class PreemptCallback(Callback):
             if number == signal.SIGINT:  # a second Ctrl-C does not wait
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        # ignored SIGHUP stays so, under nohup; the others are meant for the ranks, whatever a job's script does with them
+        # an ignored SIGHUP stays so, under nohup; the others are for the ranks, whatever a script of a job ignores
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         heard = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
         self._before: dict[int, Any] = {number: signal.signal(number, ask) for number in heard}
