@@ -38,7 +38,7 @@ def user_location(text: str) -> str:
     left as it is: no shell runs it. "" stays. Raises UserError as `user_path` does."""
     if not trust.acts(text):
         return str(user_path(text)) if text else text
-    if "://" in text and not text.startswith("pipe:"):
+    if "://" in text and not text.startswith(trust.PIPE):
         text = _VARIABLE.sub(lambda match: _value(match, text), text)
     trust.say(text)
     return text

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from megatron_bit.errors import UserError
 
+PIPE = "pipe:"  # begins the name of a data folder that a command reads
 _said: set[str] = set()  # in this process
 _doubted: dict[str, tuple[str, str]] = {}  # location: where it stands, and what to say instead
 
 
 def acts(location: str) -> bool:
     """Whether to read there is to run a command, or to ask another machine."""
-    return location.startswith("pipe:") or "://" in location
+    return location.startswith(PIPE) or "://" in location
 
 
 def say(words: str) -> None:
@@ -85,4 +86,4 @@ def _name(words: str) -> str:
 
 
 def _kind(location: str) -> str:
-    return "a command" if location.startswith("pipe:") else "the address of another machine"
+    return "a command" if location.startswith(PIPE) else "the address of another machine"

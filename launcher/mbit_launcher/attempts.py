@@ -142,7 +142,7 @@ def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:
     if why:
         _say(f"nothing to do: {why}")
         return NOTHING_TO_DO
-    step = _newest(submission.run)
+    step = newest_step(submission.run / "checkpoints")
     append_line(submission.attempts, asdict(Attempt(attempt, job, nodes, time.time(), step)))
     _say(f"attempt {attempt} ({len(history)} before it) on {nodes}, from step {step}")
     return OVER
@@ -158,7 +158,7 @@ def end(submission: Submission, attempt: str, status: int, state: str, asked: bo
     facts = Facts(
         step=_furthest(run, attempt, this.from_step),
         finished=_finished(run, config),
-        stop_at=stop_at is not None and _newest(run) >= stop_at,
+        stop_at=stop_at is not None and newest_step(run / "checkpoints") >= stop_at,
         stop_file=(run / "STOP").exists(),
         taken="" if state == "RUNNING" else state or "no longer there",
         asked=asked,
@@ -187,14 +187,9 @@ def _since(path: Path, begin: float) -> bool:
     return path.exists() and path.stat().st_mtime >= begin
 
 
-def _newest(run: Path) -> int:
-    """Step of the newest complete checkpoint; 0 without one."""
-    return newest_step(run / "checkpoints")
-
-
 def _finished(run: Path, config: Config) -> bool:
     """A marker alone may be of an earlier, shorter training of the same folder."""
-    return (run / "FINISHED").exists() and _newest(run) >= config.train.steps
+    return (run / "FINISHED").exists() and newest_step(run / "checkpoints") >= config.train.steps
 
 
 def _furthest(run: Path, attempt: str, least: int) -> int:

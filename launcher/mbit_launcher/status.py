@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from megatron_bit.checkpoint.folder import complete, newest_step
+from megatron_bit.checkpoint.folder import complete, step_of
 from megatron_bit.errors import UserError
 from megatron_bit.measured import strict_json
 from megatron_bit.run_folder import resolve_file
@@ -118,7 +118,7 @@ def _status(
     done = complete(run / "checkpoints")
     if done:
         row.checkpoint, row.checkpoint_age = (
-            newest_step(run / "checkpoints"),
+            step_of(done[-1].name),
             round(time.time() - (done[-1] / "COMMITTED").stat().st_mtime),
         )
     records = _tail(run / "log.jsonl")

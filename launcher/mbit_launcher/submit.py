@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bit import trust
 from megatron_bit.checkpoint.folder import newest_step
 from megatron_bit.config import Config, DataConfig
-from megatron_bit.data.remote import is_remote
 from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.plan import describe
@@ -77,7 +77,7 @@ def _data(data: DataConfig) -> DataConfig:
     data.check_set()
 
     def place(key: str, folder: str) -> str:
-        if is_remote(folder):
+        if trust.acts(folder):
             return folder
         path = Path(folder).absolute()
         if not (path / "manifest.json").exists():

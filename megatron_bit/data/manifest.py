@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_bit import trust
 from megatron_bit.config import RemoteConfig
 from megatron_bit.data.manifest_schema import read_content, read_head
-from megatron_bit.data.remote import RemoteFolder, is_remote
+from megatron_bit.data.remote import RemoteFolder
 from megatron_bit.errors import ShardError, UserError
 
 FILE_NAME = "manifest.json"
@@ -235,7 +236,7 @@ def load_manifest(folder: Path | str, check_files: bool = True, options: RemoteC
     Raises UserError: no such folder or manifest, broken or edited JSON, a format version this package does
     not know, a shard that is missing or of another size (its hash is for `mbit_data.verify`), or another tokenizer.
     """
-    if is_remote(str(folder)):
+    if trust.acts(str(folder)):
         return _load_remote(RemoteFolder(str(folder), options or RemoteConfig()))
     folder = Path(folder)
     path = folder / FILE_NAME

@@ -26,17 +26,13 @@ from megatron_bit.config import RemoteConfig
 from megatron_bit.data.cache import ShardCache
 from megatron_bit.errors import UserError
 from megatron_bit.files import PARTIAL
+from megatron_bit.trust import PIPE
 
-PIPE = "pipe:"
 CHUNK = 1 << 20
 _NAME = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?"
 )  # no option, no way out of the folder
 _number = itertools.count()
-
-
-def is_remote(folder: str) -> bool:
-    return folder.startswith(PIPE) or "://" in folder
 
 
 class RemoteFolder:
