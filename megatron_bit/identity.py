@@ -127,14 +127,12 @@ def of_checkpoint(meta: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**meaning(known), **_of_run(known), **{key: stored.get(key) for key in (*OF_TOKENS, DATA)}}
 
 
-def of_folder(stored: Any, mine: Mapping[str, Any], where: str) -> dict[str, Any]:
+def of_folder(stored: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What RUN/identity.json says; a key that is younger than the run has its default.
 
     One of before 2026-11-28 holds all keys of `model`, whatever their effect, and not how a head is parameterized:
     that is taken to be as in `mine`, and the checkpoint, which has a whole configuration, is asked next.
     """
-    if not isinstance(stored, dict):
-        raise UserError(f"{where} has an identity that is not one: {_short(stored)}; choose another run=... folder")
     old = stored.get("model")
     if old is None:
         return {SHOWN: False, **{key: field.default for key, field in leaves()}, **stored}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_trees import changed
 
 from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint.load import open_reader
@@ -40,18 +40,9 @@ VALUES: dict[str, tuple[tuple[Any, ...], Any]] = {  # where in the index, and wh
 }
 
 
-def _changed(where: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    tree = copy.deepcopy(INDEX)
-    node: Any = tree
-    for part in where[:-1]:
-        node = node[part]
-    node[where[-1]] = value
-    return tree
-
-
 @pytest.mark.parametrize("name", VALUES)
 def test_values_of_an_index_that_mean_nothing(name: str, tmp_path: Path) -> None:
-    (tmp_path / "index.json").write_text(json.dumps(_changed(*VALUES[name])))
+    (tmp_path / "index.json").write_text(json.dumps(changed(INDEX, *VALUES[name])))
     with pytest.raises(UserError, match=r"index.json is damaged: .*; take another checkpoint") as said:
         open_reader(tmp_path)
     assert "\n" not in str(said.value) and len(str(said.value)) < 600
@@ -71,7 +62,7 @@ PLACES = [
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
 @given(st.sampled_from(PLACES), JUNK)
 def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, where: tuple[Any, ...], value: Any) -> None:
-    (tmp_path / "index.json").write_text(json.dumps(_changed(where, value)))
+    (tmp_path / "index.json").write_text(json.dumps(changed(INDEX, where, value)))
     try:
         open_reader(tmp_path)
     except UserError as error:

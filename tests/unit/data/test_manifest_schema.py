@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_trees import changed
 
 from megatron_bit.data import manifest as module
 from megatron_bit.data.manifest import FILE_NAME, Manifest, Split, load_manifest
@@ -55,15 +55,6 @@ VALUES: dict[str, tuple[tuple[Any, ...], Any, str]] = {  # where, what stands th
     "another split": (("splits",), {"../x": {"shards": []}}, r"splits.../x"),
     "no splits": (("splits",), {}, "splits = {}"),
 }  # fmt: skip
-
-
-def changed(tree: dict[str, Any], where: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    tree = copy.deepcopy(tree)
-    node: Any = tree
-    for part in where[:-1]:
-        node = node[part]
-    node[where[-1]] = value
-    return tree
 
 
 @pytest.mark.parametrize("name", VALUES)
