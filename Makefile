@@ -8,7 +8,7 @@ BIN := .venv/bin
 TEXT ?= stdlib
 DEMO ?= demo
 
-.PHONY: demo test fuzz lint docs clean
+.PHONY: demo test fuzz kill lint docs clean
 demo: .venv/installed
 	$(BIN)/megatron-bit demo --text $(TEXT) --out $(DEMO)
 
@@ -17,6 +17,9 @@ test: .venv/installed lint
 
 fuzz: .venv/installed
 	MBIT_FUZZ_SEED=$${MBIT_FUZZ_SEED:-$$(date +%s)} MBIT_FUZZ_SECONDS=$${MBIT_FUZZ_SECONDS:-3600} MBIT_FUZZ_COLLECT=1 $(BIN)/pytest -s tests/fuzz
+
+kill: .venv/installed
+	cd tests && ../$(BIN)/python -W ignore -m kill.campaign --faults $${N:-1000} --seed $${SEED:-$$(date +%s)} --out ../kill
 
 lint: .venv/installed
 	$(BIN)/ruff check .

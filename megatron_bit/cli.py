@@ -112,7 +112,8 @@ def main() -> None:
         code = _dispatch(sys.argv[1:])
     except UserError as error:
         code = next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_USER_ERROR)
-        if isinstance(error, LocalUserError | RankLost) or (rank == 0 and not isinstance(error, Stopped)):
+        alone = isinstance(error, LocalUserError | RankLost)
+        if str(error) and (alone or (rank == 0 and not isinstance(error, Stopped))):
             where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
             print(f"megatron-bit: error: {shown(' '.join(str(error).split()))}{where}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:

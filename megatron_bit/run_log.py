@@ -19,6 +19,23 @@ def roll_back(run: Path, step: int) -> None:
     _cut(run, "validation.jsonl", step or -1)  # an untrained model is validated again
 
 
+def last_step(path: Path) -> int | None:
+    """The step of the last record of a log; None without one."""
+    if not path.exists():
+        return None
+    lines = path.read_bytes().splitlines()
+    step = _step(lines[-1]) if lines else float("inf")
+    return None if step == float("inf") else int(step)
+
+
+def sync(run: Path) -> None:
+    """Bring the logs to the disk, before a checkpoint: its steps are not done again, whatever happens to the node."""
+    for name in ("log.jsonl", "validation.jsonl"):
+        if (run / name).exists():
+            with open(run / name, "ab") as file:
+                os.fsync(file.fileno())
+
+
 def _cut(run: Path, name: str, step: int) -> None:
     path = run / name
     if not path.exists():

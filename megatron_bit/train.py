@@ -25,7 +25,7 @@ from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
 from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import EXIT_PREEMPTED, Diverged, RankLost, Stopped, UserError
+from megatron_bit.errors import EXIT_PREEMPTED, Diverged, RankLost, UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.identity import compare_run, identity, of_checkpoint
 from megatron_bit.model.build import build_model
@@ -76,12 +76,12 @@ def main(config: Config) -> int:
     return EXIT_PREEMPTED if trainer.preempted else 0
 
 
-def _not_heard(config: Config, ranks: list[int]) -> UserError:
-    """One rank says it: the lowest that has waited."""
+def _not_heard(config: Config, ranks: list[int]) -> RankLost:
+    """One rank says it: the lowest that has waited; the others leave with the same exit code."""
     from mbit_launcher import heartbeats
 
     if dist.get_rank() != min(rank for rank in range(dist.get_world_size()) if rank not in ranks):
-        return Stopped("")
+        return RankLost("")
     beats = {beat.rank: beat for beat in heartbeats.read(Path(config.run))}
     said = []
     for rank in ranks[:8]:

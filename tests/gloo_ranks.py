@@ -29,7 +29,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         AssertionError: with the traceback of the first rank that failed, or if the job takes longer than `timeout`
             seconds; no process is left behind.
     """
-    context = _fork_server()
+    context = fork_server()
     port = choose_port()
     queue = context.Queue()
     ranks = [
@@ -60,7 +60,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
     global _context
     if _context is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server and its ranks inherit it

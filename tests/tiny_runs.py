@@ -54,6 +54,22 @@ class Result:
     weights: dict[str, Tensor]  # fp32 masters by logical name, of the newest checkpoint
 
 
+def prepare_data(folder: Path) -> None:
+    """A data folder of real text (part of the standard library), vocabulary 421."""
+    import email
+    import json as module
+
+    from mbit_data.prepare import PrepareOptions, prepare
+
+    inputs = tuple(str(Path(m.__file__).parent) for m in (module, email))
+    prepare(
+        PrepareOptions(
+            inputs=inputs, out=folder, vocab_size=421, validation_fraction=0.2, shard_tokens=40_000, workers=1
+        ),
+        progress=False,
+    )
+
+
 def overrides(run: Path, data: Path, settings: dict[str, Any]) -> list[str]:
     """key=value arguments of a tiny run."""
     tree = {**SETTINGS, **settings, "run": str(run), "data.path": str(data)}
@@ -259,11 +275,65 @@ def aloud(arguments: list[str], heard: Path, name: str = "train", *more: Any) ->
         return globals()[name](arguments, *more)
 
 
+def unheard_after_rank0() -> list[int] | None:
+    """Runs in a rank: what `unheard` says where rank 0 has left with the store of the job; None on rank 0."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_bit.parallel.agree import unheard
+
+    dist.init_process_group("gloo")
+    if os.environ["RANK"] == "0":
+        return None
+    return unheard(RuntimeError("Timed out waiting 12000ms for recv operation to complete"))
+
+
 def train_elsewhere(arguments: list[str], folders: list[str]) -> int:
     """Runs in a rank: like `train`, in a working folder of its own, as on a node of its own."""
     import os
 
     os.chdir(folders[int(os.environ["RANK"])])
+    return train(arguments)
+
+
+def train_traced(arguments: list[str], calls: Path) -> int:
+    """Runs in a rank: like `train`, with a line in `calls` for every file that is synced or renamed: "fsync NAME"."""
+    import os
+
+    sync, rename = os.fsync, os.rename
+
+    def note(text: str) -> None:
+        with open(calls, "a") as file:
+            file.write(text + "\n")
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        note(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+
+    def renamed(*args: Any, **kwargs: Any) -> None:
+        note(f"rename {Path(args[0]).name}")
+        rename(*args, **kwargs)
+
+    os.fsync, os.rename = synced, renamed
+    return train(arguments)
+
+
+def train_asked(arguments: list[str], step: int) -> int:
+    """Runs in a rank: like `train`; rank 0 gets SIGTERM in the step before `step`, so that all leave behind it."""
+    import os
+    import signal
+
+    from megatron_bit.trainer import Trainer
+
+    plain = Trainer.train_step
+
+    def asked(self: Trainer, batches: Any) -> None:
+        if self.state.step == step - 2 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(self, batches)
+
+    Trainer.train_step = asked  # type: ignore[method-assign]
     return train(arguments)
 
 

@@ -25,7 +25,9 @@ class CheckpointCallback(Callback):
 
     def start(self, trainer: Trainer) -> None:
         self._open(trainer, trainer.run)
-        self._mark(trainer)  # continued with nothing left to do
+        if trainer.stopping:  # continued with nothing left to do: what the start before had no time for
+            self._writer.finish()
+            self._mark(trainer)
         if trainer.config.checkpoint.initial and trainer.state.step == 0:
             self._save(trainer)
 
@@ -94,7 +96,9 @@ class CheckpointCallback(Callback):
 
     @staticmethod
     def _mark(trainer: Trainer) -> None:
-        ended = trainer.state.step >= trainer.config.train.steps and not (trainer.diverged or trainer.orphaned)
+        """One that was asked to leave at its last step was not validated there, and its copy not waited for."""
+        left = trainer.preempted or trainer.diverged or trainer.orphaned
+        ended = trainer.state.step >= trainer.config.train.steps and not left
         if trainer.groups.rank == 0 and ended:
             (trainer.run / "FINISHED").touch()
 

@@ -13,13 +13,17 @@ from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
 from megatron_bit.measured import strict_json
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.parallel.agree import alone
+from megatron_bit.parallel.agree import alone, on_rank0
 from megatron_bit.parallel.step import pipeline
+from megatron_bit.run_log import last_step
 from megatron_bit.trainer import Callback, Trainer
 
 
 class EvaluateCallback(Callback):
-    """Before the first step (`evaluate.initial`), every `evaluate.every` steps, and at the last step of the run."""
+    """Before the first step (`evaluate.initial`), every `evaluate.every` steps, and at the last step of the run.
+
+    A run that was asked to leave at such a step has no time for it: the next start makes up for it.
+    """
 
     def start(self, trainer: Trainer) -> None:
         self._stream: BatchStream | None = None
@@ -50,16 +54,25 @@ class EvaluateCallback(Callback):
             )
         self._rounds = -(-self._count // unit)
         self._stream = stream
-        if trainer.state.step == 0 and config.evaluate.initial:
+        if self._due(trainer) and self._recorded(trainer) != trainer.state.step:
             self._report(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
-        every = trainer.config.evaluate.every
-        if self._stream is None or trainer.preempted or trainer.diverged or trainer.orphaned:
-            return
-        if trainer.state.step % every and trainer.state.step < trainer.config.train.steps:
-            return
-        self._report(trainer)
+        leaving = trainer.preempted or trainer.diverged or trainer.orphaned
+        if self._stream is not None and not leaving and self._due(trainer):
+            self._report(trainer)
+
+    @staticmethod
+    def _recorded(trainer: Trainer) -> int | None:
+        """Step of the last validation, as rank 0 knows it; those behind this start's begin were rolled back."""
+        return on_rank0(lambda: last_step(trainer.run / "validation.jsonl"))
+
+    @staticmethod
+    def _due(trainer: Trainer) -> bool:
+        step, config = trainer.state.step, trainer.config
+        if step == 0:
+            return config.evaluate.initial
+        return step % config.evaluate.every == 0 or step >= config.train.steps
 
     def _report(self, trainer: Trainer) -> None:
         begin = time.perf_counter()

@@ -42,8 +42,8 @@ class MetricsCallback(Callback):
                 from torch.utils.tensorboard import SummaryWriter
 
                 # what a start before has shown of steps that are done again is not shown twice, as in log.jsonl
-                purge = trainer.state.tokens + 1 if trainer.state.tokens else None
-                self._writer = SummaryWriter(str(trainer.run / "tensorboard"), purge_step=purge)
+                folder = str(trainer.run / "tensorboard")
+                self._writer = SummaryWriter(folder, purge_step=trainer.state.tokens + 1)
         except OSError as error:
             raise UserError(f"log {error.filename or trainer.run} cannot be written: {error.strerror}") from None
 
@@ -113,6 +113,7 @@ class MetricsCallback(Callback):
                     self._writer.add_scalar(f"train/{key}", line[key], line["tokens"])
             self._writer.add_scalar("train/skipped", trainer.state.skipped, trainer.state.tokens)
             self._writer.add_scalar("train/replaced", trainer.state.replaced, trainer.state.tokens)
+            self._writer.flush()  # it keeps them for two minutes, and a killed run has its saved steps behind it
         except OSError as error:  # of its writing thread, some time after
             print(f"warning: tensorboard cannot be written: {error.strerror}; going on without", flush=True)
             self._writer = None

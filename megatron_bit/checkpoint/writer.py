@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bit import run_log
 from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.save import Snapshot, snapshot, write_rank
@@ -198,6 +199,7 @@ class CheckpointWriter:
                 if groups.rank == 0:
                     in_time = lambda: not abandoned.is_set() and time.monotonic() < deadline  # noqa: E731
                     index, files = folders.join(temporary, groups.dims.world_size, in_time)
+                    run_log.sync(final.parent.parent)
                     folders.commit(temporary, final, index, files, meta, self._wanted(abandoned))
             except UserError as error:
                 problem = str(error)

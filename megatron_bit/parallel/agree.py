@@ -46,21 +46,28 @@ def unheard(error: RuntimeError) -> list[int] | None:
     """The ranks that a collective waited for in vain; None for an error that is no time-out.
 
     Whoever has waited says so in the store, and looks a little later who has not: those ranks are stopped, or in
-    something else. A store that does not answer is rank 0's. Takes at most PROBE_SECONDS more.
+    something else. A store that does not answer is rank 0's; one that is gone went with rank 0, which had found out
+    before, and the list is empty. Takes at most PROBE_SECONDS more.
     """
     if "timed out" not in str(error).lower():
         return None
     waiting: list[int] = []
+    gone = threading.Event()
 
     def probe() -> None:
         store, me = _store(), dist.get_rank()
-        store.set(f"{_WAITS}/{me}", "1")
-        time.sleep(PROBE_SECONDS / 2)
-        waiting.extend(r for r in range(dist.get_world_size()) if store.check([f"{_WAITS}/{r}"]))
+        try:
+            store.set(f"{_WAITS}/{me}", "1")
+            time.sleep(PROBE_SECONDS / 2)
+            waiting.extend(r for r in range(dist.get_world_size()) if store.check([f"{_WAITS}/{r}"]))
+        except RuntimeError:
+            gone.set()
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
+    if gone.is_set():
+        return []
     return [rank for rank in range(dist.get_world_size()) if rank not in waiting] if waiting else [0]
 
 

@@ -176,19 +176,45 @@ def test_a_full_disk_under_a_log(log: str, tiny_data: Path, tmp_path: Path) -> N
         subprocess.run(["umount", str(full)], check=True)
 
 
-def test_what_is_done_again_stands_once_in_tensorboard_too(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [2, 0])
+def test_what_is_done_again_stands_once_in_tensorboard_too(saved: int, tiny_data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
     settings = {"log.tensorboard": True, "checkpoint.every": 2, "log.every": 1}
     assert run_ranks(tiny_runs.train, 1, _arguments(run, tiny_data, **settings, **{"train.stop_at": 4})) == [0]
-    shutil.rmtree(run / "checkpoints" / "step-00000004")  # as if the run had died before it was saved
+    for step in range(saved + 1, 5):  # as if the run had died before they were saved
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
     assert run_ranks(tiny_runs.train, 1, _arguments(run, tiny_data, **settings)) == [0]
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [point.step for point in events.Scalars("train/loss")] == [record["tokens"] for record in logged]
     assert [record["step"] for record in logged] == [1, 2, 3, 4, 5]
+
+
+def test_tensorboard_has_what_the_log_has_when_a_run_is_killed(tiny_data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    settings = {"log.tensorboard": True, "checkpoint.every": 2, "log.every": 1}
+    arguments = _arguments(run, tiny_data, **settings)
+    with pytest.raises(AssertionError, match="died without a result"):
+        run_ranks(tiny_runs.train_recorded, 1, arguments, tmp_path / "records", 3)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [point.step for point in events.Scalars("train/loss")] == [record["tokens"] for record in logged]
+    assert [record["step"] for record in logged] == [1, 2, 3]
+
+
+def test_a_checkpoint_is_on_the_disk_after_its_steps_logs(tiny_data: Path, tmp_path: Path) -> None:
+    """A node that loses its power has the records of the steps that are not done again."""
+    arguments = _arguments(tmp_path / "run", tiny_data, **{"evaluate.every": 2, "evaluate.samples": 2})
+    assert run_ranks(tiny_runs.train_traced, 1, [*arguments, "checkpoint.every=5"], tmp_path / "calls") == [0]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    renamed = calls.index("rename step-00000005.tmp")
+    assert {"fsync log.jsonl", "fsync validation.jsonl", "fsync hashes.json"} <= set(calls[:renamed])
 
 
 def test_two_jobs_on_one_run(tiny_data: Path, tmp_path: Path) -> None:
@@ -202,3 +228,8 @@ def test_two_jobs_on_one_run(tiny_data: Path, tmp_path: Path) -> None:
     lock.release()
     assert set(run_ranks(tiny_runs.train, 2, _arguments(run, tiny_data))) == {0}
     assert json.loads((run / "lock").read_text())["pid"] != os.getpid()
+
+
+def test_a_store_that_has_gone_was_the_first_to_find_out() -> None:
+    """Rank 0 has waited, said so and left, while the others still ask who has not: nobody else has to say it."""
+    assert run_ranks(tiny_runs.unheard_after_rank0, 2) == [None, []]

@@ -11,6 +11,8 @@ import pytest
 import tiny_runs
 from gloo_ranks import run_ranks
 
+from megatron_bit.checkpoint.folder import newest_step
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "single_zero1": (1, {"parallel.zero_stage": 1}),
@@ -161,3 +163,21 @@ def test_a_file_that_one_rank_misses_stops_all_ranks(tiny_data: Path, tmp_path: 
     (tmp_path / "run" / "checkpoints" / "step-00000002" / "rank-00001.safetensors").unlink()
     with pytest.raises(AssertionError, match=r"UserError: all 1 checkpoints .* damaged .*rank-00001.safetens"):
         _train("dp2_zero1", tmp_path / "run", tiny_data)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_validation_that_there_was_no_time_for_is_made_up(step: int, tiny_data: Path, tmp_path: Path) -> None:
+    """Asked to leave at a step with a validation, also at the last: the next start has it, and marks the run."""
+    settings = {"evaluate.every": 3, "evaluate.samples": 4, "checkpoint.mirror": (tmp_path / "there").as_uri()}
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert set(run_ranks(tiny_runs.train, 2, tiny_runs.overrides(whole, tiny_data, settings))) == {0}
+    shutil.rmtree(tmp_path / "there")
+    arguments = tiny_runs.overrides(run, tiny_data, settings)
+    assert set(run_ranks(tiny_runs.train_asked, 2, arguments, step)) == {85}
+    assert newest_step(run / "checkpoints") == step and not (run / "FINISHED").exists()
+    shutil.rmtree(tmp_path / "there", ignore_errors=True)  # the copy that leaving did not wait for
+    assert set(run_ranks(tiny_runs.train, 2, arguments)) == {0}
+    assert (run / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
+    assert (run / "FINISHED").exists() and (tmp_path / "there" / "step-00000005" / "COMMITTED").exists()
+    assert set(run_ranks(tiny_runs.train, 2, arguments)) == {0}  # and nothing twice
+    assert (run / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
