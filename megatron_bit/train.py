@@ -49,8 +49,8 @@ def main(config: Config) -> int:
         the exit code: 0, or 85 if a signal asked the run to save and leave.
     """
     config.data.check_set()  # before the groups: rank 0 must not leave while others still connect to it
-    groups = process_groups.init(config)
     try:
+        groups = process_groups.init(config)
         if "MBIT_ATTEMPT" in os.environ:  # a job of the launcher: job.sh
             said = check_links(groups)
             if groups.rank == 0:

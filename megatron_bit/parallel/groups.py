@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch.distributed as dist
 from megatron_bit.compat import mcore
 from megatron_bit.config import Config
 from megatron_bit.environment import world_size
-from megatron_bit.errors import LocalUserError
+from megatron_bit.errors import EXIT_RANK_LOST, LocalUserError
 from megatron_bit.parallel.dims import ParallelDims
 
 
@@ -46,11 +50,42 @@ def init(config: Config) -> Groups:
     """Join the job: device, default process group (NCCL or gloo) and megatron-core's groups.
 
     Without torchrun's environment this is a world of one. Raises UserError for degrees that do not fit and for
-    a port that is taken; every rank computes the same checks, so that none is left waiting.
+    a port that is taken; every rank computes the same checks, so that none is left waiting. A job that has not come
+    together in twice parallel.timeout_minutes ends with EXIT_RANK_LOST.
     """
     dims = ParallelDims.build(config, world_size())
     mcore.prepare()
-    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
+    with _in_time(120 * config.parallel.timeout_minutes):
+        _join(datetime.timedelta(minutes=config.parallel.timeout_minutes))
+        return build_groups(config, dims)
+
+
+@contextlib.contextmanager
+def _in_time(seconds: float) -> Iterator[None]:
+    """End this process if what is in the block takes longer. torch's client of the store, among others, waits without
+    a limit for a rank 0 that listens and does not answer (2.13)."""
+
+    def leave() -> None:
+        rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        print(
+            f"megatron-bit: error: rank {rank}: the ranks have not come together in {seconds:.0f} s "
+            f"(2 x parallel.timeout_minutes) at MASTER_ADDR:MASTER_PORT = {host}:{port}; one is stopped, or its "
+            "node gone; the same command tries again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_RANK_LOST)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _join(timeout: datetime.timedelta) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -69,7 +104,6 @@ def init(config: Config) -> Groups:
                 "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
                 "if a rank did not come, see what it says"
             ) from None
-    return build_groups(config, dims)
 
 
 def build_groups(config: Config, dims: ParallelDims) -> Groups:
@@ -83,6 +117,7 @@ def build_groups(config: Config, dims: ParallelDims) -> Groups:
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
+        create_gloo_process_groups=False,  # nobody uses them, and one of them has a time-out of its own, 30 minutes
         distributed_timeout_minutes=config.parallel.timeout_minutes,  # type: ignore[arg-type]  # of a timedelta
     )
     mcore.seed_tracker(config.train.seed)

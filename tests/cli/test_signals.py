@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,15 @@ def _listens(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_rank_0_that_listens_and_does_not_answer(train_args: Any, tmp_path: Path) -> None:
+    """torch's client of the store would wait for it without an end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        args = train_args(tmp_path / "run", *SETTINGS, "parallel.timeout_minutes=0.05")
+        alone = run(*args, **place, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert alone.code == 87, alone.err
+    (line,) = [line for line in alone.err.splitlines() if "error" in line]
+    assert "rank 1" in line and "in 6 s" in line and place["MASTER_PORT"] in line
+    assert "Traceback" not in alone.err

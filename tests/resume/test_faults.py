@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import group_ranks
 import pytest
 import tiny_runs
 from gloo_ranks import run_ranks
@@ -233,3 +234,10 @@ def test_two_jobs_on_one_run(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_store_that_has_gone_was_the_first_to_find_out() -> None:
     """Rank 0 has waited, said so and left, while the others still ask who has not: nobody else has to say it."""
     assert run_ranks(tiny_runs.unheard_after_rank0, 2) == [None, []]
+
+
+@pytest.mark.parametrize("layout", [{"parallel.tp": 2}, {"parallel.zero_stage": 3}], ids=str)
+def test_every_group_has_the_time_out_that_was_set(layout: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
+    settings = {"train.steps": 1, "parallel.timeout_minutes": 2.5, **layout}
+    for made in run_ranks(group_ranks.timeouts, 2, tiny_runs.overrides(tmp_path / "run", tiny_data, settings)):
+        assert len(made) > 10 and {timeout for _, timeout in made} == {2.5}, made
