@@ -31,8 +31,9 @@ from megatron_bit.identity import compare_run, identity, of_checkpoint
 from megatron_bit.model.build import build_model
 from megatron_bit.model.codec import learned_table
 from megatron_bit.optim.optimizer import Optimizer, build_optimizer
+from megatron_bit.parallel import ending
 from megatron_bit.parallel import groups as process_groups
-from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0, unheard
+from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.links import check_links
 from megatron_bit.run_folder import claim, record_start
@@ -63,11 +64,8 @@ def main(config: Config) -> int:
         if trainer.orphaned:
             why = on_rank0(trainer.lock.lost)
             raise UserError(f"{why}; {trainer.left}")
-    except RuntimeError as error:
-        ranks = unheard(error)
-        if ranks is not None:
-            raise _not_heard(config, ranks) from None
-        other = lost(error)
+    except Exception as error:
+        other = _last(error, config)
         if other is error:
             raise
         raise other from None
@@ -76,12 +74,21 @@ def main(config: Config) -> int:
     return EXIT_PREEMPTED if trainer.preempted else 0
 
 
+def _last(error: Exception, config: Config) -> Exception:
+    """What to end with for an error of this rank, or one that it has because another one has ended."""
+    other = ending.leaving(error)
+    if other is error and isinstance(error, RuntimeError):
+        ranks = ending.unheard(error)
+        return ending.lost(error) if ranks is None else _not_heard(config, ranks)
+    return other
+
+
 def _not_heard(config: Config, ranks: list[int]) -> UserError:
     """One rank says it: the lowest that has waited."""
     from mbit_launcher import heartbeats
 
     if dist.get_rank() != min(rank for rank in range(dist.get_world_size()) if rank not in ranks):
-        return Stopped("")
+        return Stopped(exit_code=RankLost.exit_code)
     beats = {beat.rank: beat for beat in heartbeats.read(Path(config.run))}
     said = []
     for rank in ranks[:8]:

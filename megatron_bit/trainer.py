@@ -23,7 +23,7 @@ from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.optim.guard import accept
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.optim.schedule import learning_rate
-from megatron_bit.parallel.agree import alone
+from megatron_bit.parallel.ending import alone, leaving
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.step import forward_backward
 from megatron_bit.run_lock import RunLock
@@ -120,19 +120,28 @@ class Trainer:
         """Train from `state` to the last step, or until a signal."""
         with contextlib.ExitStack() as started:
             started.callback(self.stream.close)
+            try:
+                self._loop(started)
+            except Exception as error:
+                other = leaving(error)  # before the callbacks finish, which may take a while
+                if other is error:
+                    raise
+                raise other from None
+
+    def _loop(self, started: contextlib.ExitStack) -> None:
+        for callback in self.callbacks:
+            callback.start(self)
+            started.callback(callback.finish, self)
+        if self.stopping:
+            if self.groups.rank == 0:
+                print(self._nothing_left(), flush=True)
+            return
+        for batches in self._batches():
+            self.train_step(batches)
             for callback in self.callbacks:
-                callback.start(self)
-                started.callback(callback.finish, self)
+                callback.after_step(self)
             if self.stopping:
-                if self.groups.rank == 0:
-                    print(self._nothing_left(), flush=True)
                 return
-            for batches in self._batches():
-                self.train_step(batches)
-                for callback in self.callbacks:
-                    callback.after_step(self)
-                if self.stopping:
-                    break
 
     def _nothing_left(self) -> str:
         step, train = self.state.step, self.config.train

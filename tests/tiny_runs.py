@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,6 @@ def train_guarded(arguments: list[str]) -> int:
 def train_stalled(arguments: list[str], victim: int) -> int:
     """Runs in a rank: the disk under rank `victim`'s part of step 2 does not answer until step 4 is being saved, longer
     than the writer's patience, and then goes on."""
-    import threading
-
     from megatron_bit.checkpoint import writer
 
     plain, begin, back = writer.write_rank, writer.CheckpointWriter.__init__, threading.Event()
@@ -289,3 +288,119 @@ def train_recorded(arguments: list[str], records: Path, die_at: int | None) -> i
 
     Trainer.train_step = step  # type: ignore[method-assign]
     return train(arguments)
+
+
+def train_exhausted(arguments: list[str], victim: int, where: str, what: str, said: Path) -> None:
+    """Runs in a rank, and ends it: the command `train`, in which rank `victim` runs out of something. What it writes to
+    stderr is added to the file `said`.
+
+    Args:
+        where: "init" (before ranks have met), "groups" (while the others make theirs), "step", "validation", "save"
+            (in the thread that writes), "snapshot" (of the main thread), "data".
+        what: "memory", "allocator", "threads", "descriptors" or "address space".
+    """
+    import os
+    import sys
+
+    from megatron_bit import cli
+    from megatron_bit.parallel import ending
+
+    if int(os.environ["RANK"]) == victim:
+        _exhaust(where, what)
+    if where == "groups":
+        ending.GRACE_SECONDS = 3.0
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.argv = ["megatron-bit", "train", *arguments]
+    torch.set_num_threads(1)
+    cli.main()
+
+
+FEW = 80  # descriptors: enough to meet the others, too few for groups
+
+
+def train_limited(arguments: list[str], ranks: list[int], said: Path, limit: int = FEW) -> None:
+    """Runs in a rank, and ends it: the command `train`, in which `ranks` may have this many descriptors open."""
+    import os
+    import resource
+
+    if int(os.environ["RANK"]) in ranks:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    train_exhausted(arguments, -1, "", "", said)
+
+
+def train_counted(arguments: list[str]) -> tuple[int, int]:
+    """Runs in a rank: like `train`; returns how many descriptors were open at most, and the estimate."""
+    from megatron_bit.exhausted import open_now
+    from megatron_bit.parallel import descriptors
+
+    most, estimates, ended = [0], [], threading.Event()
+    plain = descriptors.needed
+
+    def look() -> None:
+        while not ended.wait(0.001):
+            most[0] = max(most[0], open_now())
+
+    def noted(*args: Any) -> int:
+        estimates.append(plain(*args))
+        return estimates[-1]
+
+    descriptors.needed = noted
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        assert train(arguments) == 0
+    finally:
+        ended.set()
+        watcher.join()
+    return most[0], estimates[-1]
+
+
+def _exhaust(where: str, what: str) -> None:
+    import resource
+
+    from megatron_bit.callbacks import evaluate
+    from megatron_bit.checkpoint import writer
+    from megatron_bit.data import batches
+    from megatron_bit.trainer import Trainer
+
+    hit = [0]
+
+    def fail(*args: Any, **more: Any) -> None:
+        hit[0] += 1
+        if what == "memory":
+            raise MemoryError
+        if what == "allocator":
+            torch.empty(1 << 50)
+        if what == "descriptors":
+            import os
+
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limit))
+            open("/etc/hostname").close()
+        if what == "address space":
+            from pathlib import Path
+
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
+            torch.ones(200 << 20, dtype=torch.uint8)
+        raise RuntimeError("can't start new thread")
+
+    if where == "init":
+        threading.Thread.start = fail  # type: ignore[method-assign]
+    elif where == "groups":
+        torch.distributed.init_process_group = fail  # type: ignore[assignment]
+    elif where == "step":
+        plain = Trainer.train_step
+
+        def step(self: Trainer, batch: Any) -> None:
+            if self.state.step == 2:
+                fail()
+            plain(self, batch)
+
+        Trainer.train_step = step  # type: ignore[method-assign]
+    elif where == "validation":
+        evaluate.EvaluateCallback._sums = fail  # type: ignore[assignment,method-assign]
+    elif where == "data":
+        batches._BatchMaker._batches = fail  # type: ignore[assignment,method-assign]
+    else:
+        setattr(writer, {"save": "write_rank", "snapshot": "snapshot"}[where], fail)

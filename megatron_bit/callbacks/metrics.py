@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron_bit import console
 from megatron_bit.errors import UserError
 from megatron_bit.measured import strict_json
-from megatron_bit.parallel.agree import alone, on_rank0
+from megatron_bit.parallel.agree import on_rank0
+from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.trainer import Callback, StepRecord, Trainer
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_bit.compat import mcore
 from megatron_bit.config import Config
-from megatron_bit.environment import world_size
-from megatron_bit.errors import LocalUserError
+from megatron_bit.environment import environment_int, world_size
+from megatron_bit.errors import LocalUserError, Stopped
+from megatron_bit.exhausted import open_now
+from megatron_bit.parallel import descriptors, ending
 from megatron_bit.parallel.dims import ParallelDims
 
 
@@ -50,26 +53,53 @@ def init(config: Config) -> Groups:
     """
     dims = ParallelDims.build(config, world_size())
     mcore.prepare()
-    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
     if not dist.is_initialized():
         try:
-            if "RANK" in os.environ:
-                dist.init_process_group(backend, timeout=timeout)
-            else:
-                store: dist.Store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
-                dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        except (dist.DistError, ValueError) as error:  # each rank meets it by itself
-            host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-            raise LocalUserError(
-                f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
-                "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
-                "if a rank did not come, see what it says"
-            ) from None
+            _join(dims, backend, datetime.timedelta(minutes=config.parallel.timeout_minutes))
+            return build_groups(config, dims)
+        except Exception as error:
+            other = ending.leaving(error)
+            if other is error and isinstance(error, RuntimeError):
+                other = ending.lost(error)
+            if other is error:
+                raise
+            raise other from None
     return build_groups(config, dims)
+
+
+def _join(dims: ParallelDims, backend: str, timeout: datetime.timedelta) -> None:
+    """torch's default group, after all ranks have said that they can have the descriptors for theirs."""
+    rank, gloo, already = environment_int("RANK", 0), backend == "gloo", open_now()
+    if "RANK" not in os.environ or dims.world_size == 1:
+        descriptors.check_here(dims, gloo)
+    if "RANK" not in os.environ:
+        store: dist.Store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        descriptors.check_store(dims, rank)
+        # what init_process_group does by itself, with the store in hand before the groups are made
+        found, _, _ = next(rendezvous("env://", timeout=timeout))
+        found.set_timeout(timeout)
+        store = dist.PrefixStore("default_pg", found)  # type: ignore[reportPrivateImportUsage]
+        if dims.world_size > 1:
+            word = ending.begin(store, rank, dims.world_size)
+            descriptors.check_together(dims, rank, gloo, already, store, word, timeout.total_seconds())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=dims.world_size, timeout=timeout)
+    except (dist.DistError, ValueError, TimeoutError) as error:  # each rank meets it by itself
+        code = ending.said()
+        if code is not None:
+            raise Stopped(str(error), code) from None
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise LocalUserError(
+            f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
+            "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
+            "if a rank did not come, see what it says"
+        ) from None
 
 
 def build_groups(config: Config, dims: ParallelDims) -> Groups:
@@ -99,6 +129,7 @@ def build_groups(config: Config, dims: ParallelDims) -> Groups:
 
 def shutdown() -> None:
     """Leave the groups; safe to call twice."""
+    ending.over()
     if dist.is_initialized():
         from megatron.core import parallel_state
 
