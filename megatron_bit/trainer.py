@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.writer import Votes
 from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
@@ -69,6 +70,7 @@ class Trainer:
         callbacks: Sequence[Callback],
         identity: dict[str, Any],
         lock: RunLock,
+        mirror: Mirror | None,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -78,6 +80,7 @@ class Trainer:
         self.callbacks = callbacks
         self.identity = identity
         self.lock = lock  # held as long as the trainer lives
+        self.mirror = mirror  # opened on rank 0
         self.record: StepRecord | None = None
         self._settled = True
         self.asked_to_stop = False  # this rank got a signal

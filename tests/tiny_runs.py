@@ -158,6 +158,48 @@ def train_poisoned(arguments: list[str], first: int, last: int) -> int:
     return train(arguments)
 
 
+def train_poisoned_killed(arguments: list[str], first: int, last: int, when: str, rewind: int) -> int:
+    """Runs in a rank: like `train_poisoned`, but all ranks are killed at the n-th rewind of this start.
+
+    when: "noted" (rank 0 has written it down), "back" (all have loaded the checkpoint), or a number of steps later.
+    """
+    import os
+    import signal
+
+    from megatron_bit import rewind as module
+    from megatron_bit.trainer import Trainer
+
+    plain_write, plain_begin, plain_step = module.write, Trainer.begin_again, Trainer.train_step
+    rewinds, steps = [0], [-1]
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(*args: Any) -> None:
+        plain_write(*args)
+        rewinds[0] += 1
+        if when == "noted" and rewinds[0] == rewind:
+            die()
+
+    def begin(self: Trainer, state: Any) -> None:
+        plain_begin(self, state)
+        if rewinds[0] != rewind and int(os.environ["RANK"]) == 0:
+            return
+        if when == "back":
+            die()
+        steps[0] = 0
+
+    def step(self: Trainer, batch: Any) -> None:
+        if str(steps[0]) == when:
+            die()
+        plain_step(self, batch)
+        steps[0] += steps[0] >= 0
+
+    module.write = write
+    Trainer.begin_again, Trainer.train_step = begin, step  # type: ignore[method-assign]
+    return train_poisoned(arguments, first, last)
+
+
 def train_guarded(arguments: list[str]) -> int:
     """Runs in a rank: a spike of 100 times the loss, and a guard that trusts its mean after two steps."""
     from megatron_bit.optim import guard
