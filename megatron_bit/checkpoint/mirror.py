@@ -130,15 +130,28 @@ class Mirror:
         there: the files there would be of both.
         """
         there = f"{self._root}/{checkpoint.name}"
+        read, mark = os.stat(checkpoint), (checkpoint / MARK).read_bytes()
         _again(lambda: self._remove(f"{there}/{MARK}"))
         _again(lambda: self._fs.makedirs(there, exist_ok=True))
         names = sorted(path.name for path in checkpoint.iterdir() if path.name != MARK)
         for name in (*names, MARK):
+            self._fs.invalidate_cache()
+            if self._fs.exists(f"{there}/{MARK}"):
+                self._mixed(there)
+            if not os.path.samestat(read, os.stat(checkpoint)) or (checkpoint / MARK).read_bytes() != mark:
+                raise OSError("it was replaced while it was copied")
             _again(lambda name=name: self._fs.put_file(str(checkpoint / name), f"{there}/{name}"))
             found, wanted = self._fs.size(f"{there}/{name}"), (checkpoint / name).stat().st_size
             if found != wanted:
                 raise OSError(f"{there}/{name} has {found} bytes there and {wanted} here")
+        if self._fs.cat_file(f"{there}/{HASHES}") != (checkpoint / HASHES).read_bytes():
+            self._mixed(there)
         return folders.size(checkpoint)
+
+    def _mixed(self, there: str) -> None:
+        """Two have written at once, one of which stood still for long: better no checkpoint than one of both."""
+        self._remove(f"{there}/{MARK}")
+        raise OSError(f"another job has copied a checkpoint to {there} at the same time")
 
     def _prune(self) -> None:
         for name in folders.superfluous(self.complete(), self._keep, self._keep_every):
