@@ -30,16 +30,8 @@ from megatron_bit.commands.slurm import (
     submit,
 )
 from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
-from megatron_bit.errors import (
-    EXIT_DIVERGED,
-    EXIT_RANK_LOST,
-    EXIT_USER_ERROR,
-    Diverged,
-    LocalUserError,
-    RankLost,
-    Stopped,
-    UserError,
-)
+from megatron_bit.errors import Exhausted, LocalUserError, RankLost, Stopped, UserError
+from megatron_bit.exhausted import exhausted
 from megatron_bit.text import shown
 
 
@@ -100,9 +92,6 @@ GROUPS = {
 }
 
 
-CODES = {Diverged: EXIT_DIVERGED, RankLost: EXIT_RANK_LOST}
-
-
 def main() -> None:
     """Entry point: run a command, print a user's mistake as one line, and leave with its exit code."""
     rank, distributed = 0, False
@@ -111,27 +100,36 @@ def main() -> None:
         rank, distributed = environment.environment_int("RANK", 0), environment.environment_int("WORLD_SIZE", 1) > 1
         code = _dispatch(sys.argv[1:])
     except UserError as error:
-        code = next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_USER_ERROR)
-        alone = isinstance(error, LocalUserError | RankLost)
-        if str(error) and (alone or (rank == 0 and not isinstance(error, Stopped))):
-            where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
-            print(f"megatron-bit: error: {shown(' '.join(str(error).split()))}{where}", file=sys.stderr, flush=True)
+        code = _say(exhausted(error) or error, rank, distributed)
     except KeyboardInterrupt:
         code = 130
-    except ConnectionError as error:  # another rank has gone, and says itself why
-        code = 1
-        print(f"[rank {rank}] stopped: {error}" if distributed else f"failed: {error}", file=sys.stderr)
     except SystemExit:
         raise
-    except BaseException:
-        code = 1
-        print(f"[rank {rank}] failed:" if distributed else "failed:", file=sys.stderr)
-        traceback.print_exc()
+    except BaseException as error:
+        out = exhausted(error)
+        if out is not None:
+            code = _say(out, rank, distributed)
+        elif isinstance(error, ConnectionError):  # another rank has gone, and says itself why
+            code = 1
+            print(f"[rank {rank}] stopped: {error}" if distributed else f"failed: {error}", file=sys.stderr)
+        else:
+            code = 1
+            print(f"[rank {rank}] failed:" if distributed else "failed:", file=sys.stderr)
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     if distributed and code:
         os._exit(code)  # tearing down groups would wait for ranks that are still in a collective
     sys.exit(code)
+
+
+def _say(error: UserError, rank: int, distributed: bool) -> int:
+    """Print it, if it is for this rank to say; returns the exit code."""
+    of_this_rank = isinstance(error, LocalUserError | RankLost | Exhausted)
+    if of_this_rank or (rank == 0 and not isinstance(error, Stopped)):
+        where = f" (rank {rank})" if isinstance(error, LocalUserError) and distributed else ""
+        print(f"megatron-bit: error: {shown(' '.join(str(error).split()))}{where}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -280,7 +280,7 @@ class OptimConfig(Section):
     """`stop`: with exit code 86 and a line that names that checkpoint. `rewind`: go on from it, behind the data that
     was seen since."""
     max_rewinds: int = Field(default=3, ge=1)
-    """`rewind`: as often in one start; then it stops."""
+    """`rewind`: as often in the whole run, whatever ends and continues it; then it stops."""
 
 
 Verify = Literal["first", "always", "never"]

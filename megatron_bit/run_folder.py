@@ -10,6 +10,7 @@ RUN/rolled_back.jsonl   records of steps that were done again, because the run d
 RUN/heartbeats/         how far each rank is
 RUN/FINISHED            there when train.steps are done
 RUN/DIVERGED            says why a run has stopped by itself
+RUN/rewind.json         the newest time that it went back because it had diverged
 RUN/lock                held by the job that trains it
 """
 
@@ -20,7 +21,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from megatron_bit import strict_json, trust
+from megatron_bit import rewind, strict_json, trust
 from megatron_bit.checkpoint.folder import checkpoints_of, read_meta, sweep
 from megatron_bit.config import Config, load_config, read_yaml, to_yaml
 from megatron_bit.errors import UserError
@@ -45,7 +46,7 @@ def claim(config: Config, mine: dict[str, Any], lock: RunLock) -> None:
         if known.exists():
             where = f"run folder {run}"
             compare_run(of_folder(_stored(known), mine, where), mine, where)
-        for line in (lock.acquire(), *sweep(run / "checkpoints")):
+        for line in (lock.acquire(), *sweep(run / "checkpoints"), *rewind.set_aside(run, rewind.read(run))):
             if line:
                 print(line, flush=True)
     except OSError as error:
@@ -71,6 +72,8 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
             write_atomic(run / "identity.json", json.dumps({**mine, **own, RUN_ID: mine[RUN_ID]}, indent=1).encode())
         for mark in ("FINISHED", "DIVERGED"):  # written again when it has come to that again
             (run / mark).unlink(missing_ok=True)
+        if meta is None:  # it begins anew, and has not gone back yet
+            (run / rewind.NAME).unlink(missing_ok=True)
         trust.remember(*filter(trust.acts, (*config.data.folders, config.checkpoint.mirror)))
         resolved = to_yaml(config).encode()
         write_atomic(run / "starts" / f"{_next_start(run):04d}.yaml", resolved)

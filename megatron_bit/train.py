@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bit import trust
+from megatron_bit import rewind, trust
 from megatron_bit.callbacks.checkpoint import CheckpointCallback
 from megatron_bit.callbacks.evaluate import EvaluateCallback
 from megatron_bit.callbacks.heartbeat import HeartbeatCallback
@@ -25,16 +25,18 @@ from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.config import Config
 from megatron_bit.data.corpus import Corpus, Tokens, open_corpus
 from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import EXIT_PREEMPTED, Diverged, RankLost, UserError
+from megatron_bit.errors import EXIT_PREEMPTED, Diverged, RankLost, Stopped, UserError
 from megatron_bit.files import write_atomic
 from megatron_bit.identity import compare_run, identity, of_checkpoint
 from megatron_bit.model.build import build_model
 from megatron_bit.model.codec import learned_table
 from megatron_bit.optim.optimizer import Optimizer, build_optimizer
+from megatron_bit.parallel import ending
 from megatron_bit.parallel import groups as process_groups
-from megatron_bit.parallel.agree import lost, on_every_rank, on_rank0, unheard
+from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.links import check_links
+from megatron_bit.rewind import Rewind
 from megatron_bit.run_folder import claim, record_start
 from megatron_bit.run_lock import RunLock
 from megatron_bit.run_log import roll_back
@@ -63,11 +65,8 @@ def main(config: Config) -> int:
         if trainer.orphaned:
             why = on_rank0(trainer.lock.lost)
             raise UserError(f"{why}; {trainer.left}")
-    except RuntimeError as error:
-        ranks = unheard(error)
-        if ranks is not None:
-            raise _not_heard(config, ranks) from None
-        other = lost(error)
+    except Exception as error:
+        other = _last(error, config)
         if other is error:
             raise
         raise other from None
@@ -76,12 +75,21 @@ def main(config: Config) -> int:
     return EXIT_PREEMPTED if trainer.preempted else 0
 
 
-def _not_heard(config: Config, ranks: list[int]) -> RankLost:
+def _last(error: Exception, config: Config) -> Exception:
+    """What to end with for an error of this rank, or one that it has because another one has ended."""
+    other = ending.leaving(error)
+    if other is error and isinstance(error, RuntimeError):
+        ranks = ending.unheard(error)
+        return ending.lost(error) if ranks is None else _not_heard(config, ranks)
+    return other
+
+
+def _not_heard(config: Config, ranks: list[int]) -> UserError:
     """One rank says it: the lowest that has waited; the others leave with the same exit code."""
     from mbit_launcher import heartbeats
 
     if dist.get_rank() != min(rank for rank in range(dist.get_world_size()) if rank not in ranks):
-        return RankLost("")
+        return Stopped(exit_code=RankLost.exit_code)
     beats = {beat.rank: beat for beat in heartbeats.read(Path(config.run))}
     said = []
     for rank in ranks[:8]:
@@ -107,7 +115,7 @@ def build(config: Config, groups: Groups) -> Trainer:
     mirror = None
     if config.checkpoint.mirror:
         mirror = Mirror(config.checkpoint.mirror, config.checkpoint.keep, config.checkpoint.keep_every)
-        on_rank0(functools.partial(_fetch, mirror, Path(config.run) / "checkpoints", mine))
+        on_rank0(functools.partial(_fetch, mirror, Path(config.run), mine))
     start = time.perf_counter()
     checkpoint = newest_undamaged(Path(config.run) / "checkpoints", groups)
     verified = time.perf_counter() - start
@@ -119,10 +127,12 @@ def build(config: Config, groups: Groups) -> Trainer:
     meta = on_rank0(functools.partial(record_start, config, mine, checkpoint))
     config = config.with_vocab_size(manifest.vocab_size)  # not before: RUN/config.yaml is what was asked for
     optimizer = build_optimizer(config, chunks, groups)
-    state = TrainState()
+    state, gone_back = TrainState(), False
     start = time.perf_counter()
     if checkpoint is not None and meta is not None:
         state = restore(checkpoint, meta, optimizer, groups)
+        back = on_rank0(lambda: rewind.read(Path(config.run)))
+        gone_back = back is not None and back.catch_up(state)
     taken = ""
     if weights is not None:
         on_every_rank(functools.partial(fill, weights, optimizer, groups))
@@ -134,12 +144,13 @@ def build(config: Config, groups: Groups) -> Trainer:
         took = f" (verified in {verified:.1f} s, read in {time.perf_counter() - start:.1f} s)"
         begin = f"continuing {checkpoint} at step {state.step}{took}" if checkpoint else "a new run"
         begin += f" from {taken}" if taken else ""
+        begin += f", behind sample {state.samples} (rewind {state.rewinds})" if gone_back else ""
         print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {begin}", flush=True)
     # the heartbeat first: a step is done before what follows it is, and a hang there is one after that step
     callbacks = (
         PreemptCallback(), HeartbeatCallback(), MetricsCallback(), EvaluateCallback(), CheckpointCallback(mirror),
     )  # fmt: skip
-    return Trainer(config, groups, corpus, optimizer, state, callbacks, mine, lock)
+    return Trainer(config, groups, corpus, optimizer, state, callbacks, mine, lock, mirror)
 
 
 def restore(checkpoint: Path, meta: dict[str, Any], optimizer: Optimizer, groups: Groups) -> TrainState:
@@ -167,9 +178,15 @@ def on_divergence(trainer: Trainer) -> None:
             write_atomic(run / "DIVERGED", f"{said}\n".encode())
             return None, said
         assert good is not None
-        roll_back(run, read_meta(good)["step"])
+        step = read_meta(good)["step"]
+        back = Rewind(step, state.samples, state.rewinds + 1, state.replaced, state.damaged)
+        rewind.write(run, back)  # first: a start after this one has died goes on from here too
+        aside = list(rewind.set_aside(run, back))
+        roll_back(run, step)
+        if trainer.mirror is not None:
+            trainer.mirror.went_back(back)
         print(f"warning: {said}; going on from there behind sample {state.samples} ({state.rewinds + 1} of "
-              f"{optim.max_rewinds} rewinds)", flush=True)  # fmt: skip
+              f"{optim.max_rewinds} rewinds)", *aside, sep="\n", flush=True)  # fmt: skip
         return good, said
 
     good, said = on_rank0(look)
@@ -179,8 +196,9 @@ def on_divergence(trainer: Trainer) -> None:
         )
         raise Diverged(f"{said}; {newer}, or set optim.on_divergence=rewind")
     begun = restore(good, on_rank0(lambda: read_meta(good)), trainer.optimizer, trainer.groups)
-    begun.samples, begun.rewinds = state.samples, state.rewinds + 1
-    begun.damaged, begun.replaced = state.damaged, state.replaced
+    back = on_rank0(lambda: rewind.read(run))
+    assert back is not None
+    back.catch_up(begun)
     trainer.begin_again(begun)
 
 
@@ -212,12 +230,13 @@ def open_data(config: Config) -> Corpus:
     return on_every_rank(mine)
 
 
-def _fetch(mirror: Mirror, root: Path, mine: dict[str, Any]) -> None:
+def _fetch(mirror: Mirror, run: Path, mine: dict[str, Any]) -> None:
     def check(meta: dict[str, Any], where: str) -> None:
         compare_run(of_checkpoint(meta, where), mine, where)
 
     mirror.open()
-    line = mirror.fetch_newer(root, check)
+    mirror.went_back(rewind.read(run))
+    line = mirror.fetch_newer(run / "checkpoints", check)
     if line:
         print(line, flush=True)
 

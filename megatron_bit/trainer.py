@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.writer import Votes
 from megatron_bit.config import Config
 from megatron_bit.data.batches import Batch, BatchStream
@@ -23,7 +24,7 @@ from megatron_bit.model.chunk import TokenBatch, noise_tables
 from megatron_bit.optim.guard import accept
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.optim.schedule import learning_rate
-from megatron_bit.parallel.agree import alone
+from megatron_bit.parallel.ending import alone, leaving
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.step import forward_backward
 from megatron_bit.run_lock import RunLock
@@ -69,6 +70,7 @@ class Trainer:
         callbacks: Sequence[Callback],
         identity: dict[str, Any],
         lock: RunLock,
+        mirror: Mirror | None,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -78,6 +80,7 @@ class Trainer:
         self.callbacks = callbacks
         self.identity = identity
         self.lock = lock  # held as long as the trainer lives
+        self.mirror = mirror  # opened on rank 0
         self.record: StepRecord | None = None
         self._settled = True
         self.asked_to_stop = False  # this rank got a signal
@@ -120,19 +123,28 @@ class Trainer:
         """Train from `state` to the last step, or until a signal."""
         with contextlib.ExitStack() as started:
             started.callback(self.stream.close)
+            try:
+                self._loop(started)
+            except Exception as error:
+                other = leaving(error)  # before the callbacks finish, which may take a while
+                if other is error:
+                    raise
+                raise other from None
+
+    def _loop(self, started: contextlib.ExitStack) -> None:
+        for callback in self.callbacks:
+            callback.start(self)
+            started.callback(callback.finish, self)
+        if self.stopping:
+            if self.groups.rank == 0:
+                print(self._nothing_left(), flush=True)
+            return
+        for batches in self._batches():
+            self.train_step(batches)
             for callback in self.callbacks:
-                callback.start(self)
-                started.callback(callback.finish, self)
+                callback.after_step(self)
             if self.stopping:
-                if self.groups.rank == 0:
-                    print(self._nothing_left(), flush=True)
                 return
-            for batches in self._batches():
-                self.train_step(batches)
-                for callback in self.callbacks:
-                    callback.after_step(self)
-                if self.stopping:
-                    break
 
     def _nothing_left(self) -> str:
         step, train = self.state.step, self.config.train

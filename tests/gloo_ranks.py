@@ -60,11 +60,37 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
+def end_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0
+) -> tuple[list[int | None], float]:
+    """The same for ranks that end their process themselves: exit codes by rank (None: killed after `timeout`), and the
+    seconds from the first one's end to the last one's."""
+    port = choose_port()
+    ranks = [
+        fork_server().Process(target=_enter, args=(function, rank, world_size, port, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    begin, first = time.monotonic(), 0.0
+    while any(process.exitcode is None for process in ranks) and time.monotonic() < begin + timeout:
+        if not first and any(process.exitcode is not None for process in ranks):
+            first = time.monotonic()
+        time.sleep(0.02)
+    seconds = time.monotonic() - first if first else 0.0
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    return codes, seconds
+
+
 def fork_server() -> Any:
     global _context
     if _context is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server and its ranks inherit it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `train` does
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Python 3.11's fork server does not take over sys.path, and ignores what it cannot import
         here = str(Path(__file__).parent)
@@ -75,6 +101,21 @@ def fork_server() -> Any:
 
 
 def _rank(queue: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple) -> None:
+    _join(rank, world_size, port)
+    try:
+        queue.put((rank, True, function(*args)))
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+    queue.close()
+    queue.join_thread()
+
+
+def _enter(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple) -> None:
+    _join(rank, world_size, port)
+    function(*args)
+
+
+def _join(rank: int, world_size: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -83,9 +124,3 @@ def _rank(queue: Any, function: Callable[..., Any], rank: int, world_size: int, 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    try:
-        queue.put((rank, True, function(*args)))
-    except BaseException:
-        queue.put((rank, False, traceback.format_exc()))
-    queue.close()
-    queue.join_thread()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,48 @@ def train_poisoned(arguments: list[str], first: int, last: int) -> int:
     return train(arguments)
 
 
+def train_poisoned_killed(arguments: list[str], first: int, last: int, when: str, rewind: int) -> int:
+    """Runs in a rank: like `train_poisoned`, but all ranks are killed at the n-th rewind of this start.
+
+    when: "noted" (rank 0 has written it down), "back" (all have loaded the checkpoint), or a number of steps later.
+    """
+    import os
+    import signal
+
+    from megatron_bit import rewind as module
+    from megatron_bit.trainer import Trainer
+
+    plain_write, plain_begin, plain_step = module.write, Trainer.begin_again, Trainer.train_step
+    rewinds, steps = [0], [-1]
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(*args: Any) -> None:
+        plain_write(*args)
+        rewinds[0] += 1
+        if when == "noted" and rewinds[0] == rewind:
+            die()
+
+    def begin(self: Trainer, state: Any) -> None:
+        plain_begin(self, state)
+        if rewinds[0] != rewind and int(os.environ["RANK"]) == 0:
+            return
+        if when == "back":
+            die()
+        steps[0] = 0
+
+    def step(self: Trainer, batch: Any) -> None:
+        if str(steps[0]) == when:
+            die()
+        plain_step(self, batch)
+        steps[0] += steps[0] >= 0
+
+    module.write = write
+    Trainer.begin_again, Trainer.train_step = begin, step  # type: ignore[method-assign]
+    return train_poisoned(arguments, first, last)
+
+
 def train_guarded(arguments: list[str]) -> int:
     """Runs in a rank: a spike of 100 times the loss, and a guard that trusts its mean after two steps."""
     from megatron_bit.optim import guard
@@ -184,8 +227,6 @@ def train_guarded(arguments: list[str]) -> int:
 def train_stalled(arguments: list[str], victim: int) -> int:
     """Runs in a rank: the disk under rank `victim`'s part of step 2 does not answer until step 4 is being saved, longer
     than the writer's patience, and then goes on."""
-    import threading
-
     from megatron_bit.checkpoint import writer
 
     plain, begin, back = writer.write_rank, writer.CheckpointWriter.__init__, threading.Event()
@@ -281,7 +322,7 @@ def unheard_after_rank0() -> list[int] | None:
 
     import torch.distributed as dist
 
-    from megatron_bit.parallel.agree import unheard
+    from megatron_bit.parallel.ending import unheard
 
     dist.init_process_group("gloo")
     if os.environ["RANK"] == "0":
@@ -294,6 +335,30 @@ def train_elsewhere(arguments: list[str], folders: list[str]) -> int:
     import os
 
     os.chdir(folders[int(os.environ["RANK"])])
+    return train(arguments)
+
+
+def train_tensorboard_full(arguments: list[str], heard: Path) -> int:
+    """Runs in a rank: like `train`, with no room for tensorboard behind its first records; all that is printed in
+    `heard`, also by threads."""
+    import errno
+    import os
+
+    from tensorboard.summary.writer import record_writer
+
+    plain, count = record_writer.RecordWriter.write, 0
+
+    def full(self: Any, data: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(self, data)
+
+    record_writer.RecordWriter.write = full
+    descriptor = os.open(heard, os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     return train(arguments)
 
 
@@ -359,3 +424,119 @@ def train_recorded(arguments: list[str], records: Path, die_at: int | None) -> i
 
     Trainer.train_step = step  # type: ignore[method-assign]
     return train(arguments)
+
+
+def train_exhausted(arguments: list[str], victim: int, where: str, what: str, said: Path) -> None:
+    """Runs in a rank, and ends it: the command `train`, in which rank `victim` runs out of something. What it writes to
+    stderr is added to the file `said`.
+
+    Args:
+        where: "init" (before ranks have met), "groups" (while the others make theirs), "step", "validation", "save"
+            (in the thread that writes), "snapshot" (of the main thread), "data".
+        what: "memory", "allocator", "threads", "descriptors" or "address space".
+    """
+    import os
+    import sys
+
+    from megatron_bit import cli
+    from megatron_bit.parallel import ending
+
+    if int(os.environ["RANK"]) == victim:
+        _exhaust(where, what)
+    if where == "groups":
+        ending.GRACE_SECONDS = 3.0
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.argv = ["megatron-bit", "train", *arguments]
+    torch.set_num_threads(1)
+    cli.main()
+
+
+FEW = 80  # descriptors: enough to meet the others, too few for groups
+
+
+def train_limited(arguments: list[str], ranks: list[int], said: Path, limit: int = FEW) -> None:
+    """Runs in a rank, and ends it: the command `train`, in which `ranks` may have this many descriptors open."""
+    import os
+    import resource
+
+    if int(os.environ["RANK"]) in ranks:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    train_exhausted(arguments, -1, "", "", said)
+
+
+def train_counted(arguments: list[str]) -> tuple[int, int]:
+    """Runs in a rank: like `train`; returns how many descriptors were open at most, and the estimate."""
+    from megatron_bit.exhausted import open_now
+    from megatron_bit.parallel import descriptors
+
+    most, estimates, ended = [0], [], threading.Event()
+    plain = descriptors.needed
+
+    def look() -> None:
+        while not ended.wait(0.001):
+            most[0] = max(most[0], open_now())
+
+    def noted(*args: Any) -> int:
+        estimates.append(plain(*args))
+        return estimates[-1]
+
+    descriptors.needed = noted
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        assert train(arguments) == 0
+    finally:
+        ended.set()
+        watcher.join()
+    return most[0], estimates[-1]
+
+
+def _exhaust(where: str, what: str) -> None:
+    import resource
+
+    from megatron_bit.callbacks import evaluate
+    from megatron_bit.checkpoint import writer
+    from megatron_bit.data import batches
+    from megatron_bit.trainer import Trainer
+
+    hit = [0]
+
+    def fail(*args: Any, **more: Any) -> None:
+        hit[0] += 1
+        if what == "memory":
+            raise MemoryError
+        if what == "allocator":
+            torch.empty(1 << 50)
+        if what == "descriptors":
+            import os
+
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limit))
+            open("/etc/hostname").close()
+        if what == "address space":
+            from pathlib import Path
+
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
+            torch.ones(200 << 20, dtype=torch.uint8)
+        raise RuntimeError("can't start new thread")
+
+    if where == "init":
+        threading.Thread.start = fail  # type: ignore[method-assign]
+    elif where == "groups":
+        torch.distributed.init_process_group = fail  # type: ignore[assignment]
+    elif where == "step":
+        plain = Trainer.train_step
+
+        def step(self: Trainer, batch: Any) -> None:
+            if self.state.step == 2:
+                fail()
+            plain(self, batch)
+
+        Trainer.train_step = step  # type: ignore[method-assign]
+    elif where == "validation":
+        evaluate.EvaluateCallback._sums = fail  # type: ignore[assignment,method-assign]
+    elif where == "data":
+        batches._BatchMaker._batches = fail  # type: ignore[assignment,method-assign]
+    else:
+        setattr(writer, {"save": "write_rank", "snapshot": "snapshot"}[where], fail)

@@ -149,6 +149,7 @@ def prepare_part(options: PrepareOptions, progress: bool = True) -> PartResult:
             "splits": {name: [asdict(shard) for shard in split.shards] for name, split in splits.items()},
             "dropped": dropped,
         }
+        journal.check()
         write_atomic(_part_path(out, part), (json.dumps(content, indent=1) + "\n").encode())
         journal.path.unlink()
     if dropped:

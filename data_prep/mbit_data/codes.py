@@ -81,11 +81,14 @@ def learn(
     }
     result = {"path": str(path), "vocab_size": manifest.vocab_size, "bits": bits, "options": about}
     try:
-        with only_one(manifest.folder, report):
+        with only_one(manifest.folder, report) as check:
             if path.exists() and not force:
                 _same(path, manifest, bits, about)
                 return {**result, "made": False, "seconds": 0.0}
             code = LearnedCode(_search(manifest, bits, about, report), manifest.tokenizer_sha256, about)
+            check()
+            if path.exists() and not force:  # by somebody where no lock holds
+                _same(path, manifest, bits, about)
             write_code(path, code)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; name another file with --out") from error

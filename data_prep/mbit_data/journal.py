@@ -78,6 +78,20 @@ class Journal:
         lines += [json.dumps({"tokenizer_sha256": self.tokenizer_sha256})] if self.tokenizer_sha256 else []
         lines += [_line(split, *entry) for split, done in self.finished.items() for entry in done.entries]
         write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+        self._ours = os.stat(path)
+
+    def check(self) -> None:
+        """UserError if the folder is not this process's any more, which may have stood still for long: nothing more may
+        be written there. Whoever goes on with a folder, or begins one of that name, writes a journal of its own."""
+        try:
+            if os.path.samestat(self._ours, os.stat(self.path)):
+                return
+        except FileNotFoundError:
+            pass
+        raise UserError(
+            f"{self.path.parent} is not the folder any more that this prepare was at work on: it was removed or "
+            "replaced, or another prepare goes on with it; nothing more is written there"
+        )
 
     def add(self, split: str, shard: Shard, last_document: int) -> None:
         """A shard is complete on disk; `last_document` is the number of the last document in it. Raises OSError."""
@@ -98,9 +112,11 @@ class Journal:
     def forget(self) -> None:
         """Keep nothing for another start: what is finished may be of other bytes than were hashed. Raises OSError."""
         self.finished = {split: Finished() for split in SPLITS}
+        self.check()
         write_atomic(self.path, (json.dumps({**self._header, "code_sha256": CHANGED}) + "\n").encode())
 
     def _append(self, line: str) -> None:
+        self.check()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()

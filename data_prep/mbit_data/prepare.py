@@ -74,6 +74,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Manifest:
                 f"the input is empty: {len(files)} files (first: {files[0].name}), and of their documents {why}"
             )
         dropped |= left_out.counts
+        journal.check()
         manifest = write_manifest(out, splits, tokenizer, identity, dropped)
         (out / KEYS_FILE).unlink(missing_ok=True)
         if dropped:

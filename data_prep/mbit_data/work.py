@@ -85,6 +85,7 @@ def make_tokenizer(work: Work, files: list[InputFile], may_reuse: bool) -> Token
 
 def _place(work: Work, name: str, data: bytes) -> None:
     """Like write_atomic, also when other parts write the same file at the same time."""
+    work.journal.check()
     own = work.out / f"{work.prefix}{name}"
     write_atomic(own, data)
     os.replace(own, work.out / name)
@@ -136,7 +137,9 @@ def write_shards(
         done={split: done.last_document for split, done in journal.finished.items()},
     )
     writers = {
-        split: SplitWriter(work.out, _shard_prefix(split, work), options.shard_tokens, journal.finished[split].shards)
+        split: SplitWriter(
+            work.out, _shard_prefix(split, work), options.shard_tokens, journal.finished[split].shards, journal.check
+        )
         for split in SPLITS
     }
     dropped: Counter[str] = Counter()

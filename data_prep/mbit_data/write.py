@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -69,12 +70,13 @@ class _ShardFile:
         header.size = len(data)
         self.tar.addfile(header, io.BytesIO(data))
 
-    def finish(self) -> Shard:
+    def finish(self, check: Callable[[], None]) -> Shard:
         self.tar.close()
         self.file.flush()
         os.fsync(self.file.fileno())
         size = self.file.tell()
         self.file.close()
+        check()
         lengths = encode_lengths(self.lengths)  # before the tar, which says that the shard is finished
         write_atomic(self.path.with_name(lengths_file(self.path.name)), lengths)
         os.replace(self.partial, self.path)
@@ -90,8 +92,10 @@ class _ShardFile:
         )
 
     def abandon(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self.file.closed or os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.partial)):
+                self.partial.unlink(missing_ok=True)  # and not that of another process, in a folder of the same name
         self.file.close()
-        self.partial.unlink(missing_ok=True)
 
 
 class SplitWriter:
@@ -100,8 +104,17 @@ class SplitWriter:
     Documents are never cut, so a shard exceeds `shard_tokens` by less than its last document.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, shards: Iterable[Shard] = ()):
-        """`split` begins the names; `shards` are finished ones of an earlier run, to go on behind them."""
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        shard_tokens: int,
+        shards: Iterable[Shard] = (),
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`split` begins the names; `shards` are finished ones of an earlier run, to go on behind them; `check` raises
+        if the folder is another process's by now."""
+        self._check = check
         self._folder = folder
         self._split = split
         self._shard_tokens = shard_tokens
@@ -111,6 +124,7 @@ class SplitWriter:
     def add(self, key: str, document: TokenizedDocument) -> Shard | None:
         """Append a document under a key that no other document has; the shard, if that completed it. Raises OSError."""
         if self._open is None:
+            self._check()
             self._open = _ShardFile(self._folder, f"{self._split}-{len(self._shards):06d}.tar")
         self._open.add(key, document)
         return self._finish_shard(self._open) if self._open.tokens >= self._shard_tokens else None
@@ -128,7 +142,7 @@ class SplitWriter:
             self._open = None
 
     def _finish_shard(self, shard: _ShardFile) -> Shard:
-        finished = shard.finish()
+        finished = shard.finish(self._check)
         self._shards.append(finished)
         self._open = None
         return finished

@@ -19,7 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_bit.errors import EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_RANK_LOST, EXIT_USER_ERROR, UserError
+from megatron_bit.errors import (
+    EXIT_DIVERGED,
+    EXIT_EXHAUSTED,
+    EXIT_PREEMPTED,
+    EXIT_RANK_LOST,
+    EXIT_USER_ERROR,
+    UserError,
+)
 
 # -P keeps the working folder off sys.path, or `import kernels` would find the folder of a checkout.
 COMMAND = (sys.executable, "-P", "-m", "megatron_bit")
@@ -57,8 +64,8 @@ def run_local(
     (saved on a signal) the others have `grace_seconds` to end as well, after any other failure at most 10 s;
     then they get SIGTERM and, after at most 10 s more, SIGKILL.
 
-    Returns 0 if all ranks did; 2, 86 or 87 if one exited with that; else the code of the first rank that failed (128 +
-    signal if one killed it); else 85 if one exited with 85. Raises UserError for a bad `nproc` or `port`.
+    Returns 0 if all ranks did; 2, 86, 87 or 88 if one exited with that; else the code of the first rank that failed
+    (128 + signal if one killed it); else 85 if one exited with 85. Raises UserError for a bad `nproc` or `port`.
     """
     if nproc < 1:
         raise UserError(f"nproc = {nproc} has to be at least 1: the processes to start on this machine")
@@ -196,7 +203,7 @@ def _kill(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 def _result(exits: Sequence[_Exit], nproc: int) -> int:
     codes = [e.code for e in exits]
     failed = [e for e in exits if e.code not in (0, EXIT_PREEMPTED)]
-    for said in (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RANK_LOST):  # a rank has said why
+    for said in (EXIT_EXHAUSTED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RANK_LOST):  # a rank has said why
         if said in codes:
             return said
     if not failed:

@@ -13,7 +13,8 @@ from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
 from megatron_bit.measured import strict_json
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.parallel.agree import alone, on_rank0
+from megatron_bit.parallel.agree import on_rank0
+from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.step import pipeline
 from megatron_bit.run_log import last_step
 from megatron_bit.trainer import Callback, Trainer

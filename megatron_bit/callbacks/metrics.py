@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from megatron_bit import console
 from megatron_bit.errors import UserError
 from megatron_bit.measured import strict_json
-from megatron_bit.parallel.agree import alone, on_rank0
+from megatron_bit.parallel.agree import on_rank0
+from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.trainer import Callback, StepRecord, Trainer
 
@@ -43,6 +45,7 @@ class MetricsCallback(Callback):
 
                 # what a start before has shown of steps that are done again is not shown twice, as in log.jsonl
                 folder = str(trainer.run / "tensorboard")
+                threading.excepthook = _excepthook
                 self._writer = SummaryWriter(folder, purge_step=trainer.state.tokens + 1)
         except OSError as error:
             raise UserError(f"log {error.filename or trainer.run} cannot be written: {error.strerror}") from None
@@ -145,6 +148,12 @@ class MetricsCallback(Callback):
             print(f"\r\x1b[K{text}", end="", flush=True)
         else:
             print(f"\r\x1b[K{text}" if self._tty else text, flush=True)
+
+
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    """What ends tensorboard's writing thread is raised once more where we write or flush, and is said there."""
+    if type(args.thread).__module__.split(".")[0] != "tensorboard":
+        threading.__excepthook__(args)
 
 
 def _memory_bytes() -> float:

@@ -20,6 +20,7 @@ from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint import schema
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder, write_synced
+from megatron_bit.rewind import Rewind
 
 ATTEMPTS, PAUSE = 4, 1.0  # of each file; seconds before the second one, doubled each time
 CHUNK = 8 << 20
@@ -44,6 +45,7 @@ class Mirror:
         self._failed = ""  # why the newest copy that was tried is not there
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._back: Rewind | None = None  # what it leaves behind is no checkpoint here either
 
     def open(self) -> None:
         """Raises UserError: no such kind of URL, or the package for it is missing."""
@@ -64,6 +66,11 @@ class Mirror:
                 self._thread = threading.Thread(target=self._work, name="checkpoint-mirror", daemon=True)
                 self._thread.start()
             self._lock.notify_all()
+
+    def went_back(self, back: Rewind | None) -> None:
+        """The run has gone back: what that leaves behind goes before the next copy, and is not fetched."""
+        with self._lock:
+            self._back = back
 
     def catch_up(self, checkpoint: Path) -> None:
         """Copy the checkpoint that a start continues, unless it is there: the start before may have been killed."""
@@ -100,6 +107,7 @@ class Mirror:
             assert checkpoint is not None
             begin, problem = time.monotonic(), ""
             try:
+                self._drop()
                 size = self._copy(checkpoint)
                 self._prune()
             except Exception as error:  # whatever a file system of fsspec raises
@@ -116,22 +124,61 @@ class Mirror:
                 self._lock.notify_all()
 
     def _copy(self, checkpoint: Path) -> int:
-        """Returns the bytes written. The mark goes last; an older checkpoint of this step loses it first."""
+        """Returns the bytes written. The mark goes last; an older checkpoint of this step loses it first.
+
+        OSError instead of the mark if the checkpoint here is another one by now, or another writer has put its mark
+        there: the files there would be of both.
+        """
         there = f"{self._root}/{checkpoint.name}"
+        read, mark = os.stat(checkpoint), (checkpoint / MARK).read_bytes()
         _again(lambda: self._remove(f"{there}/{MARK}"))
         _again(lambda: self._fs.makedirs(there, exist_ok=True))
         names = sorted(path.name for path in checkpoint.iterdir() if path.name != MARK)
         for name in (*names, MARK):
+            self._fs.invalidate_cache()
+            if self._fs.exists(f"{there}/{MARK}"):
+                self._mixed(there)
+            if not os.path.samestat(read, os.stat(checkpoint)) or (checkpoint / MARK).read_bytes() != mark:
+                raise OSError("it was replaced while it was copied")
             _again(lambda name=name: self._fs.put_file(str(checkpoint / name), f"{there}/{name}"))
             found, wanted = self._fs.size(f"{there}/{name}"), (checkpoint / name).stat().st_size
             if found != wanted:
                 raise OSError(f"{there}/{name} has {found} bytes there and {wanted} here")
+        if self._fs.cat_file(f"{there}/{HASHES}") != (checkpoint / HASHES).read_bytes():
+            self._mixed(there)
         return folders.size(checkpoint)
+
+    def _mixed(self, there: str) -> None:
+        """Two have written at once, one of which stood still for long: better no checkpoint than one of both."""
+        self._remove(f"{there}/{MARK}")
+        raise OSError(f"another job has copied a checkpoint to {there} at the same time")
 
     def _prune(self) -> None:
         for name in folders.superfluous(self.complete(), self._keep, self._keep_every):
-            self._remove(f"{self._root}/{name}/{MARK}")
-            self._fs.rm(f"{self._root}/{name}", recursive=True)
+            self._delete(name)
+
+    def _drop(self) -> None:
+        """Delete what a rewind left behind: as the newest there is, it would be kept in the place of what follows."""
+        with self._lock:
+            back, self._back = self._back, None
+        try:
+            for name in self.complete() if back is not None else ():
+                if self._left_behind(name, back):
+                    self._delete(name)
+        except Exception:
+            self.went_back(back)  # once more before the next copy
+            raise
+
+    def _left_behind(self, name: str, back: Rewind | None) -> bool:
+        if back is None or (folders.step_of(name) or 0) <= back.step:
+            return False
+        where = f"checkpoint.mirror {self.url}/{name}"
+        text = self._fs.cat_file(f"{self._root}/{name}/meta.json")
+        return back.leaves_behind(schema.check(text, where, "meta.json", schema.META))
+
+    def _delete(self, name: str) -> None:
+        self._remove(f"{self._root}/{name}/{MARK}")
+        self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -165,7 +212,10 @@ class Mirror:
             raise UserError(f"checkpoint.mirror {self.url} cannot be read: {_reason(error)}") from error
 
     def _fetch_newer(self, root: Path, check: Callable[[dict[str, Any], str], None]) -> str | None:
-        there, here = self.complete(), [folder.name for folder in folders.complete(root)]
+        here = [folder.name for folder in folders.complete(root)]
+        there = self.complete()
+        while there and self._left_behind(there[-1], self._back):
+            there.pop()
         if not there:
             return None
         newer = folders.in_order([*here, there[-1]])[-1] not in here

@@ -24,6 +24,7 @@ from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.save import Snapshot, snapshot, write_rank
 from megatron_bit.errors import UserError
+from megatron_bit.exhausted import exhausted
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
@@ -61,7 +62,7 @@ class CheckpointWriter:
         self._written = threading.Event()  # this rank's part is on the disk, or will not be
         self._abandoned = threading.Event()
         self._lock = threading.Lock()
-        self._problem = ""
+        self._problem: UserError | None = None
         self._failures = 0  # in a row
         self.good = -1  # the newest checkpoint up to this step is never pruned (TrainState.good)
         self._given_up = 0  # saves whose threads may still write, in folders and from buffers that stay theirs
@@ -113,7 +114,8 @@ class CheckpointWriter:
         """
         if self._state == "idle":
             if required and self._failures:
-                raise UserError(f"checkpoint step {self._step} is not saved: {self._problem}")
+                assert self._problem is not None
+                raise self._problem.with_text(f"checkpoint step {self._step} is not saved: {self._problem}")
             return
         try:
             on_every_rank(self._own_part)
@@ -192,7 +194,7 @@ class CheckpointWriter:
         deadline = time.monotonic() + self._patience
 
         def body() -> None:
-            problem = ""
+            problem = None
             try:
                 write_rank(temporary, groups.rank, part)
                 written.set()
@@ -201,12 +203,10 @@ class CheckpointWriter:
                     index, files = folders.join(temporary, groups.dims.world_size, in_time)
                     run_log.sync(final.parent.parent)
                     folders.commit(temporary, final, index, files, meta, self._wanted(abandoned))
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{final} cannot be committed: {error.strerror}"
             except BaseException as error:
-                problem = repr(error)
+                problem = exhausted(error, groups.rank, groups.dims.world_size)
+                if problem is None:
+                    problem = error if isinstance(error, UserError) else UserError(_uncommitted(final, error))
             with self._lock:  # either it is given up, or this is heard
                 if not abandoned.is_set():
                     self._seconds = time.perf_counter() - self._begin
@@ -224,14 +224,15 @@ class CheckpointWriter:
         if not self._written.wait(self._patience):
             raise UserError(f"writing {self._temporary} has not ended in {self._patience:.0f} s; is the disk alive?")
         if self._state == "failed":
-            raise UserError(self._problem)
+            assert self._problem is not None
+            raise self._problem
 
     def _committed(self) -> None:
         """Rank 0: wait for the commit; UserError if it failed."""
         assert self._thread is not None
         self._thread.join(self._patience)
         if self._state != "ended":
-            raise UserError(self._problem or f"committing {self._final} has not ended in {self._patience:.0f} s")
+            raise self._problem or UserError(f"committing {self._final} has not ended in {self._patience:.0f} s")
 
     def _done(self) -> None:
         assert self._thread is not None
@@ -248,13 +249,19 @@ class CheckpointWriter:
 
     def _report(self, error: UserError, required: bool = False) -> None:
         self._failures += 1
-        self._problem = str(error)
+        self._problem = error
         if required or self._failures > 1:
             again = f", and so did the save before it ({self._failures} in a row)" if self._failures > 1 else ""
-            raise UserError(f"checkpoint step {self._step} is not saved: {error}{again}")
+            raise error.with_text(f"checkpoint step {self._step} is not saved: {error}{again}")
         if self._groups.rank == 0:
             print(
                 f"warning: checkpoint step {self._step} is not saved: {error}; training goes on, "
                 "a second failure in a row ends it",
                 flush=True,
             )
+
+
+def _uncommitted(final: Path, error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{final} cannot be committed: {error.strerror}"
+    return repr(error)

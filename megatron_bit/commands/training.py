@@ -32,7 +32,7 @@ def train(
     arguments: `torchrun --nproc-per-node 8 -m megatron_bit train CONFIG.yaml key=value`.
 
     Exit codes: 0 done; 2 a mistake in the input; 85 saved after SIGTERM, SIGUSR1 or Ctrl-C, and the same command
-    continues.
+    continues; 86 diverged; 87 a rank does not answer; 88 a rank ran out of memory, threads or file descriptors.
 
     Args:
         args: a YAML file or a run folder, then key=value pairs.
@@ -42,6 +42,7 @@ def train(
         world_size: with --dry-run, plan for this many ranks.
         json: with --dry-run, print JSON.
     """
+    from megatron_bit.parallel import descriptors
     from megatron_bit.parallel.dims import ParallelDims
     from megatron_bit.run_folder import resolve
 
@@ -76,10 +77,11 @@ def train(
         return 0
     if json or world_size is not None:
         raise UserError("--json and --world-size belong to --dry-run")
-    ParallelDims.build(config, world)  # before any rank starts
+    dims = ParallelDims.build(config, world)  # before any rank starts
     if nproc > 1:
         from mbit_launcher.local import run_local
 
+        descriptors.check_here(dims, gloo=False, already=8)  # what is sure; the ranks know whether it is gloo
         return run_local(["train", *args, *(["--preset", preset] if preset else [])], nproc)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # until the first step there is nothing to save
         # under nohup a lost terminal does not matter

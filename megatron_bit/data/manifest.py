@@ -16,6 +16,7 @@ from megatron_bit.config import RemoteConfig
 from megatron_bit.data.manifest_schema import read_content, read_head
 from megatron_bit.data.remote import RemoteFolder
 from megatron_bit.errors import ShardError, UserError
+from megatron_bit.exhausted import resource_of
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_bit.data"
@@ -176,10 +177,14 @@ class Manifest:
             try:
                 return self.remote.open(shard.file, shard.sha256)
             except UserError as error:
+                if resource_of(error):  # nothing is wrong with the shard
+                    raise
                 raise ShardError(f"shard {error}", shard.sha256) from error
         try:
             return open(self.shard_path(shard), "rb")
         except OSError as error:
+            if resource_of(error):
+                raise
             raise ShardError(
                 f"shard {self.shard_name(shard)} cannot be opened ({error.strerror}); copy it back or prepare again",
                 shard.sha256,

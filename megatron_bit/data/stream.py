@@ -18,6 +18,7 @@ from megatron_bit.data.manifest import Manifest, Shard, lengths_file
 from megatron_bit.data.npy import decode_array
 from megatron_bit.data.shard_file import ShardFile
 from megatron_bit.errors import ShardError, UserError
+from megatron_bit.exhausted import resource_of
 
 TOKENS_SUFFIX = "tokens.npy"
 
@@ -90,6 +91,8 @@ def _tokens(
             read += len(document)
         other = verify and file.sha256() != shard.sha256
     except Exception as error:  # whatever bad bytes make tarfile or numpy raise
+        if resource_of(error):  # no damage, and nothing to go on without
+            raise
         reason = error.args[0] if error.args else type(error).__name__
         raise ShardError(
             f"shard {name} is damaged after {read} of {shard.tokens} tokens, behind byte {file.position} of "

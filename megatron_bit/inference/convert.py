@@ -6,6 +6,7 @@ A BitLM takes its code along; a softmax model becomes an ordinary Qwen3 or Llama
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -62,7 +63,7 @@ def to_hf(
             _write_small_files(source, folder, dtype)
             written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
             sync_folder(folder)
-            os.rename(folder, out)
+            put_in_place(folder, out)
         sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"output {out} cannot be written: {error.strerror or error} ({error.filename})") from None
@@ -181,6 +182,18 @@ def check_free(out: Path) -> None:
     """UserError if the output is there and has something in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Give a finished folder its name: all of it or nothing appears. UserError if something is there by now."""
+    try:
+        os.rename(folder, out)  # also over an empty folder, and over nothing else
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UserError(
+                f"output {out} was made by somebody else meanwhile, and is left as it is; give another name"
+            ) from None
+        raise
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ What `train.init_from` does at the start of a run, done once and kept: `train RU
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_bit.data.corpus import open_corpus
 from megatron_bit.errors import UserError
 from megatron_bit.files import sync_folder, write_atomic
 from megatron_bit.identity import identity
-from megatron_bit.inference.convert import check_free, temporary_folder
+from megatron_bit.inference.convert import check_free, put_in_place, temporary_folder
 from megatron_bit.inference.hf_names import logical_shapes
 from megatron_bit.model.codec import build_codec, learned_table
 from megatron_bit.model.init import draw
@@ -73,7 +72,7 @@ def to_run(source: Path, run: Path, file: str | None, overrides: tuple[str, ...]
             write_atomic(folder / "identity.json", json.dumps(mine, indent=1).encode())
             write_atomic(folder / "config.yaml", to_yaml(config).encode())
             sync_folder(folder)
-            os.rename(folder, run)
+            put_in_place(folder, run)
         sync_folder(run.parent)
     except OSError as error:
         raise UserError(f"output {run} cannot be written: {error.strerror or error} ({error.filename})") from None

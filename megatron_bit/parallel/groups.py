@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_bit.compat import mcore
 from megatron_bit.config import Config
-from megatron_bit.environment import world_size
-from megatron_bit.errors import EXIT_RANK_LOST, LocalUserError
+from megatron_bit.environment import environment_int, world_size
+from megatron_bit.errors import LocalUserError, RankLost, Stopped
+from megatron_bit.exhausted import open_now
+from megatron_bit.parallel import descriptors, ending
 from megatron_bit.parallel.dims import ParallelDims
 
 
@@ -55,55 +54,48 @@ def init(config: Config) -> Groups:
     """
     dims = ParallelDims.build(config, world_size())
     mcore.prepare()
-    with _in_time(120 * config.parallel.timeout_minutes):
-        _join(datetime.timedelta(minutes=config.parallel.timeout_minutes))
-        return build_groups(config, dims)
-
-
-@contextlib.contextmanager
-def _in_time(seconds: float) -> Iterator[None]:
-    """End this process if what is in the block takes longer. torch's client of the store, among others, waits without
-    a limit for a rank 0 that listens and does not answer (2.13)."""
-
-    def leave() -> None:
-        rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-        print(
-            f"megatron-bit: error: rank {rank}: the ranks have not come together in {seconds:.0f} s "
-            f"(2 x parallel.timeout_minutes) at MASTER_ADDR:MASTER_PORT = {host}:{port}; one is stopped, or its "
-            "node gone; the same command tries again",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXIT_RANK_LOST)
-
-    timer = threading.Timer(seconds, leave)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _join(timeout: datetime.timedelta) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
-    if not dist.is_initialized():
-        try:
-            if "RANK" in os.environ:
-                dist.init_process_group(backend, timeout=timeout)
-            else:
-                store: dist.Store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
-                dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        except (dist.DistError, ValueError) as error:  # each rank meets it by itself
-            host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-            raise LocalUserError(
-                f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
-                "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
-                "if a rank did not come, see what it says"
-            ) from None
+    minutes = config.parallel.timeout_minutes
+    with ending.in_time(120 * minutes):
+        if not dist.is_initialized():
+            _join(dims, backend, datetime.timedelta(minutes=minutes))
+        return build_groups(config, dims)
+
+
+def _join(dims: ParallelDims, backend: str, timeout: datetime.timedelta) -> None:
+    """torch's default group, after all ranks have said that they can have the descriptors for theirs."""
+    rank, gloo, already = environment_int("RANK", 0), backend == "gloo", open_now()
+    if "RANK" not in os.environ or dims.world_size == 1:
+        descriptors.check_here(dims, gloo)
+    if "RANK" not in os.environ:
+        store: dist.Store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        descriptors.check_store(dims, rank)
+        # what init_process_group does by itself, with the store in hand before the groups are made
+        found, _, _ = next(rendezvous("env://", timeout=timeout))
+        found.set_timeout(timeout)
+        store = dist.PrefixStore("default_pg", found)  # type: ignore[reportPrivateImportUsage]
+        if dims.world_size > 1:
+            word = ending.begin(store, rank, dims.world_size)
+            descriptors.check_together(dims, rank, gloo, already, store, word, timeout.total_seconds())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=dims.world_size, timeout=timeout)
+    except TimeoutError as error:
+        raise ending.alone(RankLost(f"{error}; is the process stopped, or its node gone?")) from None
+    except (dist.DistError, ValueError) as error:  # each rank meets it by itself
+        code = ending.said()
+        if code is not None:
+            raise Stopped(str(error), code) from None
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise LocalUserError(
+            f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
+            "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
+            "if a rank did not come, see what it says"
+        ) from None
 
 
 def build_groups(config: Config, dims: ParallelDims) -> Groups:
@@ -134,6 +126,7 @@ def build_groups(config: Config, dims: ParallelDims) -> Groups:
 
 def shutdown() -> None:
     """Leave the groups; safe to call twice."""
+    ending.over()
     if dist.is_initialized():
         from megatron.core import parallel_state
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from gloo_ranks import run_ranks
+from gloo_ranks import end_ranks, run_ranks
 
-from megatron_bit.checkpoint.folder import complete
+from megatron_bit.checkpoint.folder import complete, problems
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -85,8 +85,76 @@ def test_rewinds_are_counted(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"Diverged: .*set optim.on_divergence=rewind"):
         run_ranks(tiny_runs.train_poisoned, 1, tiny_runs.overrides(tmp_path / "run", tiny_data, arguments), 8, 10**6)
     assert next(p.name for p in complete(tmp_path / "run" / "checkpoints")) == "step-00000002"
+    back = json.loads((tmp_path / "run" / "rewind.json").read_text())
+    assert (back["step"], back["rewinds"]) == (2, 2)
 
 
 def test_never_if_it_is_switched_off(tiny_data: Path, tmp_path: Path) -> None:
     _train(tmp_path / "run", tiny_data, 1, **{"optim.max_skipped": 0})
     assert (tmp_path / "run" / "FINISHED").exists()
+
+
+def _killed(run: Path, data: Path, world: int, bad: tuple[int, int], when: str, **settings: Any) -> None:
+    arguments = tiny_runs.overrides(run, data, {**SETTINGS, "optim.on_divergence": "rewind", **settings})
+    codes, _ = end_ranks(tiny_runs.train_poisoned_killed, world, arguments, *bad, when, 1)
+    assert -9 in codes, codes
+
+
+@pytest.mark.parametrize(("name", "when"), [("one", "noted"), ("one", "back"), ("one", "1"), ("zero1", "back")])
+def test_a_rewind_outlives_the_process(name: str, when: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Killed before the next save, it goes on to the bits of a run that was not, and the count is kept. The checkpoint
+    of step 4, whose weights had diverged, is not what it goes on from, and is still there."""
+    world, layout = LAYOUTS[name]
+    settings = {**layout, "optim.on_divergence": "rewind", "checkpoint.keep": 9}
+    _train(tmp_path / "whole", tiny_data, world, **settings)
+    run = tmp_path / "run"
+    _killed(run, tiny_data, world, BAD, when, **settings)
+    _train(run, tiny_data, world, **settings)
+    newest = [complete(folder / "checkpoints")[-1] for folder in (run, tmp_path / "whole")]
+    for state in ("param", "exp_avg", "exp_avg_sq"):
+        assert tiny_runs.worst(*(tiny_runs.read_state(folder, state) for folder in newest))[0] == 0.0
+    states = [json.loads((folder / "meta.json").read_text())["state"] for folder in newest]
+    assert states[0] == states[1] and states[0]["rewinds"] == 1
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (run, tmp_path / "whole")]
+    for mine, its in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert [mine[key] for key in ("step", "tokens", "loss")] == [its[key] for key in ("step", "tokens", "loss")]
+    aside = run / "checkpoints" / "step-00000004.diverged-1"
+    assert problems(aside) == [] and json.loads((aside / "meta.json").read_text())["state"]["rewinds"] == 0
+
+
+def test_killing_it_buys_no_further_rewind(tiny_data: Path, tmp_path: Path) -> None:
+    run, bad = tmp_path / "run", (8, 10**6)
+    settings = {"optim.max_rewinds": 2, "train.steps": 40}
+    for rewinds in (1, 2):
+        _killed(run, tiny_data, 1, bad, "back", **settings)
+        assert json.loads((run / "rewind.json").read_text())["rewinds"] == rewinds
+    arguments = tiny_runs.overrides(run, tiny_data, {**SETTINGS, "optim.on_divergence": "rewind", **settings})
+    with pytest.raises(AssertionError, match=r"Diverged: .*set optim.on_divergence=rewind"):
+        run_ranks(tiny_runs.train_poisoned, 1, arguments, *bad)
+    assert json.loads((run / "rewind.json").read_text())["rewinds"] == 2
+
+
+def test_a_run_that_begins_anew_has_not_gone_back(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _killed(run, tiny_data, 1, BAD, "back")
+    shutil.rmtree(run / "checkpoints")
+    arguments = tiny_runs.overrides(run, tiny_data, {**SETTINGS, "train.steps": 4})
+    assert run_ranks(tiny_runs.train, 1, arguments) == [0]
+    assert json.loads((complete(run / "checkpoints")[-1] / "meta.json").read_text())["state"]["samples"] == 8
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert not (run / "rewind.json").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 9])
+def test_the_copies_go_back_as_well(keep: int, tiny_data: Path, tmp_path: Path) -> None:
+    """The way that was left is not fetched again, and is not kept behind the URL in the place of what follows."""
+    run, there = tmp_path / "run", tmp_path / "there"
+    settings = {"checkpoint.keep": keep, "checkpoint.mirror": f"file://{there}", "optim.on_divergence": "rewind"}
+    _killed(run, tiny_data, 1, BAD, "back", **settings)
+    assert (there / "step-00000004" / "COMMITTED").exists()
+    _train(run, tiny_data, 1, **settings, **{"train.stop_at": 3})
+    names = sorted(folder.name for folder in there.iterdir())
+    assert names[-1] == "step-00000003" and (keep == 1 or "step-00000002" in names), names
+    (run / "checkpoints").rename(tmp_path / "lost")
+    _train(run, tiny_data, 1, **settings)
+    assert json.loads((complete(run / "checkpoints")[-1] / "meta.json").read_text())["state"]["samples"] == 14 + 2 * 10

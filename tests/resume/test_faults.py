@@ -177,6 +177,19 @@ def test_a_full_disk_under_a_log(log: str, tiny_data: Path, tmp_path: Path) -> N
         subprocess.run(["umount", str(full)], check=True)
 
 
+def test_tensorboard_on_a_full_disk_is_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    """Nothing of its writing thread, at the start or later; a run goes on without it."""
+    run = tmp_path / "run"
+    (run / "tensorboard").mkdir(parents=True)
+    settings = {"log.tensorboard": True, "log.every": 1}
+    arguments = _arguments(run, tiny_data, **settings)
+    said = tmp_path / "said"
+    code = run_ranks(tiny_runs.train_tensorboard_full, 1, arguments, said)
+    assert code == [0] and _newest(run) == 5
+    assert said.read_text().count("tensorboard cannot be written: No space left on device") == 1
+    assert "Traceback" not in said.read_text()
+
+
 @pytest.mark.parametrize("saved", [2, 0])
 def test_what_is_done_again_stands_once_in_tensorboard_too(saved: int, tiny_data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

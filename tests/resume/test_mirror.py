@@ -47,6 +47,24 @@ class Flaky(LocalFileSystem):
         self.written.append(Path(rpath).name)
 
 
+class Stalling(Flaky):
+    """At the first put of a file with this ending it stands still, and something happens meanwhile."""
+
+    protocol = "stalling"
+    ending: ClassVar[str] = ""
+    meanwhile: ClassVar[Any] = None
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return LocalFileSystem._strip_protocol(str(path).removeprefix("stalling://"))
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **more: Any) -> None:
+        if Stalling.meanwhile is not None and rpath.endswith(Stalling.ending):
+            do, Stalling.meanwhile = Stalling.meanwhile, None
+            do()
+        super().put_file(lpath, rpath, *args, **more)
+
+
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
@@ -194,3 +212,57 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_mirror(tiny_data: Path, tmp
 def test_a_mirror_that_is_none_is_said(url: str, said: str, tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=said):
         run_ranks(tiny_runs.train, 2, tiny_runs.overrides(tmp_path / "run", tiny_data, {"checkpoint.mirror": url}))
+
+
+def _opened(url: str) -> Mirror:
+    mirror = Mirror(url, 3, 0)
+    mirror.open()
+    return mirror
+
+
+@pytest.mark.parametrize("ending", ["weights", "hashes.json", "meta.json", "COMMITTED"])
+def test_two_writers_one_of_which_stands_still(
+    ending: str, flaky: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one stands still in the middle of a file the other copies its checkpoint of the same step whole. What is
+    there then is a whole one of either, or none; and who has not put it there says so."""
+    fsspec.register_implementation("stalling", Stalling, clobber=True)
+    url = f"stalling://{tmp_path / 'there'}"
+    ours = checkpoint(tmp_path / "ours", 4, "weights of the one")
+    theirs = checkpoint(tmp_path / "theirs", 4, "weights of another")
+    named = {path.name for path in ours.iterdir()}
+    ending = next((name for name in sorted(named) if name.endswith(ending)), "") or sorted(named)[-1]
+    other = _opened(url)
+    monkeypatch.setattr(Stalling, "ending", ending)
+    monkeypatch.setattr(Stalling, "meanwhile", lambda: (other.put(theirs), other.finish(20)))
+    mirror = _opened(url)
+    mirror.put(ours)
+    with pytest.raises(UserError, match=r"another job has copied a checkpoint to .* at the same time"):
+        mirror.finish(30)
+    assert Stalling.meanwhile is None
+    assert mirror.complete() == []
+    other.put(theirs)
+    other.finish(20)
+    assert folders.problems(tmp_path / "there" / theirs.name) == []
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_copied(
+    flaky: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("stalling", Stalling, clobber=True)
+    ours = checkpoint(tmp_path / "run", 4, "weights of the one")
+
+    def replace() -> None:
+        (tmp_path / "run").rename(tmp_path / "away")
+        checkpoint(tmp_path / "run", 4, "weights of another")
+
+    monkeypatch.setattr(Stalling, "ending", sorted(path.name for path in ours.iterdir() if path.name != "COMMITTED")[0])
+    monkeypatch.setattr(Stalling, "meanwhile", replace)
+    mirror = _opened(f"stalling://{tmp_path / 'there'}")
+    mirror.put(ours)
+    with pytest.raises(UserError, match="it was replaced while it was copied"):
+        mirror.finish(30)
+    assert mirror.complete() == []
+    mirror.put(ours)
+    mirror.finish(30)
+    assert folders.problems(tmp_path / "there" / ours.name) == []
