@@ -196,11 +196,11 @@ def cluster_down(folder: Folder) -> int:
 
 
 def cluster_crash(folder: Folder, node: Annotated[str, tyro.conf.Positional]) -> int:
-    """Kill everything on a node at once, as a power cut does.
+    """Kill everything on a node at once, as a power cut does, or the controller: jobs live on while it is away.
 
     Args:
         folder: of the cluster.
-        node: such as n2.
+        node: such as n2, or slurmctld.
     """
     from mbit_launcher.minicluster import crash
 
@@ -209,11 +209,11 @@ def cluster_crash(folder: Folder, node: Annotated[str, tyro.conf.Positional]) ->
 
 
 def cluster_boot(folder: Folder, node: Annotated[str, tyro.conf.Positional]) -> int:
-    """Start a node again that has crashed.
+    """Start a node again that has crashed, or the controller.
 
     Args:
         folder: of the cluster.
-        node: such as n2.
+        node: such as n2, or slurmctld.
     """
     from mbit_launcher.minicluster import boot
 
