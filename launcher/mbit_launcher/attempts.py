@@ -43,7 +43,8 @@ class Attempt:
     step: int | None = None  # the furthest that it got to
     outcome: str | None = None
     """finished, stop_at, stopped (STOP file), asked (time limit, preemption: saved), crashed, hung, preflight (a bad
-    node), taken (SLURM had ended the job: scancel, or a node was lost), lost (it never said how it ended)"""
+    node), taken (SLURM had ended the job: scancel, or a node was lost), lost (it never said how it ended, or a rank did
+    not answer the others)"""
     reason: str = ""
     again: bool = True  # whether another attempt follows
 
@@ -68,6 +69,7 @@ class Facts:
     hung: str = ""  # what the watchdog saw
     bad_nodes: str = ""  # what the preflight check found
     diverged: str = ""  # what the trainer says of itself (RUN/DIVERGED)
+    rank_lost: str = ""  # the same (RUN/RANK_LOST): which ranks did not answer
     status: int = 0
     error: str = ""  # the first failing rank's own words
 
@@ -88,6 +90,8 @@ def decide(history: Sequence[Attempt], facts: Facts, max_restarts: int) -> tuple
         outcome, reason = "preflight", facts.bad_nodes
     elif facts.hung:
         outcome, reason = "hung", facts.hung
+    elif facts.rank_lost:  # a lost node shows so as well: says nothing of the step
+        outcome, reason = "lost", f"after step {facts.step}: {facts.rank_lost}"
     elif facts.asked:
         outcome, reason = "asked", f"time limit or preemption; step {facts.step}"
     else:
@@ -164,7 +168,8 @@ def end(submission: Submission, attempt: str, status: int, state: str, asked: bo
         asked=asked,
         hung=_text(logs / HUNG),
         bad_nodes=_text(logs / BAD_NODES),
-        diverged=_text(run / "DIVERGED") if _since(run / "DIVERGED", this.begin) else "",
+        diverged=_said(run / "DIVERGED", this.begin),
+        rank_lost=_said(run / "RANK_LOST", this.begin),
         status=status,
         error=str(failure) if failure else "",
     )
@@ -182,9 +187,9 @@ def _end(submission: Submission, attempt: str, step: int, outcome: str, reason: 
     _say(f"attempt {attempt}: {outcome}: {reason}")
 
 
-def _since(path: Path, begin: float) -> bool:
-    """Whether a file was written in an attempt; an earlier start may have left one."""
-    return path.exists() and path.stat().st_mtime >= begin
+def _said(path: Path, begin: float) -> str:
+    """The text of a file that was written in an attempt; an earlier start may have left one."""
+    return _text(path) if path.exists() and path.stat().st_mtime >= begin else ""
 
 
 def _finished(run: Path, config: Config) -> bool:
