@@ -1,10 +1,12 @@
 """Attempts of a submission: their record, and whether another one follows. Decides from files alone; job.sh asks SLURM.
 
-    python -m mbit_launcher.attempts begin SUBMISSION ATTEMPT JOB NODES       exit code 0: go, 3: nothing to do
+    python -m mbit_launcher.attempts begin SUBMISSION ATTEMPT JOB NODES [TOKEN QUEUED]
+        exit code 0: go, 3: nothing to do
     python -m mbit_launcher.attempts end SUBMISSION ATTEMPT STATUS STATE ASKED
         exit code 0: over, 1: over and failed, 85: once more
 
 STATUS is srun's exit code, STATE the job's in squeue, ASKED 1 if SLURM (or STOP) asked the attempt to save and leave.
+TOKEN is what the job was queued with, QUEUED its number as jobs.jsonl has it: 12, or 12_3 for task 3 of an array.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
 from . import heartbeats
 from .failures import first_failure
-from .submission import Submission, append_line, read_lines
+from .submission import Submission, append_line, read_lines, submissions
 
 OVER, FAILED, NOTHING_TO_DO, AGAIN = 0, 1, 3, EXIT_PREEMPTED
 BAD_NODES_IN_A_ROW = 3  # then it is the profile that asks too much, and not the nodes
@@ -126,8 +128,11 @@ def read(path: Path) -> list[Attempt]:
         ) from None
 
 
-def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:
+def begin(submission: Submission, attempt: str, job: str, nodes: str, token: str = "", queued: str = "") -> int:
     """Write down that an attempt begins, and how the one before has ended, if it could not say so itself."""
+    if token and (why := _stray(submission, token, queued)):
+        _say(f"nothing to do: {why}")
+        return NOTHING_TO_DO
     history = read(submission.attempts)
     if history and history[-1].outcome is None:
         last = history[-1]
@@ -150,6 +155,18 @@ def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:
     append_line(submission.attempts, asdict(Attempt(attempt, job, nodes, time.time(), step)))
     _say(f"attempt {attempt} ({len(history)} before it) on {nodes}, from step {step}")
     return OVER
+
+
+def _stray(submission: Submission, token: str, queued: str) -> str:
+    """Why a job that was queued with a token is not wanted; "" if it is, and then jobs.jsonl has its number."""
+    wanted = submission.job_of(token)
+    if wanted is not None:
+        return "" if wanted == queued else f"job {wanted} was queued for the same; SLURM's answer to one got lost"
+    newer = submissions(submission.run)[-1]
+    if token not in submission.unanswered() and newer.folder != submission.folder:
+        return f"SLURM had not queued it when it was asked, and {newer.folder} took its place"
+    submission.add_job(token, queued, told=False)
+    return ""
 
 
 def end(submission: Submission, attempt: str, status: int, state: str, asked: bool) -> int:

@@ -115,9 +115,16 @@ def cancel(
         now: kill the jobs at once; what was done since the last checkpoint is done again after `resume`.
     """
     from mbit_launcher import submit as launcher
+    from mbit_launcher.silence import Patience, Silent
 
+    patience, silences = Patience(), []
     for run in runs:
-        print(launcher.cancel(run.absolute(), now))
+        try:
+            print(launcher.cancel(run.absolute(), now, patience), flush=True)
+        except Silent as silence:  # what can be done without SLURM is done for every run
+            silences.append(silence)
+    if silences:
+        raise Silent(silences[0].what, "; ".join(silence.advice for silence in silences))
     return 0
 
 
