@@ -11,6 +11,7 @@ RUN/heartbeats/         how far each rank is
 RUN/FINISHED            there when train.steps are done
 RUN/DIVERGED            says why a run has stopped by itself
 RUN/rewind.json         the newest time that it went back because it had diverged
+RUN/RANK_LOST           says which ranks did not answer the others
 RUN/lock                held by the job that trains it
 """
 
@@ -70,7 +71,7 @@ def record_start(config: Config, mine: dict[str, Any], checkpoint: Path | None) 
         mine[RUN_ID] = _run_id(own, meta, str(checkpoint))
         if RUN_ID not in own:
             write_atomic(run / "identity.json", json.dumps({**mine, **own, RUN_ID: mine[RUN_ID]}, indent=1).encode())
-        for mark in ("FINISHED", "DIVERGED"):  # written again when it has come to that again
+        for mark in ("FINISHED", "DIVERGED", "RANK_LOST"):  # written again when it has come to that again
             (run / mark).unlink(missing_ok=True)
         if meta is None:  # it begins anew, and has not gone back yet
             (run / rewind.NAME).unlink(missing_ok=True)

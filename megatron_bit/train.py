@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -97,10 +98,11 @@ def _not_heard(config: Config, ranks: list[int]) -> UserError:
         where = "" if beat is None else f" on {beat.host} (last step {beat.step}, {time.time() - beat.time:.0f} s ago)"
         said.append(f"rank {rank}{where}")
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    minutes = config.parallel.timeout_minutes
+    what = f"{', '.join(said)}{more} did not answer for parallel.timeout_minutes = {config.parallel.timeout_minutes:g}"
+    with contextlib.suppress(OSError):  # for the launcher, which sees torchrun's 1 in place of our exit code
+        write_atomic(Path(config.run) / "RANK_LOST", f"{what}\n".encode())
     return RankLost(
-        f"{', '.join(said)}{more} did not answer for parallel.timeout_minutes = {minutes:g}; is the "
-        "process stopped, or its node gone? The same command goes on from the newest checkpoint"
+        f"{what}; is the process stopped, or its node gone? The same command goes on from the newest checkpoint"
     )
 
 

@@ -1,10 +1,12 @@
 """Attempts of a submission: their record, and whether another one follows. Decides from files alone; job.sh asks SLURM.
 
-    python -m mbit_launcher.attempts begin SUBMISSION ATTEMPT JOB NODES       exit code 0: go, 3: nothing to do
+    python -m mbit_launcher.attempts begin SUBMISSION ATTEMPT JOB NODES [TOKEN QUEUED]
+        exit code 0: go, 3: nothing to do
     python -m mbit_launcher.attempts end SUBMISSION ATTEMPT STATUS STATE ASKED
         exit code 0: over, 1: over and failed, 85: once more
 
 STATUS is srun's exit code, STATE the job's in squeue, ASKED 1 if SLURM (or STOP) asked the attempt to save and leave.
+TOKEN is what the job was queued with, QUEUED its number as jobs.jsonl has it: 12, or 12_3 for task 3 of an array.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
 from . import heartbeats
 from .failures import first_failure
-from .submission import Submission, append_line, read_lines
+from .submission import Submission, append_line, read_lines, submissions
 
 OVER, FAILED, NOTHING_TO_DO, AGAIN = 0, 1, 3, EXIT_PREEMPTED
 BAD_NODES_IN_A_ROW = 3  # then it is the profile that asks too much, and not the nodes
@@ -43,7 +45,8 @@ class Attempt:
     step: int | None = None  # the furthest that it got to
     outcome: str | None = None
     """finished, stop_at, stopped (STOP file), asked (time limit, preemption: saved), crashed, hung, preflight (a bad
-    node), taken (SLURM had ended the job: scancel, or a node was lost), lost (it never said how it ended)"""
+    node), taken (SLURM had ended the job: scancel, or a node was lost), lost (it never said how it ended, or a rank did
+    not answer the others)"""
     reason: str = ""
     again: bool = True  # whether another attempt follows
 
@@ -68,6 +71,7 @@ class Facts:
     hung: str = ""  # what the watchdog saw
     bad_nodes: str = ""  # what the preflight check found
     diverged: str = ""  # what the trainer says of itself (RUN/DIVERGED)
+    rank_lost: str = ""  # the same (RUN/RANK_LOST): which ranks did not answer
     status: int = 0
     error: str = ""  # the first failing rank's own words
 
@@ -88,6 +92,8 @@ def decide(history: Sequence[Attempt], facts: Facts, max_restarts: int) -> tuple
         outcome, reason = "preflight", facts.bad_nodes
     elif facts.hung:
         outcome, reason = "hung", facts.hung
+    elif facts.rank_lost:  # a lost node shows so as well: says nothing of the step
+        outcome, reason = "lost", f"after step {facts.step}: {facts.rank_lost}"
     elif facts.asked:
         outcome, reason = "asked", f"time limit or preemption; step {facts.step}"
     else:
@@ -122,8 +128,11 @@ def read(path: Path) -> list[Attempt]:
         ) from None
 
 
-def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:
+def begin(submission: Submission, attempt: str, job: str, nodes: str, token: str = "", queued: str = "") -> int:
     """Write down that an attempt begins, and how the one before has ended, if it could not say so itself."""
+    if token and (why := _stray(submission, token, queued)):
+        _say(f"nothing to do: {why}")
+        return NOTHING_TO_DO
     history = read(submission.attempts)
     if history and history[-1].outcome is None:
         last = history[-1]
@@ -148,6 +157,18 @@ def begin(submission: Submission, attempt: str, job: str, nodes: str) -> int:
     return OVER
 
 
+def _stray(submission: Submission, token: str, queued: str) -> str:
+    """Why a job that was queued with a token is not wanted; "" if it is, and then jobs.jsonl has its number."""
+    wanted = submission.job_of(token)
+    if wanted is not None:
+        return "" if wanted == queued else f"job {wanted} was queued for the same; SLURM's answer to one got lost"
+    newer = submissions(submission.run)[-1]
+    if token not in submission.unanswered() and newer.folder != submission.folder:
+        return f"SLURM had not queued it when it was asked, and {newer.folder} took its place"
+    submission.add_job(token, queued, told=False)
+    return ""
+
+
 def end(submission: Submission, attempt: str, status: int, state: str, asked: bool) -> int:
     """Write down how an attempt ended, and decide whether another one follows."""
     history = read(submission.attempts)
@@ -164,7 +185,8 @@ def end(submission: Submission, attempt: str, status: int, state: str, asked: bo
         asked=asked,
         hung=_text(logs / HUNG),
         bad_nodes=_text(logs / BAD_NODES),
-        diverged=_text(run / "DIVERGED") if _since(run / "DIVERGED", this.begin) else "",
+        diverged=_said(run / "DIVERGED", this.begin),
+        rank_lost=_said(run / "RANK_LOST", this.begin),
         status=status,
         error=str(failure) if failure else "",
     )
@@ -182,9 +204,9 @@ def _end(submission: Submission, attempt: str, step: int, outcome: str, reason: 
     _say(f"attempt {attempt}: {outcome}: {reason}")
 
 
-def _since(path: Path, begin: float) -> bool:
-    """Whether a file was written in an attempt; an earlier start may have left one."""
-    return path.exists() and path.stat().st_mtime >= begin
+def _said(path: Path, begin: float) -> str:
+    """The text of a file that was written in an attempt; an earlier start may have left one."""
+    return _text(path) if path.exists() and path.stat().st_mtime >= begin else ""
 
 
 def _finished(run: Path, config: Config) -> bool:

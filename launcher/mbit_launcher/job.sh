@@ -4,8 +4,11 @@
 set -uo pipefail  # no -e: what fails is looked at
 
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || submission=${submissions[$SLURM_ARRAY_TASK_ID]}
+token=${1:-}  # by which `submit` knows this job, should its number get lost
+queued=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 logs=$submission/logs/$attempt
+mkdir -p "$logs"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 nodes=$(IFS=,; echo "${hosts[*]}")
 
@@ -19,20 +22,92 @@ export PYTHONSAFEPATH=1  # `python -m` would put the working folder on sys.path,
 
 say() { echo "$(date '+%F %T') $*"; }
 
-each_node=(--ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append "${container[@]}")
+# A controller that was started a moment ago takes nodes for busy until they have reported; srun alone would then ask it
+# again only after two minutes.
+each_node=(--immediate=20 --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append "${container[@]}")
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || each_node+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
 here=()  # in front of what runs on this node alone
-(( ${#container[@]} == 0 )) || here=(srun --overlap --nodes=1 --ntasks=1 "--nodelist=$SLURMD_NODENAME" "${container[@]}")
+(( ${#container[@]} == 0 )) || here=(ask srun --overlap --nodes=1 --ntasks=1 "--nodelist=$SLURMD_NODENAME" "${container[@]}")
 launcher() { "${here[@]}" "$python" -m "mbit_launcher.$1" "${@:2}"; }
 
-# bash's `wait` returns early when a trap has run: wait until the process is gone.
+# The exit code of a process, when it is gone: bash's `wait` returns early, with 128 and more, when a trap has run.
 wait_for() {
     local status
     while true; do
         status=0
         wait "$1" || status=$?
-        kill -0 "$1" 2>/dev/null || return "$status"
+        (( status > 128 )) && kill -0 "$1" 2>/dev/null && continue
+        (( status > 128 )) || return "$status"
+        wait "$1"  # it ended while the trap ran, or by a signal of its own: bash remembers which
+        return
     done
+}
+
+# SLURM's controller may be away for a while: a restart, a flood of jobs. Its silence says nothing, neither that this job
+# is gone nor that what it was asked for is not done. It is asked again for as long as this job lives: who cannot be
+# asked does not end jobs, either.
+SILENT=201  # an exit code that nothing here has
+since=''  # when the silence began
+
+# Runs a command once, with stdout in $said.out and stderr in $said.err. Returns its exit code, or SILENT.
+once() {
+    local status=0
+    said=$logs/.said-$BASHPID
+    "$@" >"$said.out" 2>"$said.err" &
+    wait_for $! || status=$?
+    answered "$1" "$status" "$said.err"
+}
+
+# Whether a command ($1) that ended with $2 and said $3 (a file) was answered: $2, or SILENT if not.
+answered() {
+    local words=$silence
+    # of srun only what it could not start: later it speaks of nodes, and one that is silent is lost
+    [[ $1 != *srun ]] || words="^srun: (.*(allocation|create step|step creation).*($silence|nodes are busy)|Cancelled pending job step)"
+    if (( $2 )) && grep -qiE "$words" "$3" && ! grep -q '^srun: Step created' "$3"; then
+        if [[ -z $since ]]; then
+            since=$SECONDS
+            say "SLURM does not answer ($(grep -iE "$words" "$3" | head -n 1)): asking again for as long as this job lives"
+        fi
+        return $SILENT
+    fi
+    if [[ -n $since ]]; then
+        say "SLURM answers again, after $(( SECONDS - since )) s"
+        since=''
+    fi
+    return "$2"
+}
+
+# A question to SLURM itself: none takes longer than a minute.
+question() {
+    local status=0
+    timeout --kill-after=5 60 "$@" || status=$?
+    (( status != 124 && status != 137 )) || echo "$1: timed out after 60 s" >&2
+    return "$status"
+}
+
+# Growing pauses, and short ones where SLURM will end the job soon. A signal ends one.
+rest() {
+    local most=60
+    (( ! stopping && SECONDS + 300 < limit_seconds )) || most=10
+    pause=$(( 2 * pause < most ? 2 * pause : most ))
+    sleep "$pause" &
+    wait $!
+    kill $! 2>/dev/null
+}
+
+# Runs a command until it is answered, and lets it be seen what it said.
+ask() {
+    local pause=1 status
+    while true; do
+        status=0
+        once "$@" || status=$?
+        (( status == SILENT )) || break
+        rest
+    done
+    cat "$said.out"
+    cat "$said.err" >&2
+    rm -f "$said.out" "$said.err"
+    return "$status"
 }
 
 # What the one task of each node runs: torchrun, whose ranks write RUN/slurm/.../rank-00003.NODE.log.
@@ -62,6 +137,44 @@ on_node() {
     (( asked )) || return "$status"
 }
 
+# What SLURM has of this job into `state` and `restarts`, however long it takes to answer; state '': no such job any more.
+look() {
+    local pause=1 status
+    for _ in 1 2 3 4 5; do
+        while true; do
+            status=0
+            once question squeue --noheader "--jobs=$SLURM_JOB_ID" --Format=state,restartcnt || status=$?
+            (( status == SILENT )) || break
+            rest
+        done
+        state='' restarts=''
+        if (( status == 0 )); then
+            read -r state restarts <"$said.out"
+            return
+        fi
+        ! grep -qi "invalid job id" "$said.err" || return
+        cat "$said.err" >&2
+        sleep 2
+    done
+    say "squeue cannot be asked here: taking this job for one that runs"
+    state=RUNNING restarts=${SLURM_RESTART_COUNT:-0}
+}
+
+# Back into the queue, once: a request whose answer got lost may have been carried out.
+requeue_job() {
+    local pause=1 status
+    while true; do
+        status=0
+        once question scontrol requeue "$SLURM_JOB_ID" || status=$?
+        (( status )) || return 0
+        (( status == SILENT )) || cat "$said.err" >&2
+        rest
+        look
+        [[ $state == RUNNING && $restarts == "${SLURM_RESTART_COUNT:-0}" ]] || return 0
+        (( status == SILENT )) || return 1
+    done
+}
+
 # Back into the queue, without the nodes that are known to be bad.
 again() {
     if (( ! requeue )); then
@@ -72,21 +185,18 @@ again() {
     trap '' TERM  # requeue ends this script; it has one thing left to do
     local bad
     bad=$(sed 's/#.*//; s/[[:space:]].*//; /^$/d' "$cordon" 2>/dev/null | sort -u | paste -sd,)
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if ! requeue_job; then
         say "this cluster does not requeue jobs: use \`megatron-bit chain\`"
         exit 1
     fi
-    [[ -z $bad ]] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
+    [[ -z $bad ]] || ask question scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
     exit 0
 }
 
 # Write down how the attempt ended ($1: exit code of its step), and leave or go back into the queue.
 finish() {
     local verdict=0
-    for _ in 1 2 3 4 5; do
-        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break
-        sleep 2
-    done
+    look
     launcher attempts end "$submission" "$attempt" "$1" "$state" "$stopping" || verdict=$?
     (( verdict == 85 )) && again
     exit "$verdict"
@@ -104,6 +214,7 @@ stop() {
     patience=$!
 }
 trap stop USR1
+trap 'rm -f "$logs/.said-$BASHPID".*' EXIT  # its own: a helper that is killed while it starts still has this trap
 trap 'stopping=1' TERM  # scancel and preemption tell the steps themselves; stay alive to see what to do
 
 # Ends the attempt if it hangs, and asks it to stop if there is a file STOP.
@@ -117,32 +228,45 @@ watchdog() {
     esac
 }
 
-launcher attempts begin "$submission" "$attempt" "$SLURM_JOB_ID" "$nodes"
+launcher attempts begin "$submission" "$attempt" "$SLURM_JOB_ID" "$nodes" "$token" "${queued:-$SLURM_JOB_ID}"
 case $? in
     0) ;;
-    3) exit 0 ;;
+    3) rmdir "$logs"; exit 0 ;;
     *) exit 1 ;;
 esac
-mkdir -p "$logs"
+
+preflight_srun() {
+    timeout "$preflight_seconds" srun "${each_node[@]}" \
+        "$python" -m mbit_launcher.preflight node "$submission" "$attempt" "$(date +%s.%N)"
+}
 
 if (( preflight_seconds )); then
-    timeout "$preflight_seconds" srun "${each_node[@]}" \
-        "$python" -m mbit_launcher.preflight node "$submission" "$attempt" "$(date +%s.%N)" &
-    wait_for $!
+    pause=1 status=$SILENT
+    while (( status == SILENT && ! stopping )); do
+        status=0
+        once preflight_srun || status=$?
+        if (( status == SILENT )); then rest; else cat "$said.out" "$said.err"; fi
+    done
+    (( status == SILENT )) && finish 0  # asked to stop before it was answered
     launcher preflight judge "$submission" "$attempt" "$nodes" || finish 1
 fi
-(( stopping )) && finish 0
 
 export submission logs python ranks_per_node
-# shellcheck disable=SC2016  # "$@" is for the shell on the node
-srun "${each_node[@]}" "${srun_options[@]}" "--output=${logs//%/%%}/node-%N.log" \
-    bash -c "set -uo pipefail; $(declare -f wait_for on_node); on_node" &
-step=$!
-watchdog &
-guard=$!
-status=0
-wait_for "$step" || status=$?
-for helper in $guard $patience; do
-    pkill -P "$helper"; kill "$helper" 2>/dev/null
+pause=1 status=$SILENT
+while (( status == SILENT && ! stopping )); do
+    # shellcheck disable=SC2016  # "$@" is for the shell on the node
+    srun "${each_node[@]}" "${srun_options[@]}" "--output=${logs//%/%%}/node-%N.log" \
+        bash -c "set -uo pipefail; $(declare -f wait_for on_node); on_node" 2>"$logs/srun.err" &
+    step=$!
+    watchdog &
+    guard=$!
+    status=0
+    wait_for "$step" || status=$?
+    step=''
+    for helper in $guard $patience; do
+        pkill -P "$helper"; kill "$helper" 2>/dev/null
+    done
+    answered srun "$status" "$logs/srun.err" || status=$?
+    if (( status == SILENT )); then rest; else cat "$logs/srun.err" >&2; fi
 done
 finish "$status"

@@ -12,6 +12,7 @@ from megatron_bit.errors import UserError
 
 from . import attempts, slurm
 from .failures import first_failure, rank_logs
+from .silence import Silent
 from .submission import Submission, newest
 
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
@@ -54,7 +55,7 @@ def main(run: Path, follow: bool, lines: int, attempt: str | None) -> int:
 def _follow(submission: Submission, attempt: str | None, seen: dict[Path, int], paint: _Paint) -> None:
     """Print lines as they come, each with the name of who says it, until the run has no job any more."""
     rests: dict[Path, str] = {}
-    over = False
+    over = told = False
     while True:
         history = attempts.read(submission.attempts)
         chosen = attempt or (history[-1].attempt if history else None)
@@ -67,7 +68,14 @@ def _follow(submission: Submission, attempt: str | None, seen: dict[Path, int], 
                 print(f"{paint.head(name)} {paint.line(line)}", flush=True)
         if over:
             return
-        over = not slurm.jobs(submission.jobs())  # and then look once more
+        try:
+            over = not slurm.jobs(submission.jobs())  # and then look once more
+        except Silent as silence:  # does not say that the run is over
+            if not told:
+                print(f"{silence.what}: following on", file=sys.stderr, flush=True)
+            told = True
+        else:
+            told = False
         time.sleep(_POLL_SECONDS)
 
 

@@ -27,6 +27,7 @@ from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 
 from .local import choose_port
+from .minicluster_init import CONTROLLER
 
 NEEDED = {  # program: package
     "slurmctld": "slurmctld",
@@ -168,12 +169,12 @@ def down(folder: Path) -> bool:
 
 
 def crash(folder: Path, node: str) -> None:
-    """SIGKILL everything on a node, as a power cut would. UserError if there is no such node."""
+    """SIGKILL everything on a node, as a power cut would, or the controller. UserError if there is no such node."""
     _ask(folder, "crash", node)
 
 
 def boot(folder: Path, node: str) -> None:
-    """Start a node that has crashed. UserError if there is no such node."""
+    """Start a node, or the controller, that has crashed. UserError if there is no such node."""
     _ask(folder, "boot", node)
 
 
@@ -181,8 +182,8 @@ def _ask(folder: Path, what: str, node: str) -> None:
     nodes = re.findall(r"^NodeName=(\S+)", _conf(folder), re.MULTILINE)
     if running(folder) is None:
         raise UserError(f"no cluster runs in {folder}; `megatron-bit cluster up {folder}` starts one")
-    if node not in nodes:
-        raise UserError(f"the cluster in {folder} has no node {node!r}; it has {', '.join(nodes)}")
+    if node not in (*nodes, CONTROLLER):
+        raise UserError(f"the cluster in {folder} has no node {node!r}; it has {', '.join(nodes)} and {CONTROLLER}")
     request = folder / "control" / f"{what} {node}"
     request.touch()
     deadline = time.monotonic() + 5

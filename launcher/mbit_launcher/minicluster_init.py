@@ -2,8 +2,8 @@
 
     python -m mbit_launcher.minicluster_init DIR NODES
 
-Ends, and with it the namespace, when slurmctld or munged ends. DIR/control holds what it is asked to do: an empty
-file "crash n2" or "boot n2", which goes when it is done.
+Ends, and with it the namespace, when munged ends. DIR/control holds what it is asked to do: an empty file "crash n2" or
+"boot n2", which goes when it is done. The controller is one of these, too: jobs live on while it is away.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+CONTROLLER = "slurmctld"  # stands among the nodes that crash and boot
+_CONTROLLER_COMMAND = ("slurmctld", "-D")
 # A node is its own PID, mount and UTS namespace. Its first process reaps, or crashed jobs would stay as zombies.
 _NODE = """
 hostname "$2" && mount --bind "$1/hosts" /etc/hosts || exit 1
@@ -38,11 +40,12 @@ def main(folder: Path, count: int) -> None:
         }.items()
     ]  # fmt: skip
     # --force: folders like /tmp are writable for others, and the key is of this cluster alone
-    daemons = {_start("munged", "--foreground", "--force", *munge)}
+    munged = _start("munged", "--foreground", "--force", *munge)
     while not (folder / "munge.socket").exists():
         time.sleep(0.02)
-    daemons.add(_start("slurmctld", "-D", "-c"))
-    nodes = {name: _boot(folder, name) for name in (f"n{i}" for i in range(1, count + 1))}
+    # -c: of an earlier cluster of this folder it remembers nothing
+    nodes = {CONTROLLER: _start(*_CONTROLLER_COMMAND, "-c")}
+    nodes |= {name: _boot(folder, name) for name in (f"n{i}" for i in range(1, count + 1))}
     while True:
         for request in control.iterdir():
             what, _, name = request.name.partition(" ")
@@ -52,15 +55,17 @@ def main(folder: Path, count: int) -> None:
                 nodes[name] = _boot(folder, name)
             request.unlink()
         pid, _ = os.waitpid(-1, os.WNOHANG)
-        if pid in daemons:
-            sys.exit(f"slurmctld or munged has ended; see {folder / 'log'}")
+        if pid == munged:
+            sys.exit(f"munged has ended; see {folder / 'log'}")
         nodes = {name: 0 if pid == process else process for name, process in nodes.items()}  # 0: not running
         if not pid:
             time.sleep(0.05)
 
 
 def _boot(folder: Path, node: str) -> int:
-    """Start a node; the process id of what keeps it alive."""
+    """Start a node, or the controller with the jobs that it had; the process id of what keeps it alive."""
+    if node == CONTROLLER:
+        return _start(*_CONTROLLER_COMMAND)
     namespaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
     return _start(*namespaces, "bash", "-c", _NODE, "node", str(folder), node)
 

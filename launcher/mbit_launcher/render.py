@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_bit.errors import UserError
 
 from .profile import ClusterProfile
+from .silence import WORDS
 from .submission import Submission
 
 LAST_CALL = 0.8  # of save_seconds: from SLURM's signal to giving up on the save
@@ -77,6 +78,8 @@ def render(
         f"ranks_per_node={profile.ranks}",
         f"last_call={round(LAST_CALL * profile.save_seconds)}  # seconds that a save may take after SLURM's signal",
         f"requeue={int(requeue)}",
+        f"limit_seconds={seconds(profile.time)}",
+        f"silence={shlex.quote(WORDS)}",
         f"preflight_seconds={profile.preflight.timeout_seconds if profile.preflight.enabled else 0}",
         f"cordon={shlex.quote(str(first.cordon(profile)))}",
         f"exclude={shlex.quote(profile.exclude or '')}",
@@ -85,6 +88,16 @@ def render(
         "",
     ]
     return "\n".join(lines) + "\n" + resources.files("mbit_launcher").joinpath("job.sh").read_text()
+
+
+def seconds(limit: str) -> int:
+    """Of a time limit as SLURM writes it: minutes, minutes:seconds, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)  # hours
+    hours, minutes, left = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left
 
 
 def check_path(run: Path) -> None:

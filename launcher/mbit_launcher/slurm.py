@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bit.errors import UserError
+
+from .silence import Silent, silent
 
 TIMEOUT_SECONDS = 60
 LIVE = (
@@ -48,8 +51,9 @@ def call(*command: str) -> str:
     """What a command of SLURM prints.
 
     Raises:
-        UserError: it is not installed, or does not answer.
-        Refused: it ended with an error.
+        UserError: it is not installed.
+        Silent: it has had no answer; what it was to do may have been done.
+        Refused: SLURM said no.
     """
     if shutil.which(command[0]) is None:
         raise UserError(
@@ -61,24 +65,36 @@ def call(*command: str) -> str:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{command[0]} has not answered for {TIMEOUT_SECONDS} s: the controller may be down (`scontrol ping`); if "
-            "this machine has several clusters, set SLURM_CONF"
-        ) from None
+        raise Silent(f"{command[0]} has not answered for {TIMEOUT_SECONDS} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         said = re.sub(rf"^{command[0]}: (error: )?", "", lines[-1])
+        if silent(" ".join(lines)):
+            raise Silent(f"{command[0]} has had no answer ({said})")
         raise Refused(_meaning(command[0], " ".join(lines), said), said)
     return done.stdout
 
 
-def sbatch(script: Path, *options: str) -> str:
-    """Submit; returns the job's number. UserError says what to change."""
-    return call("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
+def sbatch(script: Path, token: str, *options: str) -> str:
+    """Submit; returns the job's number. The script gets `token` as its argument. UserError says what to change."""
+    return call("sbatch", "--parsable", *options, str(script), token).strip().split(";")[0]
+
+
+def queued(token: str) -> list[str]:
+    """Numbers of your jobs that were submitted with `token` in their comment or as their argument, oldest first.
+
+    Those that have ended are among them for a while. Of an array it is the array's. Raises as `call`.
+    """
+    mine = ("--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%k|%o")
+    found = {line.partition("|")[0].strip() for line in call("squeue", *mine).splitlines() if token in line}
+    return sorted(found, key=lambda job: int(job) if job.isdecimal() else 0)
 
 
 def jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """Those of these jobs that SLURM still queues or runs, by number; of an array every task by itself."""
+    """Those of these jobs that SLURM still queues or runs, by number; of an array every task by itself.
+
+    Raises as `call`: that SLURM does not answer is no reason to take them for ended.
+    """
     wanted = sorted(set(ids))
     if not wanted:
         return {}
@@ -114,7 +130,7 @@ def ended(ids: Iterable[str]) -> dict[str, str]:
 
 
 def scancel(ids: Sequence[str]) -> None:
-    """End jobs; those that have ended already do not matter. UserError if SLURM refuses."""
+    """End jobs; those that have ended already do not matter. Raises as `call`."""
     call("scancel", "--quiet", *ids)
 
 
@@ -148,7 +164,6 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     ),
     ("invalid node name", "cluster.exclude or the cordon file names nodes that are not there; nodes:", "%N"),
     ("unrecognized option", "this SLURM is too old for it: leave that key out of the profile", ""),
-    ("unable to contact", "the controller does not answer (`scontrol ping`): try later, or set SLURM_CONF", ""),
     ("configuration file", "this machine belongs to no cluster: set SLURM_CONF, or call this on a login node", ""),
     ("establish", "this machine belongs to no cluster: set SLURM_CONF, or call this on a login node", ""),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ class Status:
 
     run: str
     job: str | None = None
-    state: str = "not submitted"
+    state: str | None = "not submitted"  # None: SLURM has not said, and the files do not settle it
     step: int = 0
     steps: int | None = None  # train.steps
     tokens: int | None = None
@@ -60,15 +61,24 @@ class Status:
     checkpoint: int | None = None  # step of the newest complete one
     checkpoint_age: float | None = None
     reason: str = ""  # why it waits, and why the last attempt ended
+    problem: str | None = None  # why the state is not known
 
 
 def main(folders: Sequence[Path], as_json: bool) -> int:
     """Print the table of `megatron-bit status`; UserError if a folder is not there."""
     runs = [run for folder in folders for run in find(folder)]
     rows = collect(list(dict.fromkeys(runs)))
+    unknown = [row for row in rows if row.state is None]
     if as_json:
         print(strict_json([asdict(row) for row in rows], indent=1))
-    elif rows:
+        return 0
+    if unknown:  # one line above them, whatever the number of runs
+        print(
+            f"of {len(unknown)} of {len(rows)} runs the state is not known: {unknown[0].problem}",
+            file=sys.stderr,
+            flush=True,
+        )
+    if rows:
         print(table(rows), end="")
     else:
         print(f"no runs in {', '.join(map(str, folders))}")
@@ -92,15 +102,17 @@ def _runs(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def collect(runs: Sequence[Path]) -> list[Status]:
-    """What is known of each run; one call of squeue for all of them."""
+    """What is known of each run; one call of squeue for all of them, and one for each whose number got lost."""
     made = {run: found[-1] for run in runs if (found := submissions(run))}
     ids = {run: submission.jobs() for run, submission in made.items()}
-    every = [job for jobs in ids.values() for job in jobs]
+    live: dict[str, slurm.Job] = {}
     problem = ""
     try:
-        live = slurm.jobs(every)
-    except UserError as error:  # no SLURM here: the folders still say a lot
-        live, problem = {}, str(error)
+        for run, submission in made.items():
+            ids[run] += [job for token in submission.unanswered() for job in slurm.queued(token)]
+        live = slurm.jobs(job for jobs in ids.values() for job in jobs)
+    except UserError as error:  # no SLURM here, or it does not answer: the folders still say a lot
+        problem = str(error)
     gone = [jobs[-1] for jobs in ids.values() if jobs and not any(job in live for job in jobs)]
     accounts = slurm.ended(gone) if not problem else {}
     return [_status(run, made.get(run), ids.get(run, []), live, accounts, problem) for run in runs]
@@ -147,8 +159,13 @@ def _status(
             row.state = "running" if beats else "starting"
     ended = next((attempt for attempt in reversed(history) if attempt.outcome), None)
     reasons = [f"{ended.outcome}: {ended.reason}"] if ended else []
-    if job is None:
-        row.state, why = _over(row, ended, accounts.get(row.job or "", ""), bool(history), problem)
+    if job is None and problem and (ended is None or ended.again) and (ids or submission.unanswered()):
+        row.state, row.problem = None, problem
+        if history and history[-1].outcome is None:
+            reasons.insert(0, f"attempt {history[-1].attempt} goes on, by its files")
+        reasons.insert(0, problem)
+    elif job is None:
+        row.state, why = _over(row, ended, accounts.get(row.job or "", ""), bool(history))
         reasons = [why] if why else reasons
     else:
         row.nodes, row.time_left = job.nodes, job.left
@@ -163,13 +180,11 @@ def _status(
     return row
 
 
-def _over(row: Status, ended: attempts.Attempt | None, account: str, begun: bool, problem: str) -> tuple[str, str]:
+def _over(row: Status, ended: attempts.Attempt | None, account: str, begun: bool) -> tuple[str, str]:
     """(state, reason) of a run of which SLURM has no job any more."""
     states = {"finished": "finished", "stop_at": "stopped", "stopped": "stopped"}
     if ended is not None and not ended.again:
         return states.get(ended.outcome or "", "failed"), f"{ended.outcome}: {ended.reason}"
-    if problem:
-        return "unknown", problem
     if account:
         return account.split()[0].lower(), f"SLURM: {account}"
     how = "its job was cancelled or ended by SLURM" if begun else "its job has ended before it began"
@@ -211,7 +226,7 @@ def _cells(row: Status) -> tuple[str, ...]:
     cells = (
         row.run.removeprefix(here),
         row.job or "-",
-        row.state,
+        row.state or "unknown",
         f"{row.step}/{row.steps}" if row.steps else str(row.step),
         count(row.tokens),
         "-" if row.loss is None else f"{row.loss:.4f}",
@@ -220,7 +235,7 @@ def _cells(row: Status) -> tuple[str, ...]:
         row.time_left or "-",
         "-" if row.eta is None else duration(row.eta),
         checkpoint,
-        row.reason,
+        row.reason.removeprefix(row.problem or "").removeprefix("; "),  # which stands above the table
     )
     return tuple(map(shown, cells))
 

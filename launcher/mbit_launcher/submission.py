@@ -5,7 +5,8 @@ RUN/slurm/0000/            the first submission, then 0001 ...
     config.yaml            the resolved configuration: the one file that the job gets
     cluster.yaml           the resolved profile
     code.json, code.diff   version, git commit, and what was changed since that commit
-    jobs.jsonl             the jobs: {"job": "12", "time": ...}
+    jobs.jsonl             the jobs, each by the token that sbatch got, before and after: {"token": "mbit-1f...",
+                           "time": ...}, {"token": "mbit-1f...", "job": "12", "time": ..., "log": ...}
     attempts.jsonl         how each attempt of the jobs began and ended (attempts.py)
     logs/job-12.log        what job.sbatch says
     logs/12.0/             attempt 0 of job 12: nodes and ranks
@@ -19,9 +20,10 @@ import errno
 import json
 import os
 import re
+import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ from megatron_bit.errors import UserError
 from megatron_bit.files import write_atomic
 
 from .profile import ClusterProfile, load_profile
+
+TOKEN = r"mbit-[0-9a-f]{16}"
+
+
+def new_token() -> str:
+    """A word that no other job has, by which one is found whose number got lost."""
+    return f"mbit-{secrets.token_hex(8)}"
 
 
 class Submission:
@@ -64,6 +73,14 @@ class Submission:
     def profile(self) -> ClusterProfile:
         return load_profile(self.folder / "cluster.yaml")
 
+    def same(self, config: Config, profile: ClusterProfile) -> bool:
+        """Whether `create` would write the same configuration and profile now."""
+        try:
+            mine = [(self.folder / name).read_text(encoding="utf-8") for name in ("config.yaml", "cluster.yaml")]
+        except OSError:
+            return False
+        return mine == [to_yaml(config), _profile_text(profile)]
+
     def check_profile(self) -> None:
         """UserError if the profile is not as this user has submitted it: it names programs that a job runs."""
         if not trust.known(self._profile_words()):
@@ -83,7 +100,9 @@ class Submission:
 
     def jobs(self) -> list[str]:
         """Numbers of its jobs, in the order in which they run."""
-        found = [str(record.get("job")) for record in read_lines(self.folder / "jobs.jsonl")]
+        records = read_lines(self.folder / "jobs.jsonl")
+        # a job whose answer was late is written down by two: who asked for it, and the job itself
+        found = list(dict.fromkeys(str(record.get("job")) for record in records if not _asked_only(record)))
         for job in found:
             if not re.fullmatch(r"\d{1,12}(_\d{1,12})?", job):  # it becomes a word of squeue and scancel
                 raise UserError(f"{self.folder / 'jobs.jsonl'} names a job {job[:40]!r}, which is no number of SLURM's")
@@ -98,8 +117,57 @@ class Submission:
                 return log
         return self.logs / f"job-{job}.log"
 
-    def add_job(self, job: str, log: Path) -> None:
-        append_line(self.folder / "jobs.jsonl", {"job": job, "time": time.time(), "log": str(log)})
+    def ask_job(self, token: str, logs: Path, task: int | None = None) -> None:
+        """Write down that a job is about to be asked for: should the answer get lost, `unanswered` knows of it.
+
+        Args:
+            logs: folder of what the job's script will say.
+            task: of a job array, the one that is this submission's.
+        """
+        record = {"token": token, "time": time.time(), "logs": str(logs), "task": task}
+        append_line(self.folder / "jobs.jsonl", record)
+
+    def add_job(self, token: str, job: str, told: bool = True) -> str:
+        """Write down the number that SLURM gave what was asked for with a token; returns it with the array's task.
+
+        Args:
+            told: who asked for it hears of it, too; False when the job itself says so.
+        """
+        asked = self._asked(token)
+        name = job if asked["task"] is None or "_" in job else f"{job}_{asked['task']}"
+        log = Path(str(asked["logs"])) / f"job-{name}.log"
+        record = {"token": token, "job": name, "time": time.time(), "log": str(log), "told": told}
+        append_line(self.folder / "jobs.jsonl", record)
+        return name
+
+    def drop_job(self, token: str, why: str) -> None:
+        """Write down that what was asked for with a token was not queued."""
+        append_line(self.folder / "jobs.jsonl", {"token": token, "dropped": why, "time": time.time()})
+
+    def unanswered(self) -> list[str]:
+        """Tokens of which it is not known whether SLURM has queued their job."""
+        return self._tokens(lambda record: not _asked_only(record) or "dropped" in record)
+
+    def untold(self) -> list[str]:
+        """Those, and tokens of jobs of which nobody but the job itself has written down that they were queued."""
+        return self._tokens(lambda record: bool(record.get("told")) or "dropped" in record)
+
+    def job_of(self, token: str) -> str | None:
+        """The job that was queued with a token, as far as it is known."""
+        records = read_lines(self.folder / "jobs.jsonl")
+        return next((str(r["job"]) for r in records if r.get("token") == token and "job" in r), None)
+
+    def _asked(self, token: str) -> dict[str, Any]:
+        records = read_lines(self.folder / "jobs.jsonl")
+        found = next((r for r in records if r.get("token") == token and "logs" in r), {})
+        return {"logs": self.logs, "task": None, **found}
+
+    def _tokens(self, settled: Callable[[dict[str, Any]], bool]) -> list[str]:
+        """Tokens without a record that settles them, oldest first."""
+        records = read_lines(self.folder / "jobs.jsonl")
+        over = {record.get("token") for record in records if settled(record)}
+        found = dict.fromkeys(str(record["token"]) for record in records if "token" in record)
+        return [token for token in found if token not in over and re.fullmatch(TOKEN, token)]
 
 
 def submissions(run: Path) -> list[Submission]:
@@ -132,13 +200,21 @@ def create(config: Config, profile: ClusterProfile) -> Submission:
         code, diff = code_state()
         write_atomic(folder / "code.json", json.dumps(code, indent=1).encode())
         write_atomic(folder / "code.diff", diff.encode())
-        plain = profile.model_dump(mode="json", exclude_none=True)
-        write_atomic(folder / "cluster.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+        write_atomic(folder / "cluster.yaml", _profile_text(profile).encode())
         write_atomic(folder / "config.yaml", to_yaml(config).encode())
     made = Submission(folder)
     made.remember_profile()
     trust.remember(*filter(trust.acts, (*config.data.folders, config.checkpoint.mirror)))
     return made
+
+
+def _profile_text(profile: ClusterProfile) -> str:
+    return yaml.safe_dump(profile.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _asked_only(record: dict[str, Any]) -> bool:
+    """Whether a record of jobs.jsonl is of no job yet."""
+    return "token" in record and "job" not in record
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_bit import trust
 from megatron_bit.checkpoint.folder import newest_step
@@ -19,8 +20,12 @@ from megatron_bit.run_folder import resolve
 from . import slurm
 from .preflight import cordoned
 from .profile import ClusterProfile
+from .queueing import queue, settle
 from .render import check_path, render
+from .silence import Patience, Silent
 from .submission import Submission, create, newest, submissions, writing
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,13 @@ def submit(config: Config, profile: ClusterProfile, count: int = 1) -> list[Subm
 
     Raises:
         UserError: another job of this run is queued or runs, or SLURM refuses.
+        Silent: SLURM has not answered; says whether a job is queued, or not known to be.
     """
-    config = prepare(config, profile)
+    config, patience = prepare(config, profile), Patience()
     run = Path(config.run)
-    _check_free(run)
+    if count == 1 and (found := _queued_before([config], profile, patience)):
+        return found
+    _check_free(run, patience)
     submission = create(config, profile)
     log = submission.logs / "job-%j.log"
     script = render(profile, [submission], log, cordoned(submission.cordon(profile)), requeue=count == 1)
@@ -109,10 +117,47 @@ def submit(config: Config, profile: ClusterProfile, count: int = 1) -> list[Subm
     found: list[Submitted] = []
     for _ in range(count):
         after = (f"--dependency=afterany:{found[-1].job}",) if found else ()
-        job = slurm.sbatch(submission.script, *after)
-        submission.add_job(job, submission.logs / f"job-{job}.log")
+        try:
+            (job,) = queue([submission], profile, after, patience)
+        except UserError as error:
+            raise _after(found, error) from None
         found.append(Submitted(job, run))
     return found
+
+
+def _after(queued: Sequence[Submitted], error: UserError) -> UserError:
+    """What has gone wrong when a part of a chain is queued already."""
+    if not queued:
+        return error
+    names = ", ".join(job.job for job in queued)
+    return UserError(f"of the chain of {queued[0].run} job {names} is queued, and no more: {error}")
+
+
+def _queued_before(configs: Sequence[Config], profile: ClusterProfile, patience: Patience) -> list[Submitted]:
+    """The jobs of the very same submission if an earlier `submit` queued them without hearing of it; else nothing."""
+    found: list[tuple[Submission, str, str]] = []
+    for config in configs:
+        made = submissions(Path(config.run))
+        tokens = made[-1].untold() if made else []
+        if len(tokens) != 1 or not made[-1].same(config, profile):
+            return []
+        _ask(made[-1].run, patience, lambda last=made[-1]: settle(last))
+        job = made[-1].job_of(tokens[0])
+        if job is None or not _ask(made[-1].run, patience, lambda job=job: slurm.jobs([job])):
+            return []
+        found.append((made[-1], tokens[0], job))
+    for submission, token, job in found:
+        submission.add_job(token, job)
+    return [Submitted(job, submission.run) for submission, _, job in found]
+
+
+def _ask(run: Path, patience: Patience, question: Callable[[], _T]) -> _T:
+    """The answer of SLURM about a run's jobs, before anything was submitted. Raises Silent."""
+    try:
+        return patience.ask(question)
+    except Silent as silence:
+        advice = f"whether {run} has a job is not known, so none was submitted; try later (`scontrol ping`)"
+        raise Silent(silence.what, advice) from None
 
 
 def sweep(configs: Sequence[Config], profile: ClusterProfile) -> list[Submitted]:
@@ -123,16 +168,17 @@ def sweep(configs: Sequence[Config], profile: ClusterProfile) -> list[Submitted]
         raise UserError(
             f"checkpoint.mirror {mirror!r} would be of {len(configs)} runs, and each needs its own; leave it out"
         )
+    patience = Patience()
+    if found := _queued_before(configs, profile, patience):
+        return found
     for config in configs:
-        _check_free(Path(config.run))
+        _check_free(Path(config.run), patience)
     made = [create(config, profile) for config in configs]
     script = render(profile, made, made[0].logs / "job-%A_%a.log", cordoned(made[0].cordon(profile)))
     for submission in made:
         _write(submission, script)
-    job = slurm.sbatch(made[0].script)
-    for task, submission in enumerate(made):
-        submission.add_job(f"{job}_{task}", made[0].logs / f"job-{job}_{task}.log")
-    return [Submitted(f"{job}_{task}", submission.run) for task, submission in enumerate(made)]
+    jobs = queue(made, profile, (), patience)
+    return [Submitted(job, submission.run) for job, submission in zip(jobs, made, strict=True)]
 
 
 def sweep_configs(
@@ -168,15 +214,40 @@ def preview(configs: Sequence[Config], profile: ClusterProfile, requeue: bool) -
 
 def resume(run: Path, config: Config, profile: ClusterProfile) -> list[Submitted]:
     """Submit a run again that has stopped; removes its STOP file. UserError if it is still queued or runs."""
-    _check_free(run)
+    patience = Patience()
+    found = _queued_before([prepare(config, profile)], profile, patience)
+    if not found:
+        _check_free(run, patience)
     with writing(run / "slurm"):
         (run / "STOP").unlink(missing_ok=True)
-    return submit(config, profile)
+    return found or submit(config, profile)
 
 
-def cancel(run: Path, now: bool) -> str:
-    """End the jobs of a run's newest submission: those that run save first, unless `now`. Returns what was done."""
+def cancel(run: Path, now: bool, patience: Patience) -> str:
+    """End the jobs of a run's newest submission: those that run save first, unless `now`. Returns what was done.
+
+    Raises:
+        Silent: SLURM has not answered; says what is done all the same, and what remains to be.
+    """
     submission = newest(run)
+    try:
+        return patience.ask(lambda: _cancel(run, submission, now))
+    except Silent as silence:
+        if now:
+            advice = f"no job of {run} is known to have ended; call it again when `scontrol ping` says that SLURM is up"
+            raise Silent(silence.what, f"{advice}, or without --now, whose STOP file needs no SLURM") from None
+        with writing(run / "slurm"):
+            (run / "STOP").touch()
+        advice = (
+            f"nothing is cancelled, but {run / 'STOP'} is there now: a job that runs saves and ends by itself, and one "
+            f"that waits ends when it begins; to take it out of the queue, call `megatron-bit cancel {run}` again when "
+            "`scontrol ping` says that SLURM is up"
+        )
+        raise Silent(silence.what, advice) from None
+
+
+def _cancel(run: Path, submission: Submission, now: bool) -> str:
+    settle(submission)
     live = slurm.jobs(submission.jobs())
     if not live:
         return f"{run}: no job of it is queued or runs"
@@ -194,10 +265,11 @@ def cancel(run: Path, now: bool) -> str:
     return f"{run}: job {names} saves and ends within seconds (--now does not wait for it){more}"
 
 
-def _check_free(run: Path) -> None:
+def _check_free(run: Path, patience: Patience) -> None:
     """Two jobs of one run would wait for each other's lock: at most one submission is under way."""
     for submission in reversed(submissions(run)):
-        live = slurm.jobs(submission.jobs())
+        _ask(run, patience, lambda last=submission: settle(last))
+        live = _ask(run, patience, lambda last=submission: slurm.jobs(last.jobs()))
         if live:
             job = next(iter(live.values()))
             raise UserError(

@@ -115,9 +115,16 @@ def cancel(
         now: kill the jobs at once; what was done since the last checkpoint is done again after `resume`.
     """
     from mbit_launcher import submit as launcher
+    from mbit_launcher.silence import Patience, Silent
 
+    patience, silences = Patience(), []
     for run in runs:
-        print(launcher.cancel(run.absolute(), now))
+        try:
+            print(launcher.cancel(run.absolute(), now, patience), flush=True)
+        except Silent as silence:  # what can be done without SLURM is done for every run
+            silences.append(silence)
+    if silences:
+        raise Silent(silences[0].what, "; ".join(silence.advice for silence in silences))
     return 0
 
 
@@ -196,11 +203,11 @@ def cluster_down(folder: Folder) -> int:
 
 
 def cluster_crash(folder: Folder, node: Annotated[str, tyro.conf.Positional]) -> int:
-    """Kill everything on a node at once, as a power cut does.
+    """Kill everything on a node at once, as a power cut does, or the controller: jobs live on while it is away.
 
     Args:
         folder: of the cluster.
-        node: such as n2.
+        node: such as n2, or slurmctld.
     """
     from mbit_launcher.minicluster import crash
 
@@ -209,11 +216,11 @@ def cluster_crash(folder: Folder, node: Annotated[str, tyro.conf.Positional]) ->
 
 
 def cluster_boot(folder: Folder, node: Annotated[str, tyro.conf.Positional]) -> int:
-    """Start a node again that has crashed.
+    """Start a node again that has crashed, or the controller.
 
     Args:
         folder: of the cluster.
-        node: such as n2.
+        node: such as n2, or slurmctld.
     """
     from mbit_launcher.minicluster import boot
 

@@ -6,6 +6,8 @@ complete checkpoints, FINISHED) and obeys the same signals. The environment vari
     crash@7     rank 1 raises an error in step 7, each time
     hang@7      rank 1 stops moving in step 7, the first time
     slow        does not save when it is asked to
+STAND_IN_GATE is where the first attempt waits until RUN/go is there, with RUN/at-gate to say so: "attempts end", behind
+this command of the launcher; "step 5", before it is done; "save", before the ranks leave that were asked to.
 """
 
 import ctypes
@@ -93,6 +95,8 @@ def train(path):
     while step < config.train.steps:
         meet(everyone, step)
         time.sleep(SECONDS_A_STEP)
+        if rank == 1 and os.environ.get("STAND_IN_GATE") == f"step {step + 1}":
+            gate(run)
         if rank == 1 and mode == f"crash@{step + 1}":
             raise RuntimeError(f"planted in step {step + 1}")
         if rank == 1 and mode == f"hang@{step + 1}" and not (run / "hung-once").exists():
@@ -113,6 +117,8 @@ def train(path):
             time.sleep((1, 2, 0, 0)[rank])  # the other node has left when rank 0 writes, and its neighbour not yet
             save()
             beat(ended=True)
+            if os.environ.get("STAND_IN_GATE") == "save":
+                gate(run)
             return 85
     meet(everyone, step)
     save()
@@ -120,6 +126,14 @@ def train(path):
         (run / "FINISHED").touch()
     beat(ended=True)
     return 0
+
+
+def gate(run):
+    """Wait for RUN/go, in the job's first attempt."""
+    if os.environ["MBIT_ATTEMPT"].endswith(".0"):
+        open(f"{run}/at-gate", "w").close()
+        while not os.path.exists(f"{run}/go"):
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":
@@ -131,4 +145,8 @@ if __name__ == "__main__":
         os.execv(real, [real, __file__, "train", words[3]])  # the packages are the real one's
     if words[:1] == ["train"]:
         sys.exit(train(words[1]))
+    if " ".join(words[1:3]) == f"mbit_launcher.{os.environ.get('STAND_IN_GATE')}":
+        code = subprocess.run([real, *words]).returncode
+        gate(os.path.dirname(os.path.dirname(words[3])))
+        sys.exit(code)
     os.execv(real, [real, *words])

@@ -126,7 +126,7 @@ def a_bad_node_is_named_and_excluded(stage: Stage) -> None:
     smi.chmod(0o755)
     run.profile["environment"]["PATH"] = f"{smi.parent}:/usr/bin:/bin"
     run.submit()
-    assert run.wait_until_over() == ["preflight", "finished"]
+    assert run.wait_until_over() == ["preflight", "finished"], run.everything()
     first, second = run.attempts()
     assert first["nodes"] == "n10,n11" and second["nodes"] == "n11,n12"
     assert "node n10: GPU 0 is not idle: 40000 MiB are in use" in first["reason"]

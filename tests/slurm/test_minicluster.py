@@ -64,6 +64,13 @@ def test_up_twice_and_down_twice(folder: Path) -> None:
     srun = ["srun", "--nodes=2", "hostname"]
     done = subprocess.run(srun, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert sorted(done.stdout.split()) == ["n1", "n2"]
+    ping = ["scontrol", "ping"]
+    for what, state in (("crash", "DOWN"), ("boot", "UP")):  # the controller alone: the cluster does not end with it
+        command("cluster", what, folder, "slurmctld")
+        deadline = time.monotonic() + 20
+        while f"is {state}" not in subprocess.run(ping, env=environment, capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     assert "a cluster runs in" in command("cluster", "up", folder, code=2)
     assert "ended" in command("cluster", "down", folder)
     assert _gone(folder), _processes(folder)

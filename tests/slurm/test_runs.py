@@ -147,6 +147,20 @@ def a_hung_rank_is_found(stage: Stage) -> None:
 
 
 @dear
+def a_rank_that_does_not_answer_is_a_lost_node(stage: Stage) -> None:
+    """The others give up before the watchdog does; torchrun makes 1 of the trainer's 87."""
+    run = stage.real("unheard", {"parallel.timeout_minutes": 0.4}, hang="2@8", hang_timeout=300)
+    run.submit()
+    assert run.wait_until_over(2 * START) == ["lost", "finished"], run.everything()
+    first, second = run.attempts()
+    assert first["reason"].startswith("after step 7: rank 2 on n7 (last step 7, ")
+    assert first["reason"].endswith("did not answer for parallel.timeout_minutes = 0.4")
+    assert (first["step"], second["from_step"]) == (7, 5)
+    assert not (run.folder / "RANK_LOST").exists()  # of an attempt before
+    same(run, undisturbed(stage))
+
+
+@dear
 def a_stop_file_stops_it(stage: Stage) -> None:
     run = stage.real("stopped", pace=0.5)
     run.submit()

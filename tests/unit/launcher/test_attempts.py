@@ -15,6 +15,7 @@ def _attempt(outcome: str, step: int, number: int = 0) -> Attempt:
     return Attempt(f"9.{number}", "9", "n1", 0.0, 0, 1.0, step, outcome, "", True)
 
 
+UNHEARD = Facts(step=7, rank_lost="rank 3 on n2 did not answer", status=1, error="rank 0 on n1: rank 3 on n2 ...")
 CRASH, BAD = Facts(step=7, status=1), Facts(step=7, bad_nodes="node n1: 3 of 8 GPUs")
 
 CASES = {
@@ -34,6 +35,12 @@ CASES = {
     "the same step, with others between": ([_attempt("crashed", 7), _attempt("asked", 8)], CRASH, "crashed", False),
     "hang where it crashed": ([_attempt("crashed", 7)], Facts(step=7, hung="no step for 9 s"), "hung", False),
     "a lost node says nothing of the step": ([_attempt("lost", 7), _attempt("taken", 7)], CRASH, "crashed", True),
+    "a rank that does not answer": ([], UNHEARD, "lost", True),
+    "the same at the same step": ([_attempt("lost", 7)] * 3, UNHEARD, "lost", True),
+    "the same where it crashed": ([_attempt("crashed", 7)], UNHEARD, "lost", True),
+    "a crash where a rank did not answer": ([_attempt("lost", 7)], CRASH, "crashed", True),
+    "never heard of": ([_attempt("lost", step) for step in range(10)], UNHEARD, "lost", False),
+    "a rank that does not answer, and STOP": ([], Facts(step=7, rank_lost="r", stop_file=True), "stopped", False),
     "ended in silence": ([], Facts(step=7), "crashed", True),
     "bad node": ([_attempt("preflight", 7)], BAD, "preflight", True),
     "bad nodes all the time": ([_attempt("preflight", 7)] * 2, BAD, "preflight", False),
