@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -53,6 +54,19 @@ def command(words: list[str], cwd: Path, home: Path) -> Ended:
     code = "hangs" if killed else os.waitstatus_to_exitcode(status)
     texts = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
     return Ended(code, texts[0], texts[1], usage.ru_maxrss * 1024)
+
+
+def real(words: list[str], cwd: Path, home: Path) -> Ended:
+    """The same by the installed command, in a process of its own."""
+    dirs = {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "XDG_CACHE_HOME": str(home / "cache")}
+    command = [str(Path(sys.executable).with_name("megatron-bit")), *words]
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env={**os.environ, **dirs}, capture_output=True, timeout=4 * LIMIT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Ended("hangs", "", "", 0)
+    return Ended(done.returncode, *(text.decode(errors="replace") for text in (done.stdout, done.stderr)), peak=0)
 
 
 def _child(words: list[str], cwd: Path, home: Path, out: Path, err: Path) -> None:

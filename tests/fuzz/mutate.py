@@ -69,8 +69,8 @@ def change(tree: Any, choose: random.Random) -> Any:
     return tree
 
 
-def mutate(path: Path, choose: random.Random) -> None:
-    """Change one file in the way that suits it, with the sums that stand beside it or in it made anew as a rule."""
+def mutate(path: Path, choose: random.Random) -> bool:
+    """Change one file in the way that suits it; whether the sums beside it or in it were made anew, as is the rule."""
     data = path.read_bytes()
     if choose.random() < 0.35:
         path.write_bytes(damage(data, choose))
@@ -90,6 +90,8 @@ def mutate(path: Path, choose: random.Random) -> None:
         path.write_bytes(damage(data, choose))
     if choose.random() < 0.75:
         sums_anew(path)
+        return True
+    return False
 
 
 def _header(data: bytes, choose: random.Random) -> bytes:
