@@ -68,6 +68,9 @@ def main(config: Config) -> int:
             raise UserError(f"{why}; {trainer.left}")
     except Exception as error:
         other = _last(error, config)
+        if isinstance(other, RankLost):
+            with contextlib.suppress(OSError):  # for the launcher, which sees torchrun's 1 in place of our exit code
+                write_atomic(Path(config.run) / "RANK_LOST", f"{other}\n".encode())
         if other is error:
             raise
         raise other from None
@@ -98,11 +101,10 @@ def _not_heard(config: Config, ranks: list[int]) -> UserError:
         where = "" if beat is None else f" on {beat.host} (last step {beat.step}, {time.time() - beat.time:.0f} s ago)"
         said.append(f"rank {rank}{where}")
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    what = f"{', '.join(said)}{more} did not answer for parallel.timeout_minutes = {config.parallel.timeout_minutes:g}"
-    with contextlib.suppress(OSError):  # for the launcher, which sees torchrun's 1 in place of our exit code
-        write_atomic(Path(config.run) / "RANK_LOST", f"{what}\n".encode())
+    minutes = config.parallel.timeout_minutes
     return RankLost(
-        f"{what}; is the process stopped, or its node gone? The same command goes on from the newest checkpoint"
+        f"{', '.join(said)}{more} did not answer for parallel.timeout_minutes = {minutes:g}; is the process stopped, "
+        "or its node gone? The same command goes on from the newest checkpoint"
     )
 
 
