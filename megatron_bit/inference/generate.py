@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from mbit_kernels import choice
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -104,12 +105,14 @@ class Generator:
     def _open_converted(self, folder: Path) -> None:
         transformers_logging.disable_progress_bar()
         try:
-            kind = read_json(folder / "config.json").get("model_type")
+            values = read_json(folder / "config.json")
+            kind = values.get("model_type")
             if kind != "bitlm":
                 raise UserError(
                     f"{folder} is a model of type {kind}, not bitlm; give a run or a converted BitLM, or generate with "
                     "transformers"
                 )
+            _check_values(folder, values)
             loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
             self.model, found = loaded
             vocabulary, bits = self.model.config.vocab_size, self.model.config.bits
@@ -121,7 +124,7 @@ class Generator:
         wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]))
         if wrong:
             raise UserError(f"converted folder {folder}: {len(wrong)} tensors are missing or wrong, such as {wrong[0]}")
-        _check_generation(folder, self.model.generation_config, vocabulary)
+        _check_generation(folder, self.model, self.text)
         step = getattr(self.model.config, "training_step", 0)
         self.step = step if type(step) is int and step >= 0 else 0
 
@@ -267,9 +270,23 @@ class _Watch:
             self._inner.end()
 
 
-def _check_generation(folder: Path, how: Any, vocab_size: int) -> None:
-    """UserError for a generation_config.json whose values are of another type; transformers takes them as they are."""
-    eos = how.eos_token_id
+def _check_values(folder: Path, values: dict[str, Any]) -> None:
+    """UserError for a config.json whose values are of another type than the class asks for; transformers takes them."""
+    for name, kind in get_type_hints(BitLMConfig.__init__).items():
+        if name in values and name != "kwargs":
+            try:
+                TypeAdapter(kind).validate_python(values[name], strict=True)
+            except ValidationError as error:
+                what = error.errors()[0]["msg"].lower()
+                raise UserError(
+                    f"{folder}/config.json has {name} {str(values[name])[:60]!r} ({what}); copy it again"
+                ) from None
+
+
+def _check_generation(folder: Path, model: BitLMForCausalLM, text: Any) -> None:
+    """UserError for a generation_config.json whose values are of another type, or mean nothing to this model."""
+    how: Any = model.generation_config
+    eos, vocab_size = how.eos_token_id, model.config.vocab_size
     ends = eos if isinstance(eos, list) else [eos]
     if vocab_size and not (ends and all(type(end) is int and 0 <= end < vocab_size for end in ends)):
         raise UserError(
@@ -282,6 +299,10 @@ def _check_generation(folder: Path, how: Any, vocab_size: int) -> None:
             raise UserError(
                 f"{folder}/generation_config.json has {name} {str(value)[:60]!r}, which it cannot be; copy it again"
             )
+    try:
+        model.check_generation(how, text)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}/generation_config.json: {error}; copy it again") from None
 
 
 def main(

@@ -88,9 +88,7 @@ KINDS: dict[str, tuple[list[str], list[list[str]]]] = {  # which files are chang
 }  # fmt: skip
 # Of these files every byte is under a hash: whatever is done with them without a new one is refused, or makes no
 # difference. A checkpoint that is not what it was may be left for the one before.
-HASHED = re.compile(
-    r"(run/checkpoints/.*|data/(?!manifest\.json).*(\.tar|\.npy)|data/tokenizer\.model|hf/.*\.safetensors)"
-)
+HASHED = re.compile(r"(run/checkpoints/.*|data/(?!manifest\.json).*(\.tar|\.npy)|data/tokenizer\.model)")
 READS = ("generate", "evaluate", "convert")  # what they print and write depends on nothing but what they read
 REAL = 0.04  # of the examples run the installed command
 MAY_FAIL = {("checkpoint", "verify"), ("checkpoint", "diff"), ("data", "verify")}  # exit code 1 is their finding

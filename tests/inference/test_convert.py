@@ -217,6 +217,31 @@ def test_another_tokenizer_of_the_same_size_is_refused(converted, tmp_path):
         open_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("config.json", "num_attention_heads", 4.0),
+        ("config.json", "num_hidden_layers", "2"),
+        ("config.json", "head_prior", 1),
+        ("config.json", "group_sizes", [1.5]),
+        ("config.json", "head_kind", "/etc/hostname"),
+        ("config.json", "sigma_kind", "normal"),
+        ("generation_config.json", "steeps", 32),
+        ("generation_config.json", "num_beams", 4),
+        ("generation_config.json", "steps", 1),
+        ("generation_config.json", "sampler", "http://127.0.0.1:9/x"),
+        ("generation_config.json", "guidance", -1.0),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_when_the_folder_is_opened(file, name, value, converted, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(converted["k4"].folder, folder)
+    known = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**known, name: value}))
+    with pytest.raises(UserError, match=rf"{folder}.*{name}"):
+        Generator(folder)
+
+
 def test_a_tokenizer_that_transformers_has_saved_is_the_same_one(converted, tmp_path):
     """It writes padding and a template anew, and what a folder of before says is nothing."""
     folder = tmp_path / "folder"

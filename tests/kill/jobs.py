@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -81,7 +82,8 @@ class Job:
         for rank in victims:
             process = self._processes[rank]
             if process.exitcode is None and process.pid is not None:
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(process.pid, number)
 
     def pid(self, rank: int) -> int | None:
         process = self._processes[rank]

@@ -35,6 +35,10 @@ FEATURES = 128  # sinusoids of the noise level
 CLIP = 30.0  # of the matched filter's log-odds
 
 
+HEAD_KINDS = ("diffusion", "chain")
+SIGMA_KINDS = ("lognormal", "logistic", "entropy_rate")
+
+
 class BitLMConfig(PretrainedConfig):
     """Sizes under transformers' usual names; `head_*` are the denoising head's, `sigma_*` the noise distribution's."""
 
@@ -108,6 +112,9 @@ class BitLMConfig(PretrainedConfig):
         self.condition_drop = condition_drop  # how often training hid the states from the head: above 0 guidance works
         self.self_condition = self_condition  # the head takes its own estimate of the clean bits as one more input
         self.initializer_range = initializer_range
+        for name, allowed in (("head_kind", HEAD_KINDS), ("sigma_kind", SIGMA_KINDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} has to be one of {', '.join(allowed)}")
         super().__init__(**kwargs)
 
 
@@ -958,6 +965,17 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         chain = _Chain(self, len(ids))
         return chain.read(ids, states, position).unflatten(1, (-1, k))
 
+    def check_generation(self, generation_config: GenerationConfig, tokenizer: Any = None) -> None:
+        """ValueError or TypeError for what `generate` would not take of a GenerationConfig."""
+        self._settings(generation_config, {}, 0, tokenizer)
+
+    def _settings(self, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any) -> _Settings:
+        kind, records = self.config.head_kind, not self.config.vocab_size
+        settings = _Settings.read(base, kwargs, given, tokenizer, kind, records)
+        if settings.guidance != 1.0 and not self.config.condition_drop:
+            raise ValueError(f"generate: guidance={settings.guidance:g} {UNGUIDED}")
+        return settings
+
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
@@ -1004,10 +1022,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             raise ValueError("generate: give the prompt once, as `inputs` or as `input_ids`")
         given = inputs if input_ids is None else input_ids
         assert given is not None
-        base, kind = generation_config or self.generation_config, self.config.head_kind
-        settings = _Settings.read(base, kwargs, given.shape[1], tokenizer, kind, records=not self.config.vocab_size)
-        if settings.guidance != 1.0 and not self.config.condition_drop:
-            raise ValueError(f"generate: guidance={settings.guidance:g} {UNGUIDED}")
+        settings = self._settings(generation_config or self.generation_config, kwargs, given.shape[1], tokenizer)
         k, device = self.config.block_size, self.device
         tokens, lead = self._blocks(given.to(device), attention_mask)
         sequence = self._sequences(sequence_ids, len(given))
