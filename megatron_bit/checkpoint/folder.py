@@ -168,10 +168,18 @@ def commit(
     mark = _write(temporary / "hashes.json", json.dumps(files, indent=1))
     _write(temporary / "COMMITTED", mark["sha256"])
     sync_folder(temporary)
+    put_in_place(temporary, final, wanted or contextlib.nullcontext())
+
+
+def put_in_place(temporary: Path, final: Path, wanted: AbstractContextManager[None]) -> None:
+    """Give a whole checkpoint its name; one of that name goes when the new one is there. Raises OSError.
+
+    What stands there was saved before the run went back, or is not complete. `sweep` mends a crash between the renames.
+    """
     replaced = final.with_suffix(REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
-    with wanted or contextlib.nullcontext():
-        if final.exists():  # the same step of this run, saved before: it goes when the new one is there
+    with wanted:
+        if final.exists():
             final.rename(replaced)
         temporary.rename(final)
     sync_folder(final.parent)

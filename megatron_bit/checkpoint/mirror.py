@@ -241,8 +241,7 @@ class Mirror:
             write_synced(temporary / HASHES, text)
             write_synced(temporary / MARK, mark.encode())
             sync_folder(temporary)
-            temporary.rename(final)
-            sync_folder(root)
+            folders.put_in_place(temporary, final, contextlib.nullcontext())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

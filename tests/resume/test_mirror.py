@@ -202,6 +202,20 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_mirror(tiny_data: Path, tmp
     assert folders.problems(tmp_path / "store" / "run" / "step-00000005") == []
 
 
+def test_an_incomplete_checkpoint_is_fetched_whole(tiny_data: Path, tmp_path: Path) -> None:
+    """It stands under the name of the one that is fetched (the kill test, seed 17000159)."""
+    settings = {"checkpoint.mirror": f"file://{tmp_path}/store", "checkpoint.every": 1, "checkpoint.keep": 2}
+    arguments = tiny_runs.overrides(tmp_path / "run", tiny_data, {**settings, "train.stop_at": 3})
+    assert run_ranks(tiny_runs.train, 1, arguments) == [0]
+    newest = tmp_path / "run" / "checkpoints" / "step-00000003"
+    (newest / "COMMITTED").unlink()
+    (newest / "rank-00000.safetensors").write_bytes(b"")
+    said = tmp_path / "said"
+    assert run_ranks(tiny_runs.aloud, 1, [*arguments, "train.stop_at=4"], said) == [0]
+    assert "fetched" in said.read_text() and "at step 3" in said.read_text()
+    assert folders.problems(newest) == [] and not list(newest.parent.glob("*.*"))
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
