@@ -87,10 +87,10 @@ def test_an_interrupted_run_leaves_no_manifest_and_is_begun_again(corpus, tmp_pa
     out = tmp_path / "out"
     finish = write._ShardFile.finish
 
-    def fail_at_second(self):
+    def fail_at_second(self, check):
         if self.path.name == "train-000001.tar":
             raise KeyboardInterrupt
-        return finish(self)
+        return finish(self, check)
 
     monkeypatch.setattr(write._ShardFile, "finish", fail_at_second)
     with pytest.raises(KeyboardInterrupt):
