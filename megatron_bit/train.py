@@ -70,7 +70,7 @@ def main(config: Config) -> int:
         other = _last(error, config)
         if isinstance(other, RankLost):
             with contextlib.suppress(OSError):  # for the launcher, which sees torchrun's 1 in place of our exit code
-                write_atomic(Path(config.run) / "RANK_LOST", f"{other}\n".encode())
+                write_atomic(Path(config.run) / "RANK_LOST", f"{str(other).partition(';')[0]}\n".encode())
         if other is error:
             raise
         raise other from None

@@ -165,7 +165,7 @@ requeue_job() {
     local pause=1 status
     while true; do
         status=0
-        once question scontrol requeue "$SLURM_JOB_ID" || status=$?
+        once scontrol requeue "$SLURM_JOB_ID" || status=$?  # see `again`
         (( status )) || return 0
         (( status == SILENT )) || cat "$said.err" >&2
         rest
@@ -189,7 +189,8 @@ again() {
         say "this cluster does not requeue jobs: use \`megatron-bit chain\`"
         exit 1
     fi
-    [[ -z $bad ]] || ask question scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
+    # no `question`: SLURM tells all processes of this script to go, and `timeout` would take what it runs along
+    [[ -z $bad ]] || ask scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
     exit 0
 }
 
