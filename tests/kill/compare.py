@@ -12,7 +12,7 @@ import torch
 
 from megatron_bit.checkpoint.folder import complete, problems, read_meta
 
-TIMED = {"seconds", "tokens_per_second", "time", "mfu", "memory_gib", "wait", "data_wait"}  # of the machine
+TIMED = {"seconds", "tokens_per_second"}  # of the machine
 
 
 def differences(run: Path, whole: Path, mirror: Path | None) -> list[str]:

@@ -195,11 +195,14 @@ def test_a_job_that_ends(away: Absence) -> None:
     _said_once(away.runs["end"])
 
 
-def test_a_job_that_crashes_comes_back(away: Absence) -> None:
-    run = away.runs["crash"]
+def _comes_back_once(run: Run) -> None:
     assert run.wait_until_over() == ["crashed", "crashed"], run.everything()
     assert _restarts(run) == 1
     assert "does not requeue jobs" not in run.log()
+
+
+def test_a_job_that_crashes_comes_back(away: Absence) -> None:
+    _comes_back_once(away.runs["crash"])
 
 
 def test_a_job_that_was_asked_to_save_comes_back(away: Absence) -> None:
@@ -212,10 +215,7 @@ def test_a_job_that_was_asked_to_save_comes_back(away: Absence) -> None:
 
 def test_a_job_is_requeued_once(away: Absence) -> None:
     """The one that was stopped does when it goes on, and nobody waits for its answer; the one killed has forgotten."""
-    run = away.runs["requeue"]
-    assert run.wait_until_over() == ["crashed", "crashed"], run.everything()
-    assert _restarts(run) == 1
-    assert "does not requeue jobs" not in run.log()
+    _comes_back_once(away.runs["requeue"])
 
 
 def test_submit_waits_and_queues_one_job(away: Absence) -> None:

@@ -124,14 +124,19 @@ def test_submit_queues_one_job(heard: bool, silent: int, controller: Path, confi
     assert len((controller / "asked").read_text().splitlines()) == (2 if silent and not heard else 1)
 
 
-def test_nobody_knows_and_the_same_command_finds_out(
-    controller: Path, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _lose_the_answer(controller: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submit a job that SLURM queues and says nothing of, nor of anything else from then on; nobody waits for it."""
     monkeypatch.setenv(silence.VARIABLE, "0")
     (controller / "heard").touch()
     (controller / "silent").write_text("99")
     with pytest.raises(Unknown, match=r"sbatch has had no answer \(Socket timed out on send/recv operation\): whether"):
         submit(config, PROFILE)
+
+
+def test_nobody_knows_and_the_same_command_finds_out(
+    controller: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lose_the_answer(controller, config, monkeypatch)
     (row,) = status.collect([Path(config.run)])
     assert row.state is None and row.reason.startswith("squeue has had no answer")
     with pytest.raises(Silent, match="none was submitted"):
@@ -150,11 +155,7 @@ def test_nobody_knows_and_the_same_command_finds_out(
 def test_the_job_has_begun_before_the_same_command_comes(
     controller: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(silence.VARIABLE, "0")
-    (controller / "heard").touch()
-    (controller / "silent").write_text("99")
-    with pytest.raises(Unknown):
-        submit(config, PROFILE)
+    _lose_the_answer(controller, config, monkeypatch)
     (controller / "silent").write_text("0")
     (made,) = submissions(Path(config.run))
     (token,) = made.unanswered()
