@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from gloo_ranks import run_ranks
 from torch import Tensor
 
 STEPS = 5
@@ -156,6 +158,18 @@ def train_spiked(arguments: list[str], factor: float) -> int:
 
     bitlm.BitLM.loss = loss  # type: ignore[method-assign]
     return train(arguments)
+
+
+def train_beyond_the_bad_step(
+    function: Callable[..., int], world: int, run: Path, data: Path, settings: dict[str, Any], *more: float
+) -> None:
+    """Train to the step of BAD_SAMPLE, whose update is skipped, and on from there, with a checkpoint of every step.
+
+    Saves wait while updates are skipped; but a start saves its last step, whatever that is.
+    """
+    for steps in (3, 5):
+        these = {**settings, "train.steps": steps, "checkpoint.every": 1, "checkpoint.keep": 9}
+        run_ranks(function, world, overrides(run, data, these), *more)
 
 
 def train_poisoned(arguments: list[str], first: int, last: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from gloo_ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
@@ -31,8 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_non_finite_gradients_skip_the_update_everywhere(name: str, tiny_data: Path, tmp_path: Path) -> None:
     world, settings = LAYOUTS[name]
-    settings = {**settings, "checkpoint.every": 1, "checkpoint.keep": 9}
-    run_ranks(tiny_runs.train_spiked, world, tiny_runs.overrides(tmp_path / "run", tiny_data, settings), math.nan)
+    tiny_runs.train_beyond_the_bad_step(tiny_runs.train_spiked, world, tmp_path / "run", tiny_data, settings, math.nan)
     result = tiny_runs.read(tmp_path / "run")
     assert result.skipped == [False, False, True, False, False]
     assert all(torch.isfinite(w).all() for w in result.weights.values())
@@ -47,8 +45,8 @@ def test_non_finite_gradients_skip_the_update_everywhere(name: str, tiny_data: P
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_spike_guard_skips_the_update_everywhere(name: str, tiny_data: Path, tmp_path: Path) -> None:
     world, settings = LAYOUTS[name]
-    settings = {**settings, "optim.spike_guard": 3.0, "checkpoint.every": 1, "checkpoint.keep": 9}
-    run_ranks(tiny_runs.train_guarded, world, tiny_runs.overrides(tmp_path / "run", tiny_data, settings))
+    settings = {**settings, "optim.spike_guard": 3.0}
+    tiny_runs.train_beyond_the_bad_step(tiny_runs.train_guarded, world, tmp_path / "run", tiny_data, settings)
     result = tiny_runs.read(tmp_path / "run")
     assert result.skipped == [False, False, True, False, False]
     folder = tmp_path / "run" / "checkpoints"
