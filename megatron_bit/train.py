@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import time
@@ -69,8 +68,7 @@ def main(config: Config) -> int:
     except Exception as error:
         other = _last(error, config)
         if isinstance(other, RankLost):
-            with contextlib.suppress(OSError):  # for the launcher, which sees torchrun's 1 in place of our exit code
-                write_atomic(Path(config.run) / "RANK_LOST", f"{str(other).partition(';')[0]}\n".encode())
+            ending.mark_lost(Path(config.run), other)
         if other is error:
             raise
         raise other from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +22,20 @@ def timeouts(arguments: list[str]) -> list[tuple[str, float | None]]:
     dist.new_group = parallel_state.torch.distributed.new_group = new_group
     assert tiny_runs.train(arguments) == 0
     return found
+
+
+def stopped_before_joining(arguments: list[str], victim: int, where: str, said: Path) -> None:
+    """Runs in a rank, and ends it: `megatron-bit train`, with rank `victim` stopped (SIGSTOP) before it takes part in
+    the `store`, or in the `groups`, which the others then wait for."""
+    import os
+    import signal
+
+    import tiny_runs
+
+    from megatron_bit.parallel import descriptors
+
+    if os.environ["RANK"] == str(victim):
+        if where == "store":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        descriptors.check_together = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    tiny_runs.command(arguments, said)

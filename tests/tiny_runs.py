@@ -450,15 +450,23 @@ def train_exhausted(arguments: list[str], victim: int, where: str, what: str, sa
         what: "memory", "allocator", "threads", "descriptors" or "address space".
     """
     import os
-    import sys
 
-    from megatron_bit import cli
     from megatron_bit.parallel import ending
 
     if int(os.environ["RANK"]) == victim:
         _exhaust(where, what)
     if where == "groups":
         ending.GRACE_SECONDS = 3.0
+    command(arguments, said)
+
+
+def command(arguments: list[str], said: Path) -> None:
+    """Runs in a rank, and ends it: `megatron-bit train`; what it writes to stderr is added to the file `said`."""
+    import os
+    import sys
+
+    from megatron_bit import cli
+
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.argv = ["megatron-bit", "train", *arguments]
     torch.set_num_threads(1)

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_bit.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, Exhausted, LocalUserError, RankLost, Stopped, UserError
 from megatron_bit.exhausted import exhausted
+from megatron_bit.files import write_atomic
 
 _SAID = "megatron_bit/said"
 POLL_SECONDS = 1.0
@@ -96,19 +98,14 @@ def over() -> None:
 
 
 @contextlib.contextmanager
-def in_time(seconds: float) -> Iterator[None]:
-    """End this process if what is in the block, the coming together of the ranks, takes longer. torch's client of the
-    store, among others, waits without a limit for a rank 0 that listens and does not answer (2.13)."""
+def in_time(seconds: float, run: Path) -> Iterator[None]:
+    """End this process if what is in the block, the coming together of the ranks of `run`, takes longer. torch's client
+    of the store, among others, waits without a limit for a rank 0 that listens and does not answer (2.13)."""
 
     def leave() -> None:
-        rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-        print(
-            f"megatron-bit: error: rank {rank}: the ranks have not come together in {seconds:.0f} s "
-            f"(2 x parallel.timeout_minutes) at MASTER_ADDR:MASTER_PORT = {host}:{port}; one is stopped, or its node "
-            "gone; the same command tries again",
-            file=sys.stderr,
-            flush=True,
-        )
+        error = apart(seconds, "2 x parallel.timeout_minutes")
+        print(f"megatron-bit: error: {error}", file=sys.stderr, flush=True)
+        mark_lost(run, error)
         os._exit(EXIT_RANK_LOST)
 
     timer = threading.Timer(seconds, leave)
@@ -119,6 +116,22 @@ def in_time(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def apart(seconds: float, limit: str) -> RankLost:
+    """What to raise on a rank that has waited for the others, or for the store that they are to meet in."""
+    rank, host, port = (os.environ.get(name, "?") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return RankLost(
+        f"rank {rank}: the ranks have not come together in {seconds:.0f} s ({limit}) at MASTER_ADDR:MASTER_PORT = "
+        f"{host}:{port}; one has ended (see what it says), is stopped, or its node is gone; the same command tries "
+        "again"
+    )
+
+
+def mark_lost(run: Path, error: RankLost) -> None:
+    """RUN/RANK_LOST, for the launcher, which sees torchrun's 1 in place of our exit code."""
+    with contextlib.suppress(OSError):
+        write_atomic(run / "RANK_LOST", f"{str(error).partition(';')[0]}\n".encode())
 
 
 def alone(error: UserError) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def init(config: Config) -> Groups:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
     minutes = config.parallel.timeout_minutes
-    with ending.in_time(120 * minutes):
+    with ending.in_time(120 * minutes, Path(config.run)):
         if not dist.is_initialized():
             _join(dims, backend, datetime.timedelta(minutes=minutes))
         return build_groups(config, dims)
@@ -90,11 +91,12 @@ def _join(dims: ParallelDims, backend: str, timeout: datetime.timedelta) -> None
         code = ending.said()
         if code is not None:
             raise Stopped(str(error), code) from None
+        if "timed out" in str(error).lower():
+            raise ending.apart(timeout.total_seconds(), "parallel.timeout_minutes") from None
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         raise LocalUserError(
             f"MASTER_ADDR:MASTER_PORT = {host}:{port} cannot be used ({str(error).splitlines()[0][:120]}); "
-            "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose); "
-            "if a rank did not come, see what it says"
+            "if another job holds the port, choose a free one (torchrun --master-port, or let --nproc choose)"
         ) from None
 
 

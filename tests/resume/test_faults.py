@@ -13,7 +13,7 @@ from typing import Any
 import group_ranks
 import pytest
 import tiny_runs
-from gloo_ranks import run_ranks
+from gloo_ranks import end_ranks, run_ranks
 
 from megatron_bit.checkpoint.folder import complete, newest_step, problems, step_of
 from megatron_bit.run_lock import RunLock
@@ -254,3 +254,20 @@ def test_every_group_has_the_time_out_that_was_set(layout: dict[str, Any], tiny_
     settings = {"train.steps": 1, "parallel.timeout_minutes": 2.5, **layout}
     for made in run_ranks(group_ranks.timeouts, 2, tiny_runs.overrides(tmp_path / "run", tiny_data, settings)):
         assert len(made) > 10 and {timeout for _, timeout in made} == {2.5}, made
+
+
+@pytest.mark.parametrize("where", ["store", "groups"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_that_do_not_come_together_are_a_lost_node(
+    victim: int, where: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The other one leaves after the time-out that was set, and the run folder says why to the launcher."""
+    (tmp_path / "run").mkdir()  # as the launcher does
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    arguments = tiny_runs.overrides(tmp_path / "run", tiny_data, {"parallel.timeout_minutes": 0.05})
+    arguments.insert(0, str(tmp_path / "empty.yaml"))
+    said = tmp_path / "said"
+    codes, _ = end_ranks(group_ranks.stopped_before_joining, 2, arguments, victim, where, said, timeout=20.0)
+    assert codes == ([87, None] if victim else [None, 87])
+    (line,) = (line for line in said.read_text().splitlines() if "megatron-bit: error" in line)
+    assert (tmp_path / "run" / "RANK_LOST").read_text() == line.partition(": error: ")[2].partition(";")[0] + "\n"
