@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from megatron_bit.config import load_config
-from megatron_bit.plan import describe
+from megatron_bit.planning.dry_run import describe
 
 LIGHT = {
     "page": "#ffffff", "ink": "#1b1f24", "soft": "#57606a", "line": "#57606a",

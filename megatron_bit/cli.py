@@ -8,7 +8,6 @@ import traceback
 
 import tyro
 
-from megatron_bit import console, environment
 from megatron_bit.commands.arguments import PATHS
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
 from megatron_bit.commands.codes import codes
@@ -31,8 +30,9 @@ from megatron_bit.commands.slurm import (
 )
 from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
 from megatron_bit.errors import Exhausted, LocalUserError, RankLost, Stopped, UserError
-from megatron_bit.exhausted import exhausted
-from megatron_bit.text import shown
+from megatron_bit.io import console, environment
+from megatron_bit.io.exhausted import exhausted
+from megatron_bit.io.text import shown
 
 
 def data() -> int:

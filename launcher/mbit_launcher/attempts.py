@@ -20,9 +20,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_bit.checkpoint.folder import newest_step
 from megatron_bit.config import Config
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
+from megatron_bit.run.checkpoints import newest_step
 
 from . import heartbeats
 from .failures import first_failure

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 from .local import choose_port
 from .minicluster_init import CONTROLLER

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from megatron_bit.checkpoint.folder import complete, step_of
 from megatron_bit.errors import UserError
-from megatron_bit.measured import strict_json
-from megatron_bit.run_folder import resolve_file
-from megatron_bit.strict_json import Count, parse
-from megatron_bit.text import shown
+from megatron_bit.io.measured import strict_json
+from megatron_bit.io.strict_json import Count, parse
+from megatron_bit.io.text import shown
+from megatron_bit.run.checkpoints import complete, step_of
+from megatron_bit.run.folder import resolve_file
 
 from . import attempts, heartbeats, slurm
 from .submission import Submission, submissions

@@ -30,10 +30,11 @@ from typing import Any
 
 import yaml
 
-from megatron_bit import __version__, trust
+from megatron_bit import __version__
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io import trust
+from megatron_bit.io.files import write_atomic
 
 from .profile import ClusterProfile, load_profile
 

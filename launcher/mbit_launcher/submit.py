@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_bit import trust
-from megatron_bit.checkpoint.folder import newest_step
 from megatron_bit.config import Config, DataConfig
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
-from megatron_bit.plan import describe
-from megatron_bit.run_folder import resolve
+from megatron_bit.io import trust
+from megatron_bit.io.files import write_atomic
+from megatron_bit.planning.dry_run import describe
+from megatron_bit.run.checkpoints import newest_step
+from megatron_bit.run.folder import resolve
 
 from . import slurm
 from .preflight import cordoned

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
-from megatron_bit.plan import parameter_counts, table_parameters
+from megatron_bit.planning.parameters import parameter_counts, table_parameters
 
 # the rung whose parameters all others match
 REFERENCE = ("model.head.kind=chain", "model.group_bits=8", "model.block_size=4")

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from megatron_bit import train as job
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
 from megatron_bit.parallel import groups as process_groups
-from megatron_bit.trainer import Trainer
+from megatron_bit.training import job
+from megatron_bit.training.trainer import Trainer
 
 
 def main(config: Config, steps: int, repeats: int, as_json: bool) -> int:

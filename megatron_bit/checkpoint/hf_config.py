@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_bit.config import config_from_dict
 from megatron_bit.errors import UserError
-from megatron_bit.identity import meaning
-from megatron_bit.strict_json import MIB, OBJECT, load
+from megatron_bit.io.strict_json import MIB, OBJECT, load
+from megatron_bit.run.identity import meaning
 
 BITLM = "bitlm"
 LLAMA_LAYOUT = ("llama", "qwen3")

@@ -17,14 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_bit import identity
 from megatron_bit.checkpoint import hf_config
 from megatron_bit.checkpoint.hf_config import BITLM, read_json
 from megatron_bit.checkpoint.index import Rectangle
 from megatron_bit.config import config_from_dict
 from megatron_bit.errors import UserError
 from megatron_bit.model.codec import CODES, Codec, RawCodec, table_fingerprint
-from megatron_bit.model.logical import VOCABULARY
+from megatron_bit.parallel.logical import VOCABULARY
+from megatron_bit.run import identity
 
 _LAYER = re.compile(r"^backbone\.layers\.(\d+)\.(.+)$")
 _IN_LAYER = {

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit import console, environment
 from megatron_bit.commands.arguments import Args, bitlm_configuration, split
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
+from megatron_bit.io import console, environment
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     """
     from megatron_bit.parallel import descriptors
     from megatron_bit.parallel.dims import ParallelDims
-    from megatron_bit.run_folder import resolve
+    from megatron_bit.run.folder import resolve
 
     target, overrides = split(args, preset)
     if target is None and preset is None:
@@ -62,7 +62,7 @@ def train(
     config = resolve(target, overrides, preset)
     world = environment.world_size() if ranked else nproc
     if dry_run:
-        from megatron_bit.plan import describe, render
+        from megatron_bit.planning.dry_run import describe, render
 
         plan = describe(config, world_size or world)
         if json:
@@ -91,7 +91,7 @@ def train(
     # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console.outlive()
-    from megatron_bit import train as job
+    from megatron_bit.training import job
 
     return job.main(config)
 
@@ -201,7 +201,7 @@ def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: i
         out: folder for data and run.
         steps: training steps.
     """
-    from megatron_bit.demo import main as run
+    from megatron_bit.commands.demo import main as run
 
     if steps < 2:
         raise UserError(f"--steps {steps} has to be at least 2: the demo stops half-way and continues")
@@ -214,14 +214,14 @@ def doctor(json: bool = False) -> int:
     Args:
         json: print JSON.
     """
-    from megatron_bit.doctor import main as run
+    from megatron_bit.commands.doctor import main as run
 
     return run(json)
 
 
 def config() -> int:
     """List every configuration key with its type, default and meaning, as Markdown."""
-    from megatron_bit.reference import markdown
+    from megatron_bit.commands.reference import markdown
 
     print(markdown(), end="")
     return 0

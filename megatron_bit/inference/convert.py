@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbit_data.tokenizer import Tokenizer
 
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder
 from megatron_bit.inference.hf_names import CODE_TABLE, Source, WeightsOf, model_arguments, softmax_config
 from megatron_bit.inference.safetensors_stream import Spec, write_shards
+from megatron_bit.io.files import sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

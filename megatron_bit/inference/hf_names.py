@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_bit.checkpoint.folder import read_meta
 from megatron_bit.checkpoint.index import Reader, Rectangle
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.config import Config, ModelConfig, config_from_dict
@@ -21,7 +20,8 @@ from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.optim.optimizer import EMA
 from megatron_bit.parallel.split import FREQUENCIES
-from megatron_bit.run_folder import data_of, newest_checkpoint
+from megatron_bit.run.checkpoints import read_meta
+from megatron_bit.run.folder import data_of, newest_checkpoint
 
 CODE_TABLE = "model.code_table"
 WeightsOf = Literal["trained", "ema"]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.logical import VOCABULARY, pieces
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.logical import VOCABULARY, pieces
 from megatron_bit.parallel.split import FREQUENCIES
 
 _ONES = re.compile(r"(norm|layernorm)\.weight$")

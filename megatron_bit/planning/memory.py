@@ -12,7 +12,7 @@ import functools
 from megatron_bit.config import Config
 from megatron_bit.parallel.dims import BUCKET, ParallelDims
 from megatron_bit.parallel.split import split_layers
-from megatron_bit.plan import local_parameters
+from megatron_bit.planning.parameters import local_parameters
 
 MAX_LIVE = 1e9  # elements: DeepSpeed's `stage3_max_live_parameters`
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from as_user import TORCHRUN, run
 
-from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.run.checkpoints import complete, step_of
 
 # name -> (arguments after the YAML file, what the line has to say). All of them are found before torch is imported.
 CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {

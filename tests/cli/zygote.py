@@ -26,7 +26,8 @@ warnings.simplefilter("ignore")
 def main() -> None:
     import torch
 
-    from megatron_bit.compat import mcore, zero
+    from megatron_bit.optim import zero
+    from megatron_bit.parallel import mcore
 
     zero._import_deepspeed()
     mcore.prepare()

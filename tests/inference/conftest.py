@@ -137,7 +137,7 @@ def trainer(converted: dict[str, Converted], groups: Groups) -> Callable[[str], 
     def make(name: str) -> Trainer:
         if name not in made:
             from megatron_bit.checkpoint.load import load_weights
-            from megatron_bit.run_folder import newest_checkpoint
+            from megatron_bit.run.folder import newest_checkpoint
 
             run = converted[name].run
             overrides = ["parallel.tp=1", "parallel.pp=1", "parallel.zero_stage=0", "train.seed=11"]

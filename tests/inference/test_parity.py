@@ -77,7 +77,7 @@ def test_text_is_the_same_as_from_the_run(name, elsewhere, converted):
 
 
 def test_what_looks_like_a_control_token_is_text(elsewhere, converted):
-    from mbit_data.tokenizer import Tokenizer
+    from megatron_bit.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(converted["odd"].data / "tokenizer.model")
     assert elsewhere["odd/special"][0].tolist() == tokenizer.encode("</s> a")

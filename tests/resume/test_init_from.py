@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 from gloo_ranks import run_ranks
 
-from megatron_bit.checkpoint.folder import complete
+from megatron_bit.run.checkpoints import complete
 
 HEAD_DIM = {"llama": 12, "qwen3": 20}  # hidden size / heads, and what is not
 GQA = {"model.num_kv_heads": 2, "model.norm_eps": 1e-6, "train.steps": 2}

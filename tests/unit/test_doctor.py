@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bit import doctor
-from megatron_bit.compat import te
+from megatron_bit.commands import doctor
+from megatron_bit.precision import te
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -217,6 +217,6 @@ def test_the_pins_are_those_of_the_package() -> None:
 
 
 def test_the_doctor_alone_imports_nothing_heavy() -> None:
-    code = "import sys, megatron_bit.doctor; print(sorted({'torch', 'rich', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, megatron_bit.commands.doctor; print(sorted({'torch', 'rich', 'pydantic'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_bit.environment import world_size
 from megatron_bit.errors import UserError
+from megatron_bit.io.environment import world_size
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from megatron_bit.cli import _say
 from megatron_bit.errors import Stopped, UserError
-from megatron_bit.exhausted import DESCRIPTORS, MEMORY, THREADS, exhausted, resource_of
+from megatron_bit.io.exhausted import DESCRIPTORS, MEMORY, THREADS, exhausted, resource_of
 
 
 def _raised(action) -> Exception:

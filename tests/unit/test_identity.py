@@ -11,7 +11,7 @@ from megatron_bit.config import leaves, load_config
 from megatron_bit.data.corpus import Corpus
 from megatron_bit.data.manifest import Manifest, Split
 from megatron_bit.errors import UserError
-from megatron_bit.identity import (
+from megatron_bit.run.identity import (
     KINDS,
     SHOWN,
     Kind,

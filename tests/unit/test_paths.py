@@ -15,8 +15,8 @@ from megatron_bit import cli
 from megatron_bit.commands.arguments import split
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
-from megatron_bit.paths import user_location, user_path
-from megatron_bit.run_folder import resolve
+from megatron_bit.io.paths import user_location, user_path
+from megatron_bit.run.folder import resolve
 
 
 @pytest.fixture(autouse=True)

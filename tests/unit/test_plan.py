@@ -15,8 +15,9 @@ from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.dims import ParallelDims
-from megatron_bit.plan import describe, parameter_counts, render
+from megatron_bit.planning.dry_run import describe, render
 from megatron_bit.planning.memory import memory_per_rank
+from megatron_bit.planning.parameters import parameter_counts
 
 SOFTMAX = ["model.head.kind=softmax", "model.block_size=1", "model.vocab_size=4096"]
 JOINT = ["model.head.kind=diffusion", "model.group_bits=6", "diffusion.self_condition=0.5"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_bit.run_lock import RunLock
+from megatron_bit.run.lock import RunLock
 
 
 def test_a_folder_that_is_another_now(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bit.run_log import roll_back
+from megatron_bit.run.log import roll_back
 
 
 def _write(path: Path, steps: list[int], rest: str = "") -> None:

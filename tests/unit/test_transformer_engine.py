@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_bit.compat import te
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
-from megatron_bit.model.linears import Scaling
+from megatron_bit.precision import te
+from megatron_bit.precision.linears import Scaling
 
 
 class Layer(nn.Module):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bit import trust
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
-from megatron_bit.run_folder import data_of, resolve
+from megatron_bit.io import trust
+from megatron_bit.run.folder import data_of, resolve
 
 PIPE = "pipe:sh -c 'touch ran' {file}"
 

@@ -9,7 +9,7 @@ from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, select
 from megatron_bit.bench.quality import SIZES, Result, main, render
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
-from megatron_bit.plan import parameter_counts, table_parameters
+from megatron_bit.planning.parameters import parameter_counts, table_parameters
 
 
 @pytest.mark.parametrize("budget", SIZES)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_bit.checkpoint import folder as folders
-from megatron_bit.checkpoint.folder import FORMAT, complete, read_meta
 from megatron_bit.errors import UserError
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run import checkpoints as folders
+from megatron_bit.run.checkpoints import FORMAT, complete, read_meta
+from megatron_bit.run.folder import newest_checkpoint
 
 
 def _make(root: Path, name: str, committed: bool = True) -> Path:
@@ -82,9 +82,9 @@ def test_an_identity_of_something_else(known: Any, tiny_data: Path, tmp_path: Pa
     from megatron_bit.config import load_config
     from megatron_bit.data.corpus import Corpus
     from megatron_bit.data.manifest import load_manifest
-    from megatron_bit.identity import identity
-    from megatron_bit.run_folder import claim
-    from megatron_bit.run_lock import RunLock
+    from megatron_bit.run.folder import claim
+    from megatron_bit.run.identity import identity
+    from megatron_bit.run.lock import RunLock
 
     config = load_config(None, [f"run={tmp_path}"])
     (tmp_path / "identity.json").write_text(json.dumps(known))
@@ -97,7 +97,7 @@ def test_other_data_or_another_packing_is_another_run(tiny_data: Path, tmp_path:
     from megatron_bit.config import load_config
     from megatron_bit.data.corpus import Corpus
     from megatron_bit.data.manifest import load_manifest
-    from megatron_bit.identity import compare_run, identity, of_folder
+    from megatron_bit.run.identity import compare_run, identity, of_folder
 
     corpus, config = Corpus.of(load_manifest(tiny_data)), load_config(None, [f"run={tmp_path}"])
     here = identity(config, corpus, "code")

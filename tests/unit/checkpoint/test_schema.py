@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_trees import changed
 
-from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.errors import UserError
+from megatron_bit.run import checkpoints as folders
 
 BOX = {"file": "rank-00000.safetensors", "key": "a/param/0-0", "offset": [0, 0], "shape": [4, 3]}
 INDEX: dict[str, Any] = {"a": {"shape": [4, 3], "states": {"param": [BOX]}}}

@@ -24,7 +24,7 @@ from megatron_bit.evaluation.scoring import encode_behind, score, windows
 from megatron_bit.evaluation.task_files import Item
 from megatron_bit.evaluation.tasks import last_word
 from megatron_bit.evaluation.validation import Validation
-from megatron_bit.measured import exponential, number, quotient, show, strict_json
+from megatron_bit.io.measured import exponential, number, quotient, show, strict_json
 
 
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 9))

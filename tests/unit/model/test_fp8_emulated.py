@@ -8,17 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bit.model.fp8_emulated import (
-    E4M3,
-    E5M2,
-    GRADIENT,
-    INPUT,
-    WEIGHT,
-    Quantizer,
-    _Product,
-    round_to,
-    scale_of,
-)
+from megatron_bit.precision.emulated import E4M3, E5M2, GRADIENT, INPUT, WEIGHT, Quantizer, _Product, round_to, scale_of
 
 CPU = torch.device("cpu")
 LARGEST = torch.finfo(torch.float32).max

@@ -9,10 +9,10 @@ from megatron_bit.data.documents import document_starts
 from megatron_bit.diffusion.noise import CONDITION, ESTIMATE, chosen
 from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import TokenBatch, noise_tables
-from megatron_bit.model.logical import pieces
-from megatron_bit.optim.optimizer import build_optimizer
+from megatron_bit.optim.build import build_optimizer
 from megatron_bit.optim.schedule import learning_rate
-from megatron_bit.parallel.step import forward_backward
+from megatron_bit.parallel.logical import pieces
+from megatron_bit.training.step import forward_backward
 
 VOCAB_SIZE = 1999
 

@@ -10,9 +10,9 @@ from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.parallel.split import embedding_flops, head_flops, layer_flops
-from megatron_bit.plan import parameter_counts
 from megatron_bit.planning.hardware import load_hardware
 from megatron_bit.planning.operations import embedding_work, head_work, layer_work
+from megatron_bit.planning.parameters import parameter_counts
 from megatron_bit.planning.times import Overlap, step_time, utilization
 
 H100 = load_hardware("h100")
