@@ -13,15 +13,14 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from mbit_launcher import attempts, heartbeats, slurm
+from mbit_launcher.submission import Submission, submissions
 from megatron_bit.errors import UserError
 from megatron_bit.io.measured import strict_json
 from megatron_bit.io.strict_json import Count, parse
 from megatron_bit.io.text import shown
 from megatron_bit.run.checkpoints import complete, step_of
 from megatron_bit.run.folder import resolve_file
-
-from . import attempts, heartbeats, slurm
-from .submission import Submission, submissions
 
 _DEPTH = 3  # folders below the given one in which runs are looked for: a sweep is runs/NAME/key=value
 _TAIL_BYTES = 64 * 1024
