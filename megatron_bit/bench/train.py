@@ -28,7 +28,7 @@ from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import train_flops
-from megatron_bit.training.callbacks.metrics import PEAK_FLOPS
+from megatron_bit.planning.hardware import peak_flops
 from megatron_bit.training.step import forward_backward
 
 EOS = 0
@@ -142,7 +142,7 @@ def _result(
 ) -> dict[str, Any]:
     gpu = groups.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else platform.machine()
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in device), None) if gpu else None
+    peak = peak_flops(device) if gpu else None
     tokens = config.train.global_batch_size * config.data.seq_length
     peers = {c.config.train.precision: c for c in contestants if c.name.startswith(PEER)}
     rows = []

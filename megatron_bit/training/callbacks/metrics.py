@@ -18,10 +18,8 @@ from megatron_bit.io.measured import strict_json
 from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.split import train_flops
+from megatron_bit.planning.hardware import peak_flops
 from megatron_bit.training.trainer import Callback, StepRecord, Trainer
-
-# Dense bf16 FLOP/s by the vendor's datasheets; a device that is not here has no MFU.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 class MetricsCallback(Callback):
@@ -32,7 +30,7 @@ class MetricsCallback(Callback):
         self._writer: Any = None
         self._log: Any = None
         self._tty, self._said_lost = sys.stdout.isatty(), False
-        self._peak = _peak_flops()
+        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._begin = self._last = time.perf_counter()
         self._first_step = trainer.state.step
         on_rank0(lambda: self._open(trainer))
@@ -161,13 +159,6 @@ def _memory_bytes() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return float(psutil.Process().memory_info().rss)
-
-
-def _peak_flops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def _count(value: float) -> str:
