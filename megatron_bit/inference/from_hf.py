@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bit.checkpoint.hf_parts import logical_shapes
 from megatron_bit.checkpoint.huggingface import HuggingFaceWeights
 from megatron_bit.checkpoint.index import Rectangle
 from megatron_bit.checkpoint.save import file_name, write_part
@@ -21,7 +22,6 @@ from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.data.corpus import open_corpus
 from megatron_bit.errors import UserError
 from megatron_bit.inference.convert import check_free, put_in_place, temporary_folder
-from megatron_bit.inference.hf_names import logical_shapes
 from megatron_bit.io.files import sync_folder, write_atomic
 from megatron_bit.io.safetensors_file import Spec
 from megatron_bit.model.codec import build_codec, learned_table
