@@ -129,7 +129,7 @@ def data_flow() -> Picture:
     p.arrow((last + w / 2, 376), (last + w / 2, 412))
     p.arrow((x + w / 2, 464), (x + w / 2, 496), (last + w / 2, 496), (last + w / 2, 464))
     p.label(450, 490, "x, not shifted: the target", size=11)
-    p.box(342, 522, 526, 48, "plain", "backward by the schedule  →  ZeRO step", "parallel/step.py  →  compat/zero.py")
+    p.box(342, 522, 526, 48, "plain", "backward by the schedule  →  ZeRO step", "training/step.py  →  optim/zero.py")
     p.arrow((last + w, 438), (last + w + 16, 438), (last + w + 16, 546), (868, 546))
     return p
 

@@ -40,7 +40,7 @@ def environment(device: torch.device) -> list[Row]:
 
 
 def engine(device: torch.device) -> list[Row]:
-    """tests/gpu: what compat/te.py asks of Transformer Engine, of the package itself."""
+    """tests/gpu: what precision/te.py asks of Transformer Engine, of the package itself."""
     root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_bit.config import leaves, preset_names
 from megatron_bit.run.identity import KINDS
+
+_MODULE = re.compile(r"\b(?:\w+\.)+(?=[A-Z])")  # of a type
 
 
 def markdown() -> str:
@@ -30,9 +34,7 @@ def markdown() -> str:
                 "| key | type | default | kind | meaning |",
                 "|---|---|---|---|---|",
             ]
-        kind = (
-            str(field.annotation).removeprefix("<class '").removesuffix("'>").replace("typing.", "").replace("|", "\\|")
-        )
+        kind = _MODULE.sub("", str(field.annotation).removeprefix("<class '").removesuffix("'>")).replace("|", "\\|")
         limits = ", ".join(_limit(m) for m in field.metadata)
         meaning = " ".join((field.description or "").split())
         cells = (

@@ -3,7 +3,7 @@
 An operand x becomes q(x s) / s: q rounds to E4M3 or E5M2 after clamping to its largest value (torch 2.11 would give NaN
 beyond it), s is the largest value over what `fp8.recipe` says: the tensor, its last steps, or a block. Products are
 summed in float32. The rules are those of Transformer Engine 2.11 (common/recipe, pytorch/quantization.py), with one
-choice of ours, the same in compat/te.py: delayed scaling is updated once a step, not once a micro-batch, so that it
+choice of ours, the same in te.py: delayed scaling is updated once a step, not once a micro-batch, so that it
 does not depend on how a batch is cut into micro-batches, and recomputation meets the scales of the first time.
 """
 

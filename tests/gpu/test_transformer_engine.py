@@ -1,4 +1,4 @@
-"""compat/te.py against Transformer Engine itself; skipped where it is not installed.
+"""precision/te.py against Transformer Engine itself; skipped where it is not installed.
 
 What asks for no kernel runs without a GPU too: there the package is told that it has a Hopper, and its states are made
 on the CPU. tests/unit/test_transformer_engine.py says the same of a stand-in, for everywhere else.

@@ -96,3 +96,28 @@ def test_the_table_of_rooms_is_right() -> None:
     rows = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
     names = [row.removesuffix("/").removesuffix(".py").rpartition("/")[2] for row in rows]
     assert names == FLOORS[::-1]  # what one looks for first stands on top
+
+
+def _defined(path: Path) -> set[str]:
+    """Names of a module, and of what its classes have: `f`, `C`, `C.f`."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_what_the_page_names_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    ways = re.findall(r"^\| `([\w.]+)` \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    answers = re.findall(r"`([\w.]+)` (?:in|of) `([\w/]+\.py)`", text)
+    assert len(ways) > 25 and len(answers) > 10
+    for name, file in (*ways, *answers):
+        assert name in _defined(ROOT / "megatron_bit" / file), f"docs/architecture.md: {name} in {file}"
+    batch = text.partition("**A batch")[2].partition("\n\nBack in")[0]
+    assert len(re.findall(r"^\| `", batch, re.MULTILINE)) <= 8
