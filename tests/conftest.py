@@ -13,6 +13,27 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared; before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+HERE = Path(__file__).parent
+# folders whose tests share what takes long to make, the longest first; elsewhere a file is what stays together
+TOGETHER = ("slurm", "inference", "cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What stays in one process of `pytest -n 2 --dist loadgroup`, and in which order that is handed out."""
+
+    def group(item: pytest.Item) -> str:
+        place = item.path.relative_to(HERE)
+        return place.parts[0] if place.parts[0] in TOGETHER else str(place)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    rank = {name: number for number, name in enumerate(TOGETHER)}
+    items.sort(key=lambda item: rank.get(group(item), len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_on_a_terminal() -> None:

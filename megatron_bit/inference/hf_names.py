@@ -120,6 +120,23 @@ def _read(reader: Reader, part: Part, state: str) -> Tensor:
     return part.cut(reader.read(part.logical, state, Rectangle((0,) * len(shape), shape)))
 
 
+def _layers(config: Config) -> dict[str, object]:
+    """What transformers' configurations of the Llama layout, and ours, call the backbone."""
+    m = config.model
+    return {
+        "hidden_size": m.hidden_size,
+        "intermediate_size": m.ffn_hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.attention_head_dim,
+        "max_position_embeddings": config.data.seq_length,
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope_base,
+        "initializer_range": m.init_std,
+    }
+
+
 def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any] | None = None) -> dict[str, object]:
     """Keyword arguments of BitLMConfig.
 
@@ -136,15 +153,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "bits": m.bits,
         "block_size": m.block_size,
         "block_causal": m.attention == "block_causal",
-        "hidden_size": m.hidden_size,
-        "intermediate_size": m.ffn_hidden_size,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.attention_head_dim,
-        "max_position_embeddings": config.data.seq_length,
-        "rms_norm_eps": m.norm_eps,
-        "rope_theta": m.rope_base,
+        **_layers(config),
         "qk_norm": m.qk_norm,
         "head_hidden_size": m.head.hidden_size,
         "head_intermediate_size": m.head.ffn_hidden_size,
@@ -163,7 +172,6 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "sigma_masses": noise.masses.tolist() if isinstance(noise, EntropyRate) else None,
         "condition_drop": d.condition_drop,
         "self_condition": d.self_condition > 0,
-        "initializer_range": m.init_std,
     }
 
 
@@ -177,17 +185,8 @@ def softmax_config(config: Config, **more: Any) -> Any:
     m, kind = config.model, "Qwen3" if config.model.qk_norm else "Llama"
     arguments = {
         "vocab_size": m.vocab_size,
-        "hidden_size": m.hidden_size,
-        "intermediate_size": m.ffn_hidden_size,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.attention_head_dim,
-        "max_position_embeddings": config.data.seq_length,
-        "rms_norm_eps": m.norm_eps,
-        "rope_theta": m.rope_base,
+        **_layers(config),
         "tie_word_embeddings": False,
-        "initializer_range": m.init_std,
         "architectures": [f"{kind}ForCausalLM"],
     }
     return getattr(transformers, f"{kind}Config")(**{**arguments, **more})

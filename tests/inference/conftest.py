@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+import world
 from gloo_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,8 +25,9 @@ from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.model.bitlm import BitLM
 from megatron_bit.model.build import build_model
-from megatron_bit.parallel import groups as parallel_groups
 from megatron_bit.parallel.groups import Groups
+
+one_thread, groups = world.one_thread, world.groups
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,6 @@ class Converted:
     run: Path
     folder: Path
     data: Path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def groups() -> Iterator[Groups]:
-    yield parallel_groups.init(load_config(preset="laptop"))
-    parallel_groups.shutdown()
 
 
 @pytest.fixture(scope="session")
