@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from mbit_launcher import attempts, heartbeats, slurm
 from mbit_launcher.submission import Submission, submissions
 from megatron_bit.errors import UserError
-from megatron_bit.io.measured import strict_json
+from megatron_bit.io.measured import json_of
 from megatron_bit.io.strict_json import Count, parse
 from megatron_bit.io.text import shown
 from megatron_bit.run.checkpoints import complete, step_of
@@ -69,7 +69,7 @@ def main(folders: Sequence[Path], as_json: bool) -> int:
     rows = collect(list(dict.fromkeys(runs)))
     unknown = [row for row in rows if row.state is None]
     if as_json:
-        print(strict_json([asdict(row) for row in rows], indent=1))
+        print(json_of([asdict(row) for row in rows], indent=1))
         return 0
     if unknown:  # one line above them, whatever the number of runs
         print(

@@ -193,19 +193,26 @@ def bench_quality(
     return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json)
 
 
-def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:
+def demo(
+    text: tuple[str, ...] | None = None, out: Path = Path("demo"), steps: int | None = None, quick: bool = False
+) -> int:
     """See it work: prepare, train on four ranks, continue on two, generate before and after. A few minutes, offline.
 
     Args:
-        text: files or folders to train on; `stdlib` is Python's own standard library.
+        text: files or folders to train on; `stdlib` (default) is Python's own standard library.
         out: folder for data and run.
-        steps: training steps.
+        steps: training steps; default 300.
+        quick: in about a minute whether everything works here: 20 steps on one package of the standard library, unless
+            --steps and --text say otherwise. Too few to learn much.
     """
+    from megatron_bit.commands.demo import A_PACKAGE
     from megatron_bit.commands.demo import main as run
 
+    if steps is None:
+        steps = 20 if quick else 300
     if steps < 2:
         raise UserError(f"--steps {steps} has to be at least 2: the demo stops half-way and continues")
-    return run(text, out, steps)
+    return run(text or ((A_PACKAGE,) if quick else ("stdlib",)), out, steps)
 
 
 def doctor(json: bool = False) -> int:

@@ -63,7 +63,7 @@ def to_hf(
             _write_small_files(source, folder, dtype)
             written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
             sync_folder(folder)
-            put_in_place(folder, out)
+            give_name(folder, out)
         sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"output {out} cannot be written: {error.strerror or error} ({error.filename})") from None
@@ -184,7 +184,7 @@ def check_free(out: Path) -> None:
         raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
 
 
-def put_in_place(folder: Path, out: Path) -> None:
+def give_name(folder: Path, out: Path) -> None:
     """Give a finished folder its name: all of it or nothing appears. UserError if something is there by now."""
     try:
         os.rename(folder, out)  # also over an empty folder, and over nothing else

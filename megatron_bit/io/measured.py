@@ -35,11 +35,11 @@ def finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def strict_json(tree: Any, **how: Any) -> str:
+def json_of(tree: Any, **how: Any) -> str:
     """JSON of a `finite` tree. `how` is json.dumps'."""
     return json.dumps(finite(tree), allow_nan=False, **how)
 
 
 def number(value: Any) -> float:
-    """What `strict_json` wrote; NaN for null."""
+    """What `json_of` wrote; NaN for null."""
     return math.nan if value is None else float(value)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
-from megatron_bit.io.measured import strict_json
+from megatron_bit.io.measured import json_of
 from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.ending import alone
@@ -95,7 +95,7 @@ class EvaluateCallback(Callback):
             path = trainer.run / "validation.jsonl"
             try:
                 with open(path, "a", encoding="utf-8") as file:
-                    file.write(strict_json(record) + "\n")
+                    file.write(json_of(record) + "\n")
             except OSError as error:
                 raise alone(UserError(f"{path} cannot be written: {error.strerror}")) from None
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_bit.errors import UserError
 from megatron_bit.io import console
-from megatron_bit.io.measured import strict_json
+from megatron_bit.io.measured import json_of
 from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.split import train_flops
@@ -98,7 +98,7 @@ class MetricsCallback(Callback):
             self._said_lost = True
             lines[-1]["console"] = f"lost: {console.lost()}"
         try:
-            self._log.writelines(strict_json(line) + "\n" for line in lines)
+            self._log.writelines(json_of(line) + "\n" for line in lines)
             self._log.flush()
         except OSError as error:
             raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None
