@@ -72,10 +72,6 @@ class Hardware(Section):
         return self.memory_bandwidth * self.memory_efficiency
 
 
-def device_names() -> list[str]:
-    return sorted(_facts()["devices"])
-
-
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOP/s of a device as its driver calls it ("NVIDIA H200"); None if it is not known."""
     facts = _facts()
