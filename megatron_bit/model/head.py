@@ -1,7 +1,6 @@
 """The heads: light transformers over the K tokens of one block, tensor-parallel. Here what all have, and the denoiser.
 
-Shape suffixes: s sequence (local under sequence parallelism), S gathered sequence, b micro-batch, M noise samples,
-R = b * M rows, K block size, W head width, B bits, n blocks.
+Letters of shapes: model/__init__.py.
 """
 
 from __future__ import annotations

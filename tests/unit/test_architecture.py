@@ -121,3 +121,20 @@ def test_what_the_page_names_is_there() -> None:
         assert name in _defined(ROOT / "megatron_bit" / file), f"docs/architecture.md: {name} in {file}"
     batch = text.partition("**A batch")[2].partition("\n\nBack in")[0]
     assert len(re.findall(r"^\| `", batch, re.MULTILINE)) <= 8
+
+
+def test_letters_of_shapes_are_in_the_legend() -> None:
+    import megatron_bit.model
+
+    legend = set(re.findall(r"(?:^|\s{2,})(\w)   \w", megatron_bit.model.__doc__ or "", re.MULTILINE))
+    assert {"s", "S", "b", "n", "K", "V", "B", "G", "U", "P", "M", "R", "D", "W", "d"} == legend
+    for room in ("model", "diffusion"):
+        for path in (ROOT / "megatron_bit" / room).glob("*.py"):
+            docstrings = (
+                ast.get_docstring(node) or ""
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            )
+            for shape in re.findall(r"\[([\w, ]+)\](?!\()", " ".join(docstrings)):
+                letters = {part for part in shape.split(", ") if len(part) == 1 and part.isalpha()}
+                assert letters <= legend, f"{path.name}: [{shape}]"
