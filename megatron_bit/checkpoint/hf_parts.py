@@ -68,6 +68,8 @@ def parts(config: Config) -> Iterator[Part]:
         yield _same("model.embed_tokens.start", "embedding.start", m.block_size, d)
         if m.group_bits > 1:
             yield _same("model.embed_tokens.values", "embedding.values", m.group_values, d)
+            if m.names == "pairs":
+                yield from _pairs("model.embed_tokens.pairs.", "embedding.pairs.", m.group_values, d)
         else:
             yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
             yield _same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
@@ -83,6 +85,11 @@ def parts(config: Config) -> Iterator[Part]:
 
 def _same(name: str, logical: str, *shape: int) -> Part:
     return Part(name, shape, logical, shape)
+
+
+def _pairs(name: str, logical: str, values: int, width: int) -> Iterator[Part]:
+    yield _same(f"{name}factors", f"{logical}factors", values, 2 * width)
+    yield _same(f"{name}mix.weight", f"{logical}mix.weight", width, 2 * width)
 
 
 def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
@@ -102,6 +109,11 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
     if h.kind == "chain":
         yield same("head.previous", "head.previous", m.group_values, w)
         yield same("head.stages", "head.stage", len(m.group_sizes), w)
+        if rank := h.prior_rank:
+            yield same("head.told", "head.told", m.group_values, rank)
+            for end in ("", "_last") if m.block_size > 1 else ("",):
+                yield same(f"head.tie{end}_proj.weight", f"head.tie{end}.weight", rank, d)
+            yield same("head.tied", "head.tied", m.group_values, rank)
     else:
         yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
         if estimate:
@@ -111,6 +123,8 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
             yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
     if h.kind == "chain" or m.group_bits > 1:
         yield same("head.values", "head.values", m.group_values, w)
+    if m.names == "pairs":
+        yield from _pairs("head.pairs.", "head.pairs.", m.group_values, w)
     for name, count in (("modulation", 6), ("final_modulation", 2)):
         yield same(f"head.{name}.weight", f"head.{name}.weight", count * w, w)
         yield same(f"head.{name}.bias", f"head.{name}.bias", count * w)

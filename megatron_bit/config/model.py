@@ -21,6 +21,9 @@ class HeadConfig(Section):
     """Tokens, its own among them, that a token of a chain head's attention reaches back to, also across blocks."""
     prior: bool = True
     """Add to the head's logits a linear map of the backbone's states, the same at every noise level."""
+    prior_rank: int = Field(default=0, ge=0)
+    """Of a `chain`: the prior of a group is told the groups before it, by a product of this rank with the backbone's
+    states. 0: it is not, and cannot tie the groups of a token together. 96 was tried (docs/quality.md)."""
     num_layers: int = Field(default=2, ge=1)
     """Layers of the head, a light transformer over the K tokens of one block."""
     hidden_size: int = Field(default=256, ge=8)
@@ -49,6 +52,10 @@ class ModelConfig(Section):
     group_bits: int = Field(default=1, ge=1, le=10)
     """Bits decided together, g: the groups of a token's bits are as even as they can be, and have 2^g values. 1: every
     bit by itself; B: a softmax over all codes. Above 1 bits enter the model as embeddings of their groups' values."""
+    names: Literal["sum", "pairs"] = "sum"
+    """What a token is called where it enters the backbone and the head: the `sum` of the embeddings of its groups'
+    values, which cannot tell all tokens apart; `pairs` adds the products of a second set over all pairs of groups,
+    through a linear map. Tables of fixed size, whatever the vocabulary. For several groups of several bits."""
     vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary, V. The data says it, and has to agree if it is set; a softmax head planned without
     data (`--dry-run`) needs it."""
@@ -89,6 +96,17 @@ class ModelConfig(Section):
             raise ValueError(f"bits {self.bits} is more than the 62 of a token id; only code=raw has up to 256")
         if self.group_bits > self.bits:
             raise ValueError(f"group_bits {self.group_bits} is more than the bits {self.bits} of a token")
+        several = self.group_bits > 1 and len(self.group_sizes) > 1
+        if self.names == "pairs" and not several:
+            raise ValueError(
+                f"names pairs needs several groups of several bits, and group_bits {self.group_bits} makes "
+                f"{len(self.group_sizes)} of {self.bits} bits; leave it at sum"
+            )
+        if self.head.prior_rank and not (several and self.head.kind == "chain" and self.head.prior):
+            raise ValueError(
+                f"head.prior_rank {self.head.prior_rank} needs head.kind chain with head.prior and several groups of "
+                f"several bits; leave it at 0"
+            )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}, or head_dim be set"

@@ -163,6 +163,8 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "head_prior": m.head.prior,
         "head_window": m.head.window,
         "group_sizes": list(m.group_sizes),
+        "names": m.names,
+        "prior_rank": m.head.prior_rank,
         "matched_filter": d.parameterization == "matched_filter",
         "sigma_min": d.sigma_min,
         "sigma_max": d.sigma_max,

@@ -17,7 +17,7 @@ from megatron_bit.config import Config
 from megatron_bit.diffusion.noised import network_input, token_sigma
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
-from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, row, value_table
+from megatron_bit.model.layers import PARTIAL, Pairs, column, fp8_linear, init_device, linear, row, value_table
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -173,6 +173,7 @@ class DenoisingHead(BlockHead):
         self.values = None
         if isinstance(posterior, GroupPosterior):
             self.values = value_table(mcore, posterior.groups, w)
+            self.pairs = Pairs(mcore, posterior.groups, w) if config.model.names == "pairs" else None
         self.posterior: BitPosterior | GroupPosterior = posterior
         self.noise_level = NoiseLevelEmbedding(mcore, w)
 
@@ -218,5 +219,6 @@ class DenoisingHead(BlockHead):
             assert isinstance(self.posterior, GroupPosterior)
             likely = self.posterior.likely(z, sigma)
             x = x + likely.flatten(-2).to(dtype) @ self.values  # mean embedding of what the noisy bits allow
+            x = x if self.pairs is None else x + self.pairs.expected(likely.to(dtype))
         level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
         return self.output(self.features(x, level, hidden)) + self.prior_logits(hidden)

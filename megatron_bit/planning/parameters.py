@@ -20,11 +20,14 @@ def parameter_counts(config: Config) -> dict[str, int]:
     head += w * 6 * w + 6 * w + w * 2 * w + 2 * w  # modulation
     head += (w + rows * d * h.prior) * m.head_outputs
     if h.kind == "chain":
-        head += 2 * m.group_values * w + len(m.group_sizes) * w
+        head += 2 * m.group_values * w + len(m.group_sizes) * w + h.prior_rank * (2 * m.group_values + rows * d)
     else:
         head += m.bits * w * (2 if config.diffusion.self_condition else 1)
         head += FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
     read = m.group_values * d if m.group_bits > 1 else m.bits * d + d * d
+    if m.names == "pairs":
+        read += 2 * m.group_values * d + 2 * d * d
+        head += 2 * m.group_values * w + 2 * w * w
     return {"embedding": m.block_size * d + read + d, "backbone": m.num_layers * layer + d, "head": head}
 
 
@@ -37,7 +40,8 @@ def table_parameters(config: Config) -> int:
     if h.kind == "diffusion" and m.group_bits == 1:
         return 0
     projections = (w + (1 + (m.block_size > 1)) * d * h.prior) * m.head_outputs
-    return projections + m.group_values * ((m.group_bits > 1) * d + (2 if h.kind == "chain" else 1) * w)
+    tables = (m.group_bits > 1) * d + (2 if h.kind == "chain" else 1) * w + 2 * h.prior_rank
+    return projections + m.group_values * (tables + (2 * (d + w) if m.names == "pairs" else 0))
 
 
 def local_parameters(config: Config, tp: int) -> dict[str, float]:

@@ -29,10 +29,11 @@ class Kind(Enum):
 
 _KINDS: dict[Kind, str] = {
     Kind.MODEL: """
-        model.bits model.code model.group_bits model.block_size model.attention model.num_layers model.hidden_size
-        model.num_heads model.num_kv_heads model.head_dim model.ffn_hidden_size model.qk_norm model.rope_base
-        model.norm_eps model.head.kind model.head.window model.head.prior model.head.num_layers model.head.hidden_size
-        model.head.num_heads model.head.ffn_hidden_size diffusion.parameterization diffusion.self_condition
+        model.bits model.code model.group_bits model.names model.block_size model.attention model.num_layers
+        model.hidden_size model.num_heads model.num_kv_heads model.head_dim model.ffn_hidden_size model.qk_norm
+        model.rope_base model.norm_eps model.head.kind model.head.window model.head.prior model.head.prior_rank
+        model.head.num_layers model.head.hidden_size model.head.num_heads model.head.ffn_hidden_size
+        diffusion.parameterization diffusion.self_condition
     """,
     Kind.RUN: """
         model.init_std train.seed data.seq_length data.shuffle_shards data.document_boundaries data.align_blocks
@@ -90,6 +91,7 @@ def meaning(config: Config) -> dict[str, Any]:
         "model.bits": m.bits,
         "model.code": m.code,
         "model.group_bits": m.group_sizes[0],  # makes the same groups
+        "model.names": m.names,
         "model.head.prior": head.prior,
         "model.head.num_layers": head.num_layers,
         "model.head.hidden_size": head.hidden_size,
@@ -97,7 +99,7 @@ def meaning(config: Config) -> dict[str, Any]:
         "model.head.ffn_hidden_size": head.ffn_hidden_size,
     }
     if head.kind == "chain":
-        return {**values, "model.head.window": head.window}
+        return {**values, "model.head.window": head.window, "model.head.prior_rank": head.prior_rank}
     return {**values, "diffusion.parameterization": d.parameterization, SHOWN: d.self_condition > 0}
 
 

@@ -67,6 +67,14 @@ VARIANTS = {
         ranks=4,
     ),
     "chain_k1": Variant({**_ODD, "model.head.kind": "chain", "model.block_size": 1}),
+    "names": Variant(
+        {
+            "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
+            "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2,
+        },
+        ranks=4,
+    ),
+    "names_joint": Variant({**_ODD, "model.group_bits": 4, "model.names": "pairs"}),
     "logistic": Variant({**_ODD, "diffusion.noise": "logistic", "diffusion.log_mean": -0.4, "diffusion.log_std": 0.6}),
     "entropy_rate": Variant({**_ODD, "diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 0}),
     "odd": Variant(_ODD, arguments={"shard_size": "20KB"}),

@@ -195,8 +195,11 @@ def _to_run(source: Path, run: Path, data: Path, **settings: Any) -> Path:
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "diffusion": {"diffusion.self_condition": 0.5, "model.code": "gray", "model.head_dim": 18},
     "chain": {"model.head.kind": "chain", "model.group_bits": 5, "optim.ema_decay": 0.9, "model.head.prior": False},
+    "names": {
+        "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
+    },
     "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ROUND_TRIPS)

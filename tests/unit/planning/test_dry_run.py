@@ -22,10 +22,12 @@ from megatron_bit.planning.parameters import parameter_counts
 SOFTMAX = ["model.head.kind=softmax", "model.block_size=1", "model.vocab_size=4096"]
 JOINT = ["model.head.kind=diffusion", "model.group_bits=6", "diffusion.self_condition=0.5"]
 BITS = ["model.head.kind=diffusion", "model.group_bits=1"]
+NAMES = ["model.names=pairs", "model.head.prior_rank=96"]
 AGAIN = [
     ["parallel.recompute=full"],
     ["parallel.recompute=head"],
     [*JOINT, "parallel.recompute=head"],
+    [*NAMES, "parallel.recompute=head"],
     [*BITS, "parallel.recompute=full"],
 ]
 SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"]
@@ -34,7 +36,18 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
 @pytest.mark.parametrize("preset", ["laptop", "125m"])
 @pytest.mark.parametrize(
     "extra",
-    [[], ["train.precision=fp32"], ["model.qk_norm=false"], ["model.head_dim=128"], SOFTMAX, JOINT, BITS, *AGAIN],
+    [
+        [],
+        ["train.precision=fp32"],
+        ["model.qk_norm=false"],
+        ["model.head_dim=128"],
+        SOFTMAX,
+        JOINT,
+        BITS,
+        NAMES,
+        [*JOINT, "model.names=pairs"],
+        *AGAIN,
+    ],
     ids=lambda extra: ",".join(extra),
 )
 def test_parameters_and_activations(preset: str, extra: list[str]) -> None:

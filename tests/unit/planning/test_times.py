@@ -18,6 +18,8 @@ from megatron_bit.planning.times import Overlap, step_time, utilization
 H100 = load_hardware("h100")
 HEADS = {
     "chain": [],
+    "names": ["model.names=pairs", "model.head.prior_rank=96"],
+    "names_joint": ["model.head.kind=diffusion", "model.names=pairs"],
     "bits": ["model.head.kind=diffusion", "model.group_bits=1"],
     "joint": ["model.head.kind=diffusion"],
     "alone": ["model.block_size=1", "model.head.prior=false"],

@@ -47,6 +47,8 @@ ANOTHER: dict[str, list[str]] = {
     "model.norm_eps": ["model.norm_eps=1e-6"],
     "model.init_std": ["model.init_std=0.03"],
     "model.head.kind": ["model.head.kind=chain"],
+    "model.names": ["model.names=pairs"],
+    "model.head.prior_rank": ["model.head.prior_rank=8"],
     "model.head.window": ["model.head.window=4"],
     "model.head.prior": ["model.head.prior=false"],
     "model.head.num_layers": ["model.head.num_layers=3"],
@@ -143,7 +145,7 @@ def test_every_key_is_of_one_kind() -> None:
 
 @pytest.mark.parametrize("key", ANOTHER)
 def test_a_key_has_the_effect_of_its_kind(key: str) -> None:
-    head = CHAIN if key == "model.head.window" else DIFFUSION
+    head = CHAIN if key in ("model.head.window", "model.head.prior_rank") else DIFFUSION
     plain, changed = (load_config(overrides=[*head, *more]) for more in ([], ANOTHER[key]))
     model, run = meaning(plain) != meaning(changed), made(*head) != made(*head, *ANOTHER[key])
     assert (model, run) == {Kind.MODEL: (True, True), Kind.RUN: (False, True)}.get(KINDS[key], (False, False))
