@@ -52,6 +52,20 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     rungs += [
         Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
     ]
+    names, tied = "model.names=pairs", "model.head.prior_rank=96"
+    if bits > 8:  # several groups
+        rungs += [
+            Rung("chain K=1 g=8 semantic, names", chain(1, 8, *semantic, names), extra=True),
+            Rung("chain K=4 g=8 semantic, names", (*four, names)),
+            Rung("chain K=4 g=8 semantic, tied prior", (*four, tied), extra=True),
+            Rung("chain K=4 g=8 semantic, names, tied prior", (*four, names, tied), headline=True, text=True),
+            Rung(
+                "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head",
+                (*four, names, tied, f"model.num_layers={peer_layers // 2 - 1}",
+                 f"model.head.num_layers={peer_layers - peer_layers // 2 + 1}"),
+            ),
+            Rung("chain K=8 g=8 semantic, names, tied prior", chain(8, 8, *semantic, names, tied), extra=True),
+        ]  # fmt: skip
     rungs += [
         Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
         Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random"), extra=True),
