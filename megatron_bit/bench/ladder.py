@@ -99,10 +99,12 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
 
 
 def select(rungs: Sequence[Rung], only: Sequence[str], all_rungs: bool) -> list[Rung]:
-    """Those with a part of their name in `only`, or without it all but the extra ones. UserError if there is none."""
+    """Those that `only` names, by their whole name or else by a part of it; without it all but the extra ones.
+    UserError if there is none."""
     if not only:
         return [rung for rung in rungs if all_rungs or not rung.extra]
-    found = [rung for rung in rungs if any(part in rung.name for part in only)]
+    names = {rung.name for rung in rungs}
+    found = [r for r in rungs if any(part == r.name or (part not in names and part in r.name) for part in only)]
     if not found:
         raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in rungs)}")
     return found

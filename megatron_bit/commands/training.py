@@ -180,7 +180,7 @@ def bench_quality(
         steps: training steps of a rung; default 400 (small) or 3000 (gpu).
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
-        only: rungs whose name contains one of these.
+        only: rungs of this whole name, or whose name contains this.
         all_rungs: also the rungs that say little more than others; half an hour is too short for them on two cores.
         json: print JSON.
     """
