@@ -24,6 +24,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def announce(path: Path, data: bytes) -> None:
+    """As `write_atomic`, and nothing is done behind the moment at which the file is there: who waits for it may move or
+    remove its folder at once, and sees to it that the name lasts. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
+    write_synced(partial, data)
+    sync_folder(path.parent)
+    os.replace(partial, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in the folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
