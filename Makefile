@@ -14,10 +14,10 @@ demo: .venv/installed
 	$(BIN)/megatron-bit demo --text $(TEXT) --out $(DEMO)
 
 test: .venv/installed lint
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 check: .venv/installed lint
-	$(BIN)/pytest -q -n $(JOBS) --dist loadgroup -m "not slow" --durations=0 --durations-min=2 tests/unit
+	$(BIN)/pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder -m "not slow" --durations=0 --durations-min=2 tests/unit
 
 fuzz: .venv/installed
 	MBIT_FUZZ_SEED=$${MBIT_FUZZ_SEED:-$$(date +%s)} MBIT_FUZZ_SECONDS=$${MBIT_FUZZ_SECONDS:-3600} MBIT_FUZZ_COLLECT=1 $(BIN)/pytest -s tests/fuzz
