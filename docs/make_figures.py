@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from megatron_bit.config import load_config
-from megatron_bit.plan import describe
+from megatron_bit.planning.dry_run import describe
 
 LIGHT = {
     "page": "#ffffff", "ink": "#1b1f24", "soft": "#57606a", "line": "#57606a",
@@ -129,7 +129,7 @@ def data_flow() -> Picture:
     p.arrow((last + w / 2, 376), (last + w / 2, 412))
     p.arrow((x + w / 2, 464), (x + w / 2, 496), (last + w / 2, 496), (last + w / 2, 464))
     p.label(450, 490, "x, not shifted: the target", size=11)
-    p.box(342, 522, 526, 48, "plain", "backward by the schedule  →  ZeRO step", "parallel/step.py  →  compat/zero.py")
+    p.box(342, 522, 526, 48, "plain", "backward by the schedule  →  ZeRO step", "training/step.py  →  optim/zero.py")
     p.arrow((last + w, 438), (last + w + 16, 438), (last + w + 16, 546), (868, 546))
     return p
 

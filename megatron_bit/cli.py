@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
 
 import tyro
 
-from megatron_bit import console, environment
+from megatron_bit import __version__
 from megatron_bit.commands.arguments import PATHS
 from megatron_bit.commands.checkpoints import checkpoint_diff, checkpoint_ls, checkpoint_rm, checkpoint_verify
 from megatron_bit.commands.codes import codes
@@ -31,8 +32,9 @@ from megatron_bit.commands.slurm import (
 )
 from megatron_bit.commands.training import bench_quality, bench_step, bench_train, config, demo, doctor, train
 from megatron_bit.errors import Exhausted, LocalUserError, RankLost, Stopped, UserError
-from megatron_bit.exhausted import exhausted
-from megatron_bit.text import shown
+from megatron_bit.io import console, environment
+from megatron_bit.io.exhausted import exhausted
+from megatron_bit.io.text import shown
 
 
 def data() -> int:
@@ -133,12 +135,19 @@ def _say(error: UserError, rank: int, distributed: bool) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        print(f"megatron-bit {__version__}")
+        return 0
     if argv and argv[0] in GROUPS and len(argv) > 1:
         group, prog, about = GROUPS[argv[0]], f"megatron-bit {argv[0]}", COMMANDS[argv[0]].__doc__
         argv = argv[1:]
     else:
         group, prog = COMMANDS, "megatron-bit"
         about = "Pretrain language models that write tokens as bits, K at a time."
+    if argv and not argv[0].startswith("-") and argv[0] not in group:
+        close = difflib.get_close_matches(argv[0], group, n=1, cutoff=0.5)
+        instead = f"did you mean {close[0]}?" if close else f"`{prog} --help` says what there is"
+        raise UserError(f"{prog} has no command {argv[0]!r}; {instead}")
     # not `bench train`, whose options take several values
     anywhere = ("train", "plan", "submit", "chain", "resume") if group is COMMANDS else ("step",)
     if argv and argv[0] in anywhere:

@@ -19,7 +19,7 @@ from typing import Any
 
 import fatbin
 
-VERSION = "2.11.0"  # what megatron-core 0.16.1 takes (>= 2.9, < 2.12) and compat/te.py is written against
+VERSION = "2.11.0"  # what megatron-core 0.16.1 takes (>= 2.9, < 2.12) and precision/te.py is written against
 NEEDS = ("einops", "onnx", "onnxscript", "packaging", "pydantic")  # Requires-Dist of the extension, torch aside
 _HEADERS = ("nvidia-cuda-crt", "nvidia-cuda-cccl")  # what torch's own CUDA wheels leave out of their headers
 

@@ -73,7 +73,7 @@ def train(arguments: list[str]) -> dict[str, int]:
     """Runs in a rank: a tiny run; what its third step waits for."""
     import tiny_runs
 
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.training.trainer import Trainer
 
     found: Counter[str] = Counter()
     plain = Trainer.train_step

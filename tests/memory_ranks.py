@@ -30,9 +30,9 @@ def step_bytes(overrides: list[str]) -> dict[str, float]:
     from megatron_bit.config import load_config
     from megatron_bit.model.build import build_model
     from megatron_bit.model.chunk import TokenBatch
-    from megatron_bit.optim.optimizer import build_optimizer
+    from megatron_bit.optim.build import build_optimizer
     from megatron_bit.parallel import groups as process_groups
-    from megatron_bit.parallel.step import forward_backward
+    from megatron_bit.training.step import forward_backward
 
     torch.set_num_threads(1)
     config = load_config(preset="laptop", overrides=overrides)

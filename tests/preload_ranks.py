@@ -7,8 +7,8 @@ warnings.simplefilter("ignore")
 import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 
-import megatron_bit.train  # noqa: E402, F401
-from megatron_bit.compat import mcore  # noqa: E402
+import megatron_bit.training.job  # noqa: E402, F401
+from megatron_bit.parallel import mcore  # noqa: E402
 
 mcore.prepare()
 

@@ -25,6 +25,8 @@ MicroBatch = tuple[Tensor, Tensor]  # tokens int64 [b, S], global sample indices
 LEVEL_ELEMENT = 0xFFFF  # element counter of a block's noise level
 FEATURES = 128  # sinusoids of the noise level
 ZEROS = ("head.output", "head.prior", "head.prior_last")
+TABLES = ("embedding.start", "embedding.values", "embedding.pairs.factors", "head.previous", "head.values", "head.told",
+          "head.pairs.factors")  # fmt: skip
 
 
 # ---------------------------------------------------------------- noise: Philox4x32-10 on (seed, stream, sample, ...)
@@ -161,6 +163,10 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             shapes["head.prior_last.weight"] = (outputs, d)
     if h.kind == "chain":
         shapes |= {"head.previous": (rows, w), "head.values": (rows, w), "head.stage": (len(groups), w)}
+        if rank := h.prior_rank:
+            shapes |= {"head.told": (rows, rank), "head.tied": (rows, rank), "head.tie.weight": (rank, d)}
+            if m.block_size > 1:
+                shapes["head.tie_last.weight"] = (rank, d)
     else:
         shapes |= {
             "head.input.weight": (w, m.bits),
@@ -177,6 +183,9 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes["embedding.values"] = (rows, d)
     else:
         shapes |= {"embedding.fc1.weight": (d, m.bits), "embedding.fc2.weight": (d, d)}
+    if m.names == "pairs":
+        shapes |= {"embedding.pairs.factors": (rows, 2 * d), "embedding.pairs.mix.weight": (d, 2 * d)}
+        shapes |= {"head.pairs.factors": (rows, 2 * w), "head.pairs.mix.weight": (w, 2 * w)}
     for i in range(m.num_layers):
         layer = f"backbone.layers.{i}."
         shapes[f"{layer}input_layernorm.weight"] = (d,)
@@ -206,13 +215,11 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
         owner, leaf = name.rsplit(".", 1)
         if leaf == "weight" and owner.endswith("norm"):
             weights[name] = torch.ones(shape)
-        elif (
-            leaf == "bias" or owner.endswith("modulation") or owner in ("head.output", "head.prior", "head.prior_last")
-        ):
+        elif leaf == "bias" or owner.endswith("modulation") or owner in ZEROS or name == "head.tied":
             weights[name] = torch.zeros(shape)
         else:
             std = m.init_std
-            if name in ("embedding.start", "embedding.values", "head.previous", "head.values"):
+            if name in TABLES:
                 std = 1.0
             elif owner.startswith("head.noise_level"):
                 std = shape[1] ** -0.5
@@ -282,7 +289,7 @@ class ReferenceModel:
             if sample is not None and self.config.diffusion.context_noise:
                 bits = bits * self._flips(sample, length // m.block_size)
             if m.group_bits > 1:
-                embedded = sum(self._look_up("embedding.values", self.values(bits)))
+                embedded = self._name("embedding.values", "embedding.pairs", self._one_hot(self.values(bits)))
             else:
                 embedded = F.silu(bits @ w["embedding.fc1.weight"].T) @ w["embedding.fc2.weight"].T
             x = torch.cat((x, self._norm(embedded, "embedding.norm")), dim=1)
@@ -352,6 +359,24 @@ class ReferenceModel:
         """Each group's embeddings [..., width]; a table has as many rows for each group as the largest one needs."""
         rows = self.weights[table].unflatten(0, (len(values), -1))
         return [rows[i][value] for i, value in enumerate(values)]
+
+    def _one_hot(self, values: list[Tensor]) -> list[Tensor]:
+        """Of each group [..., U]."""
+        rows = 2 ** max(b - a for a, b in group_slices(self.config))
+        return [F.one_hot(value, rows).float() for value in values]
+
+    def _name(self, table: str, pairs: str, weights: list[Tensor]) -> Tensor:
+        """[..., width], what groups are called whose values have these weights [..., U]: the sum of their embeddings,
+        and with names=pairs the products of every two of them in a second table, through a map."""
+        rows = self.weights[table].unflatten(0, (len(weights), -1))
+        out = sum(p @ rows[i] for i, p in enumerate(weights))
+        if self.config.model.names == "pairs":
+            factors = self.weights[f"{pairs}.factors"].unflatten(0, (len(weights), -1))
+            u = [p @ factors[i] for i, p in enumerate(weights)]
+            every_two = list(itertools.combinations(u, 2))
+            product = sum(a * b for a, b in every_two) / math.sqrt(len(every_two))
+            out = out + product @ self.weights[f"{pairs}.mix.weight"].T
+        return out
 
     def _kept(self, sample: Tensor, blocks: int) -> Tensor | None:
         """[b, n], 0 where training hides the backbone from a block's head, else 1."""
@@ -429,9 +454,9 @@ class ReferenceModel:
             x = x + estimate @ w["head.estimate.weight"].T
         if m.group_bits > 1:
             odds = (2 * z / (2 * log_sigma).exp()[..., None, None]).clamp(-30, 30)
-            tables = w["head.values"].unflatten(0, (len(group_slices(self.config)), -1))
-            for i, (codes, evidence) in enumerate(self._evidence(odds)):
-                x = x + evidence.softmax(-1) @ tables[i][: len(codes)]
+            widest = 2 ** max(b - a for a, b in group_slices(self.config))
+            likely = [F.pad(e.softmax(-1), (0, widest - e.shape[-1])) for _, e in self._evidence(odds)]
+            x = x + self._name("head.values", "head.pairs", likely)
         out = self._head_layers(x + context, condition) @ w["head.output.weight"].T
         return out + self._of_block("prior", hidden, kept)[:, :, None] if m.head.prior else out
 
@@ -506,12 +531,12 @@ class ReferenceModel:
         """tokens [b, S] to nats [b, S], one stage after another."""
         w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
         values, kept = self.values(self.encode(tokens)), self._kept(sample, tokens.shape[1] // k)
-        before = sum(self._look_up("head.previous", [v[:, :-1] for v in values]))
+        before = self._name("head.previous", "head.pairs", self._one_hot([v[:, :-1] for v in values]))
         same = self.same_document(tokens)
         if same is not None:  # nothing stands before a document
             before = before * same.diagonal(-1, 1, 2)[..., None]
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
-        total = torch.zeros(tokens.shape[:2])
+        total, told = torch.zeros(tokens.shape[:2]), 0.0
         for i, (first, last) in enumerate(group_slices(self.config)):
             context = self._of_block("condition", hidden, kept)[:, :, None]
             condition = F.silu(w["head.stage"][i] + context)
@@ -520,6 +545,10 @@ class ReferenceModel:
             if self.config.model.head.prior:
                 prior = self._of_block("prior", hidden, kept).flatten(1, 2)
                 logits = logits + prior.unflatten(-1, (len(values), -1))[..., i, :]
+            if self.config.model.head.prior_rank:  # the groups before, times the states, onto this group's values
+                ties = self._of_block("tie", hidden, kept).flatten(1, 2) * told
+                logits = logits + ties @ w["head.tied"].unflatten(0, (len(values), -1))[i].T
+                told = told + self._look_up("head.told", values)[i]
             log_p = logits[..., : 2 ** (last - first)].log_softmax(-1)
             total = total - log_p.gather(-1, values[i][..., None]).squeeze(-1)
             known = known + self._look_up("head.values", values)[i].unflatten(1, (-1, k))[:, :, None]

@@ -23,8 +23,8 @@ def loss_and_gradients(
     from megatron_bit.config import load_config
     from megatron_bit.model.build import build_model
     from megatron_bit.model.chunk import TokenBatch
-    from megatron_bit.model.logical import pieces
     from megatron_bit.parallel import groups as process_groups
+    from megatron_bit.parallel.logical import pieces
 
     torch.set_num_threads(1)
     config = load_config(None, [*SETTINGS, f"parallel.tp={tp}", f"parallel.sequence_parallel={sequence_parallel}"])

@@ -85,9 +85,9 @@ def train(arguments: list[str], everything_visible: bool = True) -> int:
     With zero AdaLN gates and a zero output layer the backbone is invisible to the loss for two steps, and a broken
     layout with it: `everything_visible` draws those weights like all the others.
     """
-    from megatron_bit import train as job
     from megatron_bit.config import load_config
     from megatron_bit.model import init
+    from megatron_bit.training import job
 
     if everything_visible:
         init._ZEROS = re.compile(r"(?!)")
@@ -105,8 +105,8 @@ def train_fp32_around(arguments: list[str]) -> int:
 
 def train_file(file: Path | None, arguments: list[str]) -> int:
     """Runs in a rank: `megatron-bit train FILE key=value ...`, as it is."""
-    from megatron_bit import train as job
     from megatron_bit.config import load_config
+    from megatron_bit.training import job
 
     torch.set_num_threads(1)
     return job.main(load_config(file, arguments))
@@ -114,7 +114,7 @@ def train_file(file: Path | None, arguments: list[str]) -> int:
 
 def read(run: Path) -> Result:
     """Log and newest checkpoint of a run."""
-    from megatron_bit.run_folder import newest_checkpoint
+    from megatron_bit.run.folder import newest_checkpoint
 
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return Result(
@@ -196,8 +196,8 @@ def train_poisoned_killed(arguments: list[str], first: int, last: int, when: str
     import os
     import signal
 
-    from megatron_bit import rewind as module
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.run import rewind as module
+    from megatron_bit.training.trainer import Trainer
 
     plain_write, plain_begin, plain_step = module.write, Trainer.begin_again, Trainer.train_step
     rewinds, steps = [0], [-1]
@@ -403,7 +403,7 @@ def train_asked(arguments: list[str], step: int) -> int:
     import os
     import signal
 
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.training.trainer import Trainer
 
     plain = Trainer.train_step
 
@@ -424,7 +424,7 @@ def train_recorded(arguments: list[str], records: Path, die_at: int | None) -> i
     import os
     import signal
 
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.training.trainer import Trainer
 
     plain = Trainer.train_step
 
@@ -488,7 +488,7 @@ def train_limited(arguments: list[str], ranks: list[int], said: Path, limit: int
 
 def train_counted(arguments: list[str]) -> tuple[int, int]:
     """Runs in a rank: like `train`; returns how many descriptors were open at most, and the estimate."""
-    from megatron_bit.exhausted import open_now
+    from megatron_bit.io.exhausted import open_now
     from megatron_bit.parallel import descriptors
 
     most, estimates, ended = [0], [], threading.Event()
@@ -516,10 +516,10 @@ def train_counted(arguments: list[str]) -> tuple[int, int]:
 def _exhaust(where: str, what: str) -> None:
     import resource
 
-    from megatron_bit.callbacks import evaluate
     from megatron_bit.checkpoint import writer
     from megatron_bit.data import batches
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.training.callbacks import evaluate
+    from megatron_bit.training.trainer import Trainer
 
     hit = [0]
 

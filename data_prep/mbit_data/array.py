@@ -24,8 +24,8 @@ from typing_extensions import TypedDict
 from mbit_data import dedup
 from mbit_data.decompress import ChangedInput
 from mbit_data.filters import add_counts
-from mbit_data.hf_tokenizer import CONFIG_FILE
-from mbit_data.inputs import InputFile, expand_inputs
+from mbit_data.input_file import InputFile
+from mbit_data.inputs import expand_inputs
 from mbit_data.journal import Journal
 from mbit_data.left_out import LeftOut
 from mbit_data.lock import only_one
@@ -33,13 +33,14 @@ from mbit_data.options import Part, PrepareOptions, code_sha256, differences
 from mbit_data.prepare import disk_errors, write_manifest
 from mbit_data.progress import Reporter
 from mbit_data.read import combine_hashes, scan, text_files
-from mbit_data.tokenizer import FILE_NAMES, Tokenizer
 from mbit_data.work import Work, describe_dropped, make_tokenizer, write_keys, write_shards
+from megatron_bit.data.hf_tokenizer import TOKENIZER_CONFIG
 from megatron_bit.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, check_sizes, load_manifest
 from megatron_bit.data.manifest_schema import LIMIT, ShardEntry, TokenizerEntry
+from megatron_bit.data.tokenizer import FILE_NAMES, Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL, write_atomic
-from megatron_bit.strict_json import Count, fits, tree
+from megatron_bit.io.files import PARTIAL, write_atomic
+from megatron_bit.io.strict_json import Count, fits, tree
 
 ARRAY_FILE = "array.json"  # what all tasks of the folder have in common
 
@@ -187,7 +188,7 @@ def join(out: Path, progress: bool = True) -> Manifest:
     eos_id = common["tokenizer"].get("eos_id", tokenizer.eos_id)
     if tokenizer.eos_id != eos_id:
         raise UserError(
-            f"{tokenizer.path.with_name(CONFIG_FILE)} is not the one the parts were made with (documents end with "
+            f"{tokenizer.path.with_name(TOKENIZER_CONFIG)} is not the one the parts were made with (documents end with "
             f"token {tokenizer.eos_id}, with {eos_id} in the parts); copy it back"
         )
     dropped: Counter[str] = Counter()
@@ -215,7 +216,7 @@ def join(out: Path, progress: bool = True) -> Manifest:
 
 def part_from_environment() -> Part:
     """The task SLURM says this is. Raises UserError outside of a job array."""
-    from megatron_bit.environment import environment_int
+    from megatron_bit.io.environment import environment_int
 
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
     if any(name not in os.environ for name in names):

@@ -15,8 +15,8 @@ from mbit_data.inputs import expand_inputs
 from mbit_data.options import DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, PrepareOptions
 from mbit_data.prepare import prepare
 from mbit_data.read import read_documents
-from mbit_data.tokenizer import Tokenizer
 from mbit_data.train_tokenizer import sample_texts, train_tokenizer
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 

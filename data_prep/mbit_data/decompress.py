@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, cast
 
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from megatron_bit.errors import UserError
 
 COMPRESSED = (".gz", ".xz", ".zst")

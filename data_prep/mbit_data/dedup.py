@@ -15,7 +15,7 @@ import numpy as np
 
 from mbit_data.minhash import Dedup, key_count
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL, sync_folder
+from megatron_bit.io.files import PARTIAL, sync_folder
 
 RANK_WORDS = 2  # 128 bits of the text's SHA-256, in front of the keys
 

@@ -7,38 +7,18 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
+from mbit_data.input_file import DESCRIPTORS, InputFile
 from mbit_data.left_out import LeftOut
+from mbit_data.spool import spooled
 from mbit_data.walk import Identity, file_status, glob_root, matching, walk
 from megatron_bit.errors import UserError
-from megatron_bit.paths import user_path
+from megatron_bit.io.paths import user_path
 
 STDLIB = "stdlib"
 # tests are repetitive (and full of broken encodings); site-packages is not the standard library
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-DESCRIPTORS = ("/dev/fd/", "/dev/std", "/proc/")  # where names say nothing about what is read
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read. `source` is its path relative to the input it came from, with forward slashes."""
-
-    path: Path
-    source: str
-    size: int  # bytes on disk
-    named: bool  # the user named this very file, so it may not be left out
-    written: int  # when its bytes were last changed, in ns; with the size, whether it is still what was looked at
-    sha256: str = ""  # of the bytes on disk, once they were read
-    spooled: IO[bytes] | None = field(default=None, compare=False, repr=False)  # keeps `path` open: what a pipe gave
-    given: str = ""  # the name of a pipe
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.given or str(self.path)
 
 
 def expand_inputs(
@@ -105,8 +85,6 @@ def _expand_one(
     elif stat.S_ISDIR(mode):
         yield from _files(walk(path, left_out, exclude), path, left_out)
     elif stat.S_ISFIFO(mode):
-        from mbit_data.spool import spooled
-
         yield spooled(path, text, spool, pipes)
     else:
         raise UserError(f"input {text!r} is a device or a socket; give a file, a folder, a glob or a pipe")

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from mbit_data.tokenizer import Tokenizer
 from mbit_data.work import describe_dropped
 from megatron_bit.data.manifest import Manifest, Shard, load_manifest
 from megatron_bit.data.npy import decode_array
 from megatron_bit.data.shard_file import ShardFile
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.strict_json import tree
-from megatron_bit.text import shown
+from megatron_bit.io.strict_json import tree
+from megatron_bit.io.text import shown
 
 MAX_SHARDS = 8  # read for lengths, frequencies and samples: evenly spaced ones, so that any folder takes seconds
 DECODED_TOKENS = 1_000_000  # decoded to count characters

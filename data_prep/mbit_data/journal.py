@@ -18,8 +18,8 @@ from mbit_data.options import differences
 from megatron_bit.data.manifest import LENGTHS_SUFFIX, SPLITS, Shard, lengths_file
 from megatron_bit.data.manifest_schema import LIMIT, ShardEntry
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL, write_atomic
-from megatron_bit.strict_json import Count, Sha256, fits, tree
+from megatron_bit.io.files import PARTIAL, write_atomic
+from megatron_bit.io.strict_json import Count, Sha256, fits, tree
 
 CHANGED = "none: the input has changed"  # in place of the code
 BEFORE_SHARDS = 2  # lines: header and tokenizer

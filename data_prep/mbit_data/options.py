@@ -11,14 +11,14 @@ from typing import Any
 
 from mbit_data.decompress import format_suffix
 from mbit_data.filters import Filters
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from mbit_data.left_out import ON_ERROR, OnError
 from mbit_data.minhash import DEDUP, Dedup
 from mbit_data.read import DEFAULT_TEXT_KEY, Reading
 from mbit_data.records import RECORDS
-from mbit_data.tokenizer import Tokenizer
 from mbit_data.train_tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, MODEL_TYPES, ModelType
 from megatron_bit.data.manifest import VERSION
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -161,11 +161,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def code_sha256() -> str:
-    """SHA-256 (hex) over the source files of this package and the versions of the tokenizer libraries."""
+    """SHA-256 (hex) over the source files that make ids of text and the versions of the tokenizer libraries."""
     from importlib.metadata import PackageNotFoundError, version
 
+    from megatron_bit.data import hf_tokenizer, tokenizer
+
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(tokenizer.__file__), Path(hf_tokenizer.__file__)):
         total.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     for package in ("sentencepiece", "tokenizers"):
         try:

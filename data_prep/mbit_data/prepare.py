@@ -12,7 +12,6 @@ import numpy as np
 
 from mbit_data import dedup
 from mbit_data.decompress import ChangedInput
-from mbit_data.hf_tokenizer import CONFIG_FILE
 from mbit_data.inputs import expand_inputs
 from mbit_data.journal import Journal
 from mbit_data.left_out import LeftOut
@@ -20,7 +19,6 @@ from mbit_data.lock import only_one
 from mbit_data.options import PrepareOptions, code_sha256, differences
 from mbit_data.progress import Reporter
 from mbit_data.read import combine_hashes, scan
-from mbit_data.tokenizer import FILE_NAMES, Tokenizer
 from mbit_data.work import (
     KEYS_FILE,
     Work,
@@ -32,9 +30,11 @@ from mbit_data.work import (
     write_shards,
 )
 from megatron_bit import __version__
+from megatron_bit.data.hf_tokenizer import TOKENIZER_CONFIG
 from megatron_bit.data.manifest import FILE_NAME, Manifest, Split, load_manifest
+from megatron_bit.data.tokenizer import FILE_NAMES, Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL, write_atomic
+from megatron_bit.io.files import PARTIAL, write_atomic
 
 UNFINISHED_FILE = "unfinished.jsonl"  # marks a folder as ours until its manifest is written
 
@@ -122,7 +122,7 @@ def claim(out: Path, journal: Path, identity: Mapping[str, Any], report: Reporte
         raise UserError(f"{out} is not empty and not a data folder; choose another folder")
     result = Journal(journal, identity, code_sha256())
     if not result.continued:  # what other code or options have left
-        for name in (*FILE_NAMES.values(), CONFIG_FILE, KEYS_FILE):
+        for name in (*FILE_NAMES.values(), TOKENIZER_CONFIG, KEYS_FILE):
             (out / name).unlink(missing_ok=True)
     for note in result.notes:
         report.line(note)
@@ -134,7 +134,7 @@ def claim(out: Path, journal: Path, identity: Mapping[str, Any], report: Reporte
 
 def _is_scrap(path: Path) -> bool:
     """What is left of a file of ours when the process is killed while it is written."""
-    ours = (*FILE_NAMES.values(), CONFIG_FILE, FILE_NAME, UNFINISHED_FILE, KEYS_FILE)
+    ours = (*FILE_NAMES.values(), TOKENIZER_CONFIG, FILE_NAME, UNFINISHED_FILE, KEYS_FILE)
     # what a pipe gave is kept in a nameless file, which NFS gives a name until it is closed
     return path.name in {f"{name}{PARTIAL}" for name in ours} or path.name.startswith(".nfs")
 

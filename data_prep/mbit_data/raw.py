@@ -15,7 +15,8 @@ import numpy as np
 
 from mbit_data.decompress import check_unchanged, open_input
 from mbit_data.filters import BROKEN, EMPTY
-from mbit_data.inputs import InputFile, expand_inputs
+from mbit_data.input_file import InputFile
+from mbit_data.inputs import expand_inputs
 from mbit_data.journal import Journal
 from mbit_data.left_out import ON_ERROR, LeftOut, OnError
 from mbit_data.options import code_sha256
@@ -29,7 +30,7 @@ from megatron_bit import __version__
 from megatron_bit.data.manifest import FILE_NAME, SPLITS, VERSION, Manifest, Split
 from megatron_bit.data.manifest_schema import MAX_RAW_BITS
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 DEFAULT_DOCUMENT_RECORDS = 65_536
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO
 
 from mbit_data.decompress import Opened, UnreadableInput, format_suffix, open_input
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from mbit_data.json_values import BrokenFile
 from mbit_data.left_out import BINARY, ON_ERROR, UNREADABLE, UTF16, LeftOut, OnError
 from mbit_data.records import JSON, JSON_LINES, PARQUET, check_parquet, json_file, json_lines, parquet_rows

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from mbit_data.json_values import MAX_VALUE, BrokenFile, JsonValues
 from megatron_bit.errors import UserError
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mbit_data.decompress import open_input
-from mbit_data.inputs import DESCRIPTORS, InputFile
+from mbit_data.input_file import DESCRIPTORS, InputFile
 from mbit_data.records import BOM, MAX_LINE
 from megatron_bit.errors import UserError
 

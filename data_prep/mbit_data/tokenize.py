@@ -12,7 +12,7 @@ import numpy as np
 
 from mbit_data.filters import Filters
 from mbit_data.minhash import Dedup, exact_keys, near_keys
-from mbit_data.tokenizer import Tokenizer
+from megatron_bit.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Literal
 import sentencepiece
 
 from mbit_data.decompress import check_unchanged
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from mbit_data.read import Reading, read_documents
 from megatron_bit.errors import UserError
 

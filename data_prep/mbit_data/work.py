@@ -14,18 +14,18 @@ import numpy as np
 from mbit_data import dedup, pool, tokenize
 from mbit_data.decompress import check_unchanged
 from mbit_data.filters import BROKEN, EMPTY, EXACT_DUPLICATE, NEAR_DUPLICATE, add_counts
-from mbit_data.hf_tokenizer import CONFIG_FILE, HuggingFaceModel, config_for
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from mbit_data.journal import Journal
 from mbit_data.options import DEFAULT_MODEL_TYPE, DEFAULT_SAMPLE_BYTES, DEFAULT_VOCAB_SIZE, PrepareOptions
 from mbit_data.progress import Reporter
 from mbit_data.read import Document, Reading, read_documents
 from mbit_data.tokenize import TokenizedDocument
-from mbit_data.tokenizer import FILE_NAMES, Tokenizer
 from mbit_data.train_tokenizer import sample_texts, train_tokenizer
 from mbit_data.write import SplitWriter
+from megatron_bit.data.hf_tokenizer import TOKENIZER_CONFIG, HuggingFaceModel, config_for
 from megatron_bit.data.manifest import SPLITS, Split
-from megatron_bit.files import write_atomic
+from megatron_bit.data.tokenizer import FILE_NAMES, Tokenizer
+from megatron_bit.io.files import write_atomic
 
 UINT16_PIECES = 1 << 16
 KEYS_FILE = "dedup.keys"  # of a single process
@@ -64,7 +64,7 @@ def make_tokenizer(work: Work, files: list[InputFile], may_reuse: bool) -> Token
     if options.tokenizer is not None:
         given = Tokenizer(options.tokenizer, options.eos_token)
         if isinstance(given.model, HuggingFaceModel):
-            _place(work, CONFIG_FILE, config_for(given.model.eos_token))
+            _place(work, TOKENIZER_CONFIG, config_for(given.model.eos_token))
         name, verb = FILE_NAMES[given.kind], "copied"
         _place(work, name, given.path.read_bytes())
     else:

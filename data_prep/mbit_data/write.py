@@ -17,7 +17,7 @@ import numpy as np
 from mbit_data.tokenize import TokenizedDocument
 from megatron_bit.data.documents import encode_lengths
 from megatron_bit.data.manifest import Shard, Split, lengths_file
-from megatron_bit.files import PARTIAL, sync_folder, write_atomic
+from megatron_bit.io.files import PARTIAL, sync_folder, write_atomic
 
 
 class _HashingFile(io.RawIOBase):

@@ -20,13 +20,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_bit.checkpoint.folder import newest_step
+from mbit_launcher import heartbeats
+from mbit_launcher.failures import first_failure
+from mbit_launcher.submission import Submission, append_line, read_lines, submissions
 from megatron_bit.config import Config
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
-
-from . import heartbeats
-from .failures import first_failure
-from .submission import Submission, append_line, read_lines, submissions
+from megatron_bit.run.checkpoints import newest_step
 
 OVER, FAILED, NOTHING_TO_DO, AGAIN = 0, 1, 3, EXIT_PREEMPTED
 BAD_NODES_IN_A_ROW = 3  # then it is the profile that asks too much, and not the nodes

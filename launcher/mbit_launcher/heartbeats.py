@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from megatron_bit.errors import UserError
-from megatron_bit.strict_json import Count, load
+from megatron_bit.io.strict_json import Count, load
 
 MOST_BYTES = 4096
 

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mbit_launcher import attempts, slurm
+from mbit_launcher.failures import first_failure, rank_logs
+from mbit_launcher.silence import Silent
+from mbit_launcher.submission import Submission, newest
 from megatron_bit.errors import UserError
-
-from . import attempts, slurm
-from .failures import first_failure, rank_logs
-from .silence import Silent
-from .submission import Submission, newest
 
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 _ERROR = re.compile(r"\berror\b|Traceback|^\w*(Error|Exception)\b|Fatal|failed|CANCELLED|Killed", re.IGNORECASE)

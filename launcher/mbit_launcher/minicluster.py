@@ -23,11 +23,10 @@ from pathlib import Path
 
 import psutil
 
+from mbit_launcher.local import choose_port
+from mbit_launcher.minicluster_init import CONTROLLER
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
-
-from .local import choose_port
-from .minicluster_init import CONTROLLER
+from megatron_bit.io.files import write_atomic
 
 NEEDED = {  # program: package
     "slurmctld": "slurmctld",

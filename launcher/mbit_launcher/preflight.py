@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .attempts import BAD_NODES
-from .profile import ClusterProfile
-from .submission import Submission
+from mbit_launcher.attempts import BAD_NODES
+from mbit_launcher.profile import ClusterProfile
+from mbit_launcher.submission import Submission
 
 _QUERY = ("index", "memory.used", "ecc.errors.uncorrected.volatile.total")
 

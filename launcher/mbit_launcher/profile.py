@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from megatron_bit.config import Section, TextYaml, read_yaml, validated
 from megatron_bit.errors import UserError
-from megatron_bit.paths import user_location
-from megatron_bit.text import acts
+from megatron_bit.io.paths import user_location
+from megatron_bit.io.text import acts
 
 PREFIX = "cluster."  # of key=value pairs that belong to the profile
 

@@ -11,12 +11,11 @@ import re
 import time
 from collections.abc import Sequence
 
+from mbit_launcher import slurm
+from mbit_launcher.profile import ClusterProfile
+from mbit_launcher.silence import Patience, Silent
+from mbit_launcher.submission import Submission, new_token
 from megatron_bit.errors import UserError
-
-from . import slurm
-from .profile import ClusterProfile
-from .silence import Patience, Silent
-from .submission import Submission, new_token
 
 
 class Unknown(Silent):

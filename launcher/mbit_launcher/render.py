@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from mbit_launcher.profile import ClusterProfile
+from mbit_launcher.silence import WORDS
+from mbit_launcher.submission import Submission
 from megatron_bit.errors import UserError
-
-from .profile import ClusterProfile
-from .silence import WORDS
-from .submission import Submission
 
 LAST_CALL = 0.8  # of save_seconds: from SLURM's signal to giving up on the save
 

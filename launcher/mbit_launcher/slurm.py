@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mbit_launcher.silence import Silent, silent
 from megatron_bit.errors import UserError
-
-from .silence import Silent, silent
 
 TIMEOUT_SECONDS = 60
 LIVE = (

@@ -13,15 +13,14 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from megatron_bit.checkpoint.folder import complete, step_of
+from mbit_launcher import attempts, heartbeats, slurm
+from mbit_launcher.submission import Submission, submissions
 from megatron_bit.errors import UserError
-from megatron_bit.measured import strict_json
-from megatron_bit.run_folder import resolve_file
-from megatron_bit.strict_json import Count, parse
-from megatron_bit.text import shown
-
-from . import attempts, heartbeats, slurm
-from .submission import Submission, submissions
+from megatron_bit.io.measured import json_of
+from megatron_bit.io.strict_json import Count, parse
+from megatron_bit.io.text import shown
+from megatron_bit.run.checkpoints import complete, step_of
+from megatron_bit.run.folder import resolve_file
 
 _DEPTH = 3  # folders below the given one in which runs are looked for: a sweep is runs/NAME/key=value
 _TAIL_BYTES = 64 * 1024
@@ -70,7 +69,7 @@ def main(folders: Sequence[Path], as_json: bool) -> int:
     rows = collect(list(dict.fromkeys(runs)))
     unknown = [row for row in rows if row.state is None]
     if as_json:
-        print(strict_json([asdict(row) for row in rows], indent=1))
+        print(json_of([asdict(row) for row in rows], indent=1))
         return 0
     if unknown:  # one line above them, whatever the number of runs
         print(

@@ -30,12 +30,12 @@ from typing import Any
 
 import yaml
 
-from megatron_bit import __version__, trust
+from mbit_launcher.profile import ClusterProfile, load_profile
+from megatron_bit import __version__
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
-
-from .profile import ClusterProfile, load_profile
+from megatron_bit.io import trust
+from megatron_bit.io.files import write_atomic
 
 TOKEN = r"mbit-[0-9a-f]{16}"
 

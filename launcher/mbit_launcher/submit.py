@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_bit import trust
-from megatron_bit.checkpoint.folder import newest_step
+from mbit_launcher import slurm
+from mbit_launcher.preflight import cordoned
+from mbit_launcher.profile import ClusterProfile
+from mbit_launcher.queueing import queue, settle
+from mbit_launcher.render import check_path, render
+from mbit_launcher.silence import Patience, Silent
+from mbit_launcher.submission import Submission, create, newest, submissions, writing
 from megatron_bit.config import Config, DataConfig
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
-from megatron_bit.plan import describe
-from megatron_bit.run_folder import resolve
-
-from . import slurm
-from .preflight import cordoned
-from .profile import ClusterProfile
-from .queueing import queue, settle
-from .render import check_path, render
-from .silence import Patience, Silent
-from .submission import Submission, create, newest, submissions, writing
+from megatron_bit.io import trust
+from megatron_bit.io.files import write_atomic
+from megatron_bit.planning.dry_run import describe
+from megatron_bit.run.checkpoints import newest_step
+from megatron_bit.run.folder import resolve
 
 _T = TypeVar("_T")
 

@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import heartbeats
-from .attempts import HUNG
-from .heartbeats import Heartbeat
-from .submission import Submission
+from mbit_launcher import heartbeats
+from mbit_launcher.attempts import HUNG
+from mbit_launcher.heartbeats import Heartbeat
+from mbit_launcher.submission import Submission
 
 HANGS, STOP = 3, 4
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
-from megatron_bit.plan import parameter_counts, table_parameters
+from megatron_bit.planning.parameters import parameter_counts, table_parameters
 
 # the rung whose parameters all others match
 REFERENCE = ("model.head.kind=chain", "model.group_bits=8", "model.block_size=4")
@@ -52,6 +52,20 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     rungs += [
         Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
     ]
+    names, tied = "model.names=pairs", "model.head.prior_rank=96"
+    if bits > 8:  # several groups
+        rungs += [
+            Rung("chain K=1 g=8 semantic, names", chain(1, 8, *semantic, names), extra=True),
+            Rung("chain K=4 g=8 semantic, names", (*four, names)),
+            Rung("chain K=4 g=8 semantic, tied prior", (*four, tied), extra=True),
+            Rung("chain K=4 g=8 semantic, names, tied prior", (*four, names, tied), headline=True, text=True),
+            Rung(
+                "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head",
+                (*four, names, tied, f"model.num_layers={peer_layers // 2 - 1}",
+                 f"model.head.num_layers={peer_layers - peer_layers // 2 + 1}"),
+            ),
+            Rung("chain K=8 g=8 semantic, names, tied prior", chain(8, 8, *semantic, names, tied), extra=True),
+        ]  # fmt: skip
     rungs += [
         Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
         Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random"), extra=True),
@@ -85,10 +99,12 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
 
 
 def select(rungs: Sequence[Rung], only: Sequence[str], all_rungs: bool) -> list[Rung]:
-    """Those with a part of their name in `only`, or without it all but the extra ones. UserError if there is none."""
+    """Those that `only` names, by their whole name or else by a part of it; without it all but the extra ones.
+    UserError if there is none."""
     if not only:
         return [rung for rung in rungs if all_rungs or not rung.extra]
-    found = [rung for rung in rungs if any(part in rung.name for part in only)]
+    names = {rung.name for rung in rungs}
+    found = [r for r in rungs if any(part == r.name or (part not in names and part in r.name) for part in only)]
     if not found:
         raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in rungs)}")
     return found

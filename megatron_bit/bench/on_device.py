@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def environment(device: torch.device) -> list[Row]:
     """What is here."""
-    from megatron_bit.compat import te
+    from megatron_bit.precision import te
 
     rows = [{"what": "python", "found": platform.python_version()}, {"what": "torch", "found": torch.__version__}]
     if device.type == "cuda":
@@ -40,7 +40,7 @@ def environment(device: torch.device) -> list[Row]:
 
 
 def engine(device: torch.device) -> list[Row]:
-    """tests/gpu: what compat/te.py asks of Transformer Engine, of the package itself."""
+    """tests/gpu: what precision/te.py asks of Transformer Engine, of the package itself."""
     root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -95,8 +95,8 @@ def attention(device: torch.device) -> list[Row]:
 
 def fp8(device: torch.device) -> list[Row]:
     """One product, forward and backward, by Transformer Engine and emulated: how far apart, and from float64."""
-    from megatron_bit.compat import te
-    from megatron_bit.model.fp8_emulated import Quantizer, _Product
+    from megatron_bit.precision import te
+    from megatron_bit.precision.emulated import Quantizer, _Product
 
     size = 4096 if device.type == "cuda" else 256
     torch.manual_seed(0)
@@ -156,9 +156,9 @@ def waits(device: torch.device) -> list[Row]:
     """What makes the host wait for the device in the third step of a run, as torch's sync debug mode sees it."""
     if device.type != "cuda":
         return [{"what": "needs a GPU; tests/dist/test_host_syncs.py counts on a CPU"}]
-    from megatron_bit import train as job
     from megatron_bit.config import load_config
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.training import job
+    from megatron_bit.training.trainer import Trainer
 
     plain, seen = Trainer.train_step, []
 

@@ -24,10 +24,10 @@ from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder, other_
 from megatron_bit.config import Config, load_config
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
-from megatron_bit.measured import number, strict_json
+from megatron_bit.io.files import write_atomic
+from megatron_bit.io.measured import json_of, number
 from megatron_bit.parallel.split import train_flops
-from megatron_bit.plan import table_parameters
+from megatron_bit.planning.parameters import table_parameters
 
 SIZES: dict[str, tuple[str, ...]] = {
     "small": (
@@ -120,10 +120,10 @@ def main(
         "vocabulary": manifest.vocab_size,
         "results": [result.to_json() for result in results],
     }
-    write_atomic(out / "quality.json", strict_json(report, indent=1).encode())
+    write_atomic(out / "quality.json", json_of(report, indent=1).encode())
     table = render(report, results)
     write_atomic(out / "quality.md", table.encode())
-    print(strict_json(report, indent=1) if as_json else table)
+    print(json_of(report, indent=1) if as_json else table)
     return 0
 
 

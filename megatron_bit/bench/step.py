@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from megatron_bit import train as job
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
 from megatron_bit.parallel import groups as process_groups
-from megatron_bit.trainer import Trainer
+from megatron_bit.training.build import build
+from megatron_bit.training.trainer import Trainer
 
 
 def main(config: Config, steps: int, repeats: int, as_json: bool) -> int:
@@ -86,7 +86,7 @@ def _settings(config: Config, folder: Path, total: int) -> Config:
 
 
 def _measure(config: Config, reference: Any, steps: int, repeats: int) -> dict[str, Any]:
-    trainer = job.build(config, process_groups.init(config))
+    trainer = build(config, process_groups.init(config))
     plain = reference.ReferenceTrainer(config, reference.initial_weights(config))
     batches = [
         [(torch.from_numpy(b.tokens), torch.from_numpy(b.sample)) for b in step]

@@ -19,16 +19,17 @@ from torch import nn
 from megatron_bit.bench.gpt_peer import GPTPeer, with_transformer_engine
 from megatron_bit.bench.saved import Saved
 from megatron_bit.bench.spread import spread
-from megatron_bit.callbacks.metrics import PEAK_FLOPS
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.optim.optimizer import Optimizer, build_optimizer
+from megatron_bit.optim.build import build_optimizer
+from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import train_flops
-from megatron_bit.parallel.step import forward_backward
+from megatron_bit.planning.hardware import peak_flops
+from megatron_bit.training.step import forward_backward
 
 EOS = 0
 PEER = "GPTModel"
@@ -141,7 +142,7 @@ def _result(
 ) -> dict[str, Any]:
     gpu = groups.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else platform.machine()
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in device), None) if gpu else None
+    peak = peak_flops(device) if gpu else None
     tokens = config.train.global_batch_size * config.data.seq_length
     peers = {c.config.train.precision: c for c in contestants if c.name.startswith(PEER)}
     rows = []

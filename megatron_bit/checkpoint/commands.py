@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.checkpoint import folder as folders
 from megatron_bit.errors import UserError
-from megatron_bit.run_lock import RunLock
-from megatron_bit.text import shown
+from megatron_bit.io.text import shown
+from megatron_bit.run import checkpoints as folders
+from megatron_bit.run.lock import RunLock
 
 
 def resolve(target: Path) -> list[Path]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_bit.config import config_from_dict
 from megatron_bit.errors import UserError
-from megatron_bit.identity import meaning
-from megatron_bit.strict_json import MIB, OBJECT, load
+from megatron_bit.io.strict_json import MIB, OBJECT, load
+from megatron_bit.run.identity import meaning
 
 BITLM = "bitlm"
 LLAMA_LAYOUT = ("llama", "qwen3")
@@ -26,8 +26,9 @@ _SIZES = """
 """
 _OURS = """
     bits block_size block_causal max_position_embeddings head_hidden_size head_intermediate_size head_num_layers
-    head_num_attention_heads head_kind head_prior head_window group_sizes matched_filter sigma_min sigma_max
-    sigma_log_mean sigma_log_std sigma_kind sigma_masses condition_drop self_condition initializer_range
+    head_num_attention_heads head_kind head_prior head_window group_sizes names prior_rank matched_filter
+    sigma_min sigma_max sigma_log_mean sigma_log_std sigma_kind sigma_masses condition_drop self_condition
+    initializer_range
 """
 _NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
@@ -178,6 +179,7 @@ def _bitlm(there: Mapping[str, Any], layers: Mapping[str, Any], code: str) -> di
         "kind": there["head_kind"],
         "prior": there["head_prior"],
         "window": there["head_window"],
+        "prior_rank": there.get("prior_rank", 0),  # younger than the first folders
         "num_layers": there["head_num_layers"],
         "hidden_size": there["head_hidden_size"],
         "num_heads": there["head_num_attention_heads"],
@@ -188,6 +190,7 @@ def _bitlm(there: Mapping[str, Any], layers: Mapping[str, Any], code: str) -> di
         "bits": there["bits"],
         "code": code,
         "group_bits": max(there["group_sizes"]),
+        "names": there.get("names", "sum"),
         "block_size": there["block_size"],
         "attention": "block_causal" if there["block_causal"] else "causal",
         "init_std": there["initializer_range"],

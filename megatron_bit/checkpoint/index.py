@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bit.errors import UserError
-from megatron_bit.model.logical import Piece
+from megatron_bit.parallel.logical import Piece
 
 
 @dataclass(frozen=True)

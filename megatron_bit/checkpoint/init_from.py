@@ -7,16 +7,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_bit import identity
-from megatron_bit.checkpoint.folder import problems, read_meta
 from megatron_bit.checkpoint.huggingface import HuggingFaceWeights
 from megatron_bit.checkpoint.index import Rectangle, owned_rectangles
 from megatron_bit.checkpoint.load import open_reader
 from megatron_bit.errors import UserError
-from megatron_bit.model.logical import pieces
 from megatron_bit.optim.optimizer import EMA, Optimizer
 from megatron_bit.parallel.groups import Groups
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.parallel.logical import pieces
+from megatron_bit.run import identity
+from megatron_bit.run.checkpoints import problems, read_meta
+from megatron_bit.run.folder import newest_checkpoint
 
 
 class Weights(Protocol):

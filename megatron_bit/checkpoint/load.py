@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_bit.checkpoint import schema
-from megatron_bit.checkpoint.folder import complete, names, problems, read_meta
 from megatron_bit.checkpoint.index import Reader, Rectangle, owned_rectangles
 from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import noise_tables
-from megatron_bit.model.linears import FP8, Scaling, restore_scaling
-from megatron_bit.model.logical import Piece, pieces
 from megatron_bit.optim.optimizer import EMA, Optimizer
 from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.logical import Piece, pieces
+from megatron_bit.precision.linears import FP8, Scaling, restore_scaling
+from megatron_bit.run import checkpoint_schema as schema
+from megatron_bit.run.checkpoints import complete, names, problems, read_meta
 
 
 def newest_undamaged(root: Path, groups: Groups) -> Path | None:

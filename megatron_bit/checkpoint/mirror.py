@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.checkpoint import folder as folders
-from megatron_bit.checkpoint import schema
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder, write_synced
-from megatron_bit.rewind import Rewind
+from megatron_bit.io.files import sync_folder, write_synced
+from megatron_bit.run import checkpoint_schema as schema
+from megatron_bit.run import checkpoints as folders
+from megatron_bit.run.rewind import Rewind
 
 ATTEMPTS, PAUSE = 4, 1.0  # of each file; seconds before the second one, doubled each time
 CHUNK = 8 << 20

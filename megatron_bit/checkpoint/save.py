@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_bit.checkpoint.index import owned_rectangles
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
-from megatron_bit.model.linears import FP8, scaled_layers
-from megatron_bit.model.logical import pieces
+from megatron_bit.io.files import announce
+from megatron_bit.io.safetensors_file import Spec, write_file
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.groups import Groups
-from megatron_bit.safetensors_file import Spec, write_file
+from megatron_bit.parallel.logical import pieces
+from megatron_bit.precision.linears import FP8, scaled_layers
 
 
 class Snapshot(NamedTuple):
@@ -98,6 +98,6 @@ def write_part(
         total = hashlib.sha256()
         size = write_file(path, specs, tensors, also=total.update)
         files = {path.name: {"sha256": total.hexdigest(), "bytes": size}}
-        write_atomic(folder / f"rank-{rank:05d}.json", json.dumps({"index": index, "files": files}).encode())
+        announce(folder / f"rank-{rank:05d}.json", json.dumps({"index": index, "files": files}).encode())
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be written: {error.strerror}") from None

@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bit import run_log
-from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.checkpoint.save import Snapshot, snapshot, write_rank
 from megatron_bit.errors import UserError
-from megatron_bit.exhausted import exhausted
+from megatron_bit.io.exhausted import exhausted
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.run import checkpoints as folders
+from megatron_bit.run import log as run_log
 
 LEAVING_SECONDS = 30.0  # that a run which ends by an error waits for a save in flight
 

@@ -9,7 +9,7 @@ import tyro
 
 from megatron_bit.config import leaves
 from megatron_bit.errors import UserError
-from megatron_bit.paths import user_location, user_path
+from megatron_bit.io.paths import user_location, user_path
 
 if TYPE_CHECKING:
     from megatron_bit.config import Config

@@ -9,7 +9,7 @@ import tyro
 
 from megatron_bit.commands.arguments import Args
 from megatron_bit.errors import EXIT_USER_ERROR, UserError
-from megatron_bit.paths import user_path
+from megatron_bit.io.paths import user_path
 
 
 def prepare(

@@ -43,7 +43,7 @@ def plan(
         json: print JSON.
     """
     from megatron_bit.config import load_config
-    from megatron_bit.plan import with_vocabulary
+    from megatron_bit.planning.dry_run import with_vocabulary
     from megatron_bit.planning.hardware import load_hardware
     from megatron_bit.planning.report import as_dict, nothing_fits, table
     from megatron_bit.planning.search import Cluster, search

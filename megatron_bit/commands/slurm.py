@@ -90,8 +90,8 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
     from mbit_launcher.profile import load_profile, split_overrides
     from mbit_launcher.submission import newest
 
-    from megatron_bit import trust
-    from megatron_bit.run_folder import resolve_file
+    from megatron_bit.io import trust
+    from megatron_bit.run.folder import resolve_file
 
     last = newest(run.absolute())
     overrides, changes = split_overrides(args)

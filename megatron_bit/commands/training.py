@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_bit import console, environment
 from megatron_bit.commands.arguments import Args, bitlm_configuration, split
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
+from megatron_bit.io import console, environment
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     """
     from megatron_bit.parallel import descriptors
     from megatron_bit.parallel.dims import ParallelDims
-    from megatron_bit.run_folder import resolve
+    from megatron_bit.run.folder import resolve
 
     target, overrides = split(args, preset)
     if target is None and preset is None:
@@ -62,7 +62,7 @@ def train(
     config = resolve(target, overrides, preset)
     world = environment.world_size() if ranked else nproc
     if dry_run:
-        from megatron_bit.plan import describe, render
+        from megatron_bit.planning.dry_run import describe, render
 
         plan = describe(config, world_size or world)
         if json:
@@ -91,7 +91,7 @@ def train(
     # a rank that asks the store of one that has left gets an answer, and a C++ stack as a warning
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     console.outlive()
-    from megatron_bit import train as job
+    from megatron_bit.training import job
 
     return job.main(config)
 
@@ -180,7 +180,7 @@ def bench_quality(
         steps: training steps of a rung; default 400 (small) or 3000 (gpu).
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
-        only: rungs whose name contains one of these.
+        only: rungs of this whole name, or whose name contains this.
         all_rungs: also the rungs that say little more than others; half an hour is too short for them on two cores.
         json: print JSON.
     """
@@ -193,19 +193,26 @@ def bench_quality(
     return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json)
 
 
-def demo(text: tuple[str, ...] = ("stdlib",), out: Path = Path("demo"), steps: int = 300) -> int:
+def demo(
+    text: tuple[str, ...] | None = None, out: Path = Path("demo"), steps: int | None = None, quick: bool = False
+) -> int:
     """See it work: prepare, train on four ranks, continue on two, generate before and after. A few minutes, offline.
 
     Args:
-        text: files or folders to train on; `stdlib` is Python's own standard library.
+        text: files or folders to train on; `stdlib` (default) is Python's own standard library.
         out: folder for data and run.
-        steps: training steps.
+        steps: training steps; default 300.
+        quick: in about a minute whether everything works here: 20 steps on one package of the standard library, unless
+            --steps and --text say otherwise. Too few to learn much.
     """
-    from megatron_bit.demo import main as run
+    from megatron_bit.commands.demo import A_PACKAGE
+    from megatron_bit.commands.demo import main as run
 
+    if steps is None:
+        steps = 20 if quick else 300
     if steps < 2:
         raise UserError(f"--steps {steps} has to be at least 2: the demo stops half-way and continues")
-    return run(text, out, steps)
+    return run(text or ((A_PACKAGE,) if quick else ("stdlib",)), out, steps)
 
 
 def doctor(json: bool = False) -> int:
@@ -214,14 +221,14 @@ def doctor(json: bool = False) -> int:
     Args:
         json: print JSON.
     """
-    from megatron_bit.doctor import main as run
+    from megatron_bit.commands.doctor import main as run
 
     return run(json)
 
 
 def config() -> int:
     """List every configuration key with its type, default and meaning, as Markdown."""
-    from megatron_bit.reference import markdown
+    from megatron_bit.commands.reference import markdown
 
     print(markdown(), end="")
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL
+from megatron_bit.io.files import PARTIAL
 
 
 class ShardCache:

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL, sync_folder
-from megatron_bit.strict_json import tree
+from megatron_bit.io.files import PARTIAL, sync_folder
+from megatron_bit.io.strict_json import tree
 
 LEARNED = "semantic"  # the value of model.code
 FORMAT = "megatron_bit.code"
@@ -96,7 +96,7 @@ def write_code(path: Path, code: LearnedCode) -> None:
     """The file appears complete or not at all; the same code gives the same bytes. Raises OSError."""
     import torch
 
-    from megatron_bit.safetensors_file import Spec, write_file  # the library's writer orders metadata by chance
+    from megatron_bit.io.safetensors_file import Spec, write_file  # the library's writer orders metadata by chance
 
     check_table(code.table, "code")
     about = {

@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_bit import trust
 from megatron_bit.config import RemoteConfig
+from megatron_bit.data.hf_tokenizer import TOKENIZER_CONFIG
 from megatron_bit.data.manifest_schema import read_content, read_head
 from megatron_bit.data.remote import RemoteFolder
 from megatron_bit.errors import ShardError, UserError
-from megatron_bit.exhausted import resource_of
+from megatron_bit.io import trust
+from megatron_bit.io.exhausted import resource_of
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_bit.data"
 VERSION = 1
 SPLITS = ("train", "validation")
-TOKENIZER_CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; says which token ends a document
 LENGTHS_SUFFIX = ".lengths.npy"  # of the sidecar of a shard (data/documents.py); here, for whom numpy is too much
 LENGTHS_HEADER = 128  # bytes in front of the 4 for each document
 
@@ -139,7 +139,7 @@ class Manifest:
                 f"{self.tokenizer_sha256}); {again}"
             )
         if path.suffix == ".json":
-            from mbit_data.tokenizer import Tokenizer
+            from megatron_bit.data.tokenizer import Tokenizer
 
             beside = path.with_name(TOKENIZER_CONFIG)
             try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from megatron_bit.strict_json import MIB, AnyObject, Count, PlainName, Sha256, load
+from megatron_bit.io.strict_json import MIB, AnyObject, Count, PlainName, Sha256, load
 
 LIMIT = 512 * MIB  # bytes of a manifest: two million shards
 MAX_RAW_BITS = 256

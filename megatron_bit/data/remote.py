@@ -25,8 +25,8 @@ from typing import IO, Any
 from megatron_bit.config import RemoteConfig
 from megatron_bit.data.cache import ShardCache
 from megatron_bit.errors import UserError
-from megatron_bit.files import PARTIAL
-from megatron_bit.trust import PIPE
+from megatron_bit.io.files import PARTIAL
+from megatron_bit.io.trust import PIPE
 
 CHUNK = 1 << 20
 _NAME = re.compile(

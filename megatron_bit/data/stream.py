@@ -18,7 +18,7 @@ from megatron_bit.data.manifest import Manifest, Shard, lengths_file
 from megatron_bit.data.npy import decode_array
 from megatron_bit.data.shard_file import ShardFile
 from megatron_bit.errors import ShardError, UserError
-from megatron_bit.exhausted import resource_of
+from megatron_bit.io.exhausted import resource_of
 
 TOKENS_SUFFIX = "tokens.npy"
 

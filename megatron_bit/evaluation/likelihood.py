@@ -13,7 +13,7 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import score
 from megatron_bit.evaluation.validation import Validation
-from megatron_bit.measured import exponential, quotient
+from megatron_bit.io.measured import exponential, quotient
 
 SAMPLES, TOLERANCE, MAX_PASSES = 256, 0.01, 16  # where nothing is said; the tolerance in nats per token
 

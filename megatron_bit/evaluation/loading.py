@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bit.checkpoint.folder import read_meta
 from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.config import Config, config_from_dict
 from megatron_bit.data.manifest import load_manifest
@@ -15,7 +14,8 @@ from megatron_bit.evaluation import causal
 from megatron_bit.evaluation.models import BitModel, Model
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf_names import WeightsOf
-from megatron_bit.run_folder import data_of, newest_checkpoint
+from megatron_bit.run.checkpoints import read_meta
+from megatron_bit.run.folder import data_of, newest_checkpoint
 
 
 def open_model(path: Path, data: str | None = None, weights: WeightsOf = "trained") -> Model:

@@ -15,10 +15,10 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.samples import Samples, Statistics
 from megatron_bit.evaluation.tasks import LastWord, Ranking
 from megatron_bit.evaluation.validation import Validation
-from megatron_bit.files import write_atomic
 from megatron_bit.inference.hf_names import WeightsOf
-from megatron_bit.measured import show, strict_json
-from megatron_bit.run_folder import data_of
+from megatron_bit.io.files import write_atomic
+from megatron_bit.io.measured import json_of, show
+from megatron_bit.run.folder import data_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Report:
 def main(path: Path, request: Request, *, as_json: bool, out: Path | None) -> int:
     """Evaluate, print the table or JSON, and write the JSON to `out`."""
     report = evaluate(path, request)
-    text = strict_json(asdict(report), indent=1)
+    text = json_of(asdict(report), indent=1)
     if out is not None:
         try:
             write_atomic(out, f"{text}\n".encode())

@@ -17,7 +17,7 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import encode_behind, score
 from megatron_bit.evaluation.validation import Validation
-from megatron_bit.measured import exponential, quotient
+from megatron_bit.io.measured import exponential, quotient
 
 
 @dataclass(frozen=True)

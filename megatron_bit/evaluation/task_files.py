@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bit.errors import UserError
-from megatron_bit.files import lines_of
-from megatron_bit.strict_json import tree
+from megatron_bit.io.files import lines_of
+from megatron_bit.io.strict_json import tree
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
 from megatron_bit.evaluation.scoring import encode_behind, score
 from megatron_bit.evaluation.task_files import Item
-from megatron_bit.measured import exponential
+from megatron_bit.io.measured import exponential
 
 
 @dataclass(frozen=True)

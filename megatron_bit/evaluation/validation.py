@@ -33,7 +33,7 @@ class Validation:
         self._tokens = 0
         self._sizes: list[int] = []  # bytes of the documents of the shard that was tokenized again last
         if not self._same:
-            from mbit_data.tokenizer import Tokenizer
+            from megatron_bit.data.tokenizer import Tokenizer
 
             self._tokenizer = Tokenizer(self.manifest.checked_tokenizer_path())
 

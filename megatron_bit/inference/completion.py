@@ -73,15 +73,15 @@ def _validated(given: Any) -> Completion:
         return Completion.model_validate(_without_neutral(given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        param = ".".join(shown(str(part), quoted=False) for part in first["loc"]) or None
+        param = ".".join(brief(str(part), quoted=False) for part in first["loc"]) or None
         why = {
             "extra_forbidden": "is not known here, or means nothing to a BitLM",
             "missing": "is missing",
-        }.get(first["type"], f"= {shown(first.get('input'))}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+        }.get(first["type"], f"= {brief(first.get('input'))}: {first['msg'][:1].lower()}{first['msg'][1:]}")
         raise Refused(400, f"{param or 'body'} {why}", param) from None
 
 
-def shown(value: Any, quoted: bool = True) -> str:
+def brief(value: Any, quoted: bool = True) -> str:
     """Something of a client's in a message: short, and with nothing in it that a terminal would act on."""
     text = str(value)
     text = text if len(text) <= 80 else f"{text[:80]}..."
@@ -104,7 +104,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in pairs:
         if key in made:
-            raise Refused(400, f"{shown(key, quoted=False)} is there twice", shown(key, quoted=False))
+            raise Refused(400, f"{brief(key, quoted=False)} is there twice", brief(key, quoted=False))
         made[key] = value
     return made
 
@@ -134,7 +134,7 @@ def _without_neutral(given: Any) -> Any:
         if not same and not zeros:
             named = " or ".join(json.dumps(each) for each in allowed)
             number = isinstance(value, int | float)
-            what = f"{name} {shown(value, quoted=False)}: " if number else f"{name} = {shown(value)}: "
+            what = f"{name} {brief(value, quoted=False)}: " if number else f"{name} = {brief(value)}: "
             raise Refused(400, f"{what}a BitLM is served without it; leave it out, or say null or {named}", name)
     return given
 

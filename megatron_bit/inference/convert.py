@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbit_data.tokenizer import Tokenizer
 
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder
 from megatron_bit.inference.hf_names import CODE_TABLE, Source, WeightsOf, model_arguments, softmax_config
 from megatron_bit.inference.safetensors_stream import Spec, write_shards
+from megatron_bit.io.files import sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -63,7 +63,7 @@ def to_hf(
             _write_small_files(source, folder, dtype)
             written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
             sync_folder(folder)
-            put_in_place(folder, out)
+            give_name(folder, out)
         sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"output {out} cannot be written: {error.strerror or error} ({error.filename})") from None
@@ -184,7 +184,7 @@ def check_free(out: Path) -> None:
         raise UserError(f"output {out} exists and is not an empty folder; give another name, or remove it")
 
 
-def put_in_place(folder: Path, out: Path) -> None:
+def give_name(folder: Path, out: Path) -> None:
     """Give a finished folder its name: all of it or nothing appears. UserError if something is there by now."""
     try:
         os.rename(folder, out)  # also over an empty folder, and over nothing else

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bit.checkpoint import folder as folders
+from megatron_bit.checkpoint.hf_parts import logical_shapes
 from megatron_bit.checkpoint.huggingface import HuggingFaceWeights
 from megatron_bit.checkpoint.index import Rectangle
 from megatron_bit.checkpoint.save import file_name, write_part
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.data.corpus import open_corpus
 from megatron_bit.errors import UserError
-from megatron_bit.files import sync_folder, write_atomic
-from megatron_bit.identity import identity
-from megatron_bit.inference.convert import check_free, put_in_place, temporary_folder
-from megatron_bit.inference.hf_names import logical_shapes
+from megatron_bit.inference.convert import check_free, give_name, temporary_folder
+from megatron_bit.io.files import sync_folder, write_atomic
+from megatron_bit.io.safetensors_file import Spec
 from megatron_bit.model.codec import build_codec, learned_table
 from megatron_bit.model.init import draw
 from megatron_bit.optim.optimizer import EMA, STATES
-from megatron_bit.safetensors_file import Spec
-from megatron_bit.state import TrainState
+from megatron_bit.run import checkpoints as folders
+from megatron_bit.run.identity import identity
+from megatron_bit.run.state import TrainState
 
 
 def to_run(source: Path, run: Path, file: str | None, overrides: tuple[str, ...]) -> None:
@@ -72,7 +72,7 @@ def to_run(source: Path, run: Path, file: str | None, overrides: tuple[str, ...]
             write_atomic(folder / "identity.json", json.dumps(mine, indent=1).encode())
             write_atomic(folder / "config.yaml", to_yaml(config).encode())
             sync_folder(folder)
-            put_in_place(folder, run)
+            give_name(folder, run)
         sync_folder(run.parent)
     except OSError as error:
         raise UserError(f"output {run} cannot be written: {error.strerror or error} ({error.filename})") from None

@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.errors import UserError
-from megatron_bit.files import lines_of
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM, TextStream
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
 from megatron_bit.inference.text import DataText, FolderText, Records, Text
+from megatron_bit.io.files import lines_of
 from megatron_bit.model.kernels import device_name, function, missing
 
 __all__ = ["SAMPLERS", "Generator", "main"]

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megatron_bit.errors import UserError
-from megatron_bit.inference.completion import Refused, shown
+from megatron_bit.inference.completion import Refused, brief
 
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]*)?", re.ASCII)  # host and port
 _FORM = "application/x-www-form-urlencoded"
@@ -41,12 +41,12 @@ class Guard:
     def _check(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
         if self._hosts is not None and not (len(hosts) == 1 and self._is_ours(hosts[0])):
-            raise Refused(403, f"Host {shown(', '.join(hosts))} is not served here; --allow-host NAME allows another")
+            raise Refused(403, f"Host {brief(', '.join(hosts))} is not served here; --allow-host NAME allows another")
         origins = headers.getlist("origin")
         for origin in origins:
             scheme, _, authority = origin.partition("://")
             if scheme not in ("http", "https") or not self._is_ours(authority):
-                raise Refused(403, f"Origin {shown(origin)} is refused; --allow-host NAME allows pages of another host")
+                raise Refused(403, f"Origin {brief(origin)} is refused; --allow-host NAME allows pages of another host")
         if not origins and headers.get("sec-fetch-site") == "cross-site":
             raise Refused(403, "a request from a page of another site is refused")
 
@@ -65,7 +65,7 @@ def check_content_type(headers: Headers) -> None:
     kind = ", ".join(given).partition(";")[0].strip().lower()
     if kind == "application/json" or (kind in ("", _FORM) and not any(name in headers for name in _BROWSER)):
         return
-    raise Refused(415, f"Content-Type {shown(kind)} is refused; add -H 'Content-Type: application/json'")
+    raise Refused(415, f"Content-Type {brief(kind)} is refused; add -H 'Content-Type: application/json'")
 
 
 def plain_host(host: str) -> str:

@@ -1,41 +1,29 @@
-"""A checkpoint's tensors and configuration in transformers' terms: names, shapes, and how fused ones are cut."""
+"""A checkpoint in transformers' terms: its tensors one by one, and its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_bit.checkpoint.folder import read_meta
+from megatron_bit.checkpoint.hf_parts import Part, parts
 from megatron_bit.checkpoint.index import Reader, Rectangle
 from megatron_bit.checkpoint.load import open_reader
-from megatron_bit.config import Config, ModelConfig, config_from_dict
+from megatron_bit.config import Config, config_from_dict
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.noise import build_noise
 from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.optim.optimizer import EMA
-from megatron_bit.parallel.split import FREQUENCIES
-from megatron_bit.run_folder import data_of, newest_checkpoint
+from megatron_bit.run.checkpoints import read_meta
+from megatron_bit.run.folder import data_of, newest_checkpoint
 
 CODE_TABLE = "model.code_table"
 WeightsOf = Literal["trained", "ema"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of the Hugging Face model: all of a logical tensor, or what `cut` takes from it."""
-
-    name: str
-    shape: tuple[int, ...]
-    logical: str
-    logical_shape: tuple[int, ...]
-    cut: Callable[[Tensor], Tensor] | None = None
 
 
 class Source:
@@ -104,7 +92,7 @@ class Source:
 
     def parts(self) -> list[Part]:
         """All weights, a layer's side by side."""
-        return list(_parts(self.config))
+        return list(parts(self.config))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) of all parts, one at a time, and a BitLM's code table at the end.
@@ -122,11 +110,6 @@ class Source:
             yield CODE_TABLE, self.code_table
 
 
-def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every logical tensor of the model and its shape, layer by layer. The vocabulary has to be known."""
-    return {part.logical: part.logical_shape for part in _parts(config)}
-
-
 def _read(reader: Reader, part: Part, state: str) -> Tensor:
     shape = reader.shape(part.logical)
     if shape != part.logical_shape:
@@ -134,110 +117,24 @@ def _read(reader: Reader, part: Part, state: str) -> Tensor:
             f"checkpoint tensor {part.logical} has shape {shape}, the configuration wants {part.logical_shape}; it is "
             "of another model"
         )
-    whole = reader.read(part.logical, state, Rectangle((0,) * len(shape), shape))
-    return whole if part.cut is None else part.cut(whole)
+    return part.cut(reader.read(part.logical, state, Rectangle((0,) * len(shape), shape)))
 
 
-def _parts(config: Config) -> Iterator[Part]:
+def _layers(config: Config) -> dict[str, object]:
+    """What transformers' configurations of the Llama layout, and ours, call the backbone."""
     m = config.model
-    d, softmax = m.hidden_size, m.head.kind == "softmax"
-    if softmax:
-        yield _tokens(m, "model.embed_tokens.weight", "embedding.table.weight")
-    else:
-        yield _same("model.embed_tokens.start", "embedding.start", m.block_size, d)
-        if m.group_bits > 1:
-            yield _same("model.embed_tokens.values", "embedding.values", m.group_values, d)
-        else:
-            yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
-            yield _same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
-        yield _same("model.embed_tokens.norm.weight", "embedding.norm.weight", d)
-    for i in range(m.num_layers):
-        yield from _backbone_layer(m, f"model.layers.{i}.", f"backbone.layers.{i}.")
-    yield _same("model.norm.weight", "backbone.final_layernorm.weight", d)
-    if softmax:
-        yield _tokens(m, "lm_head.weight", "head.logits.weight")
-    else:
-        yield from _block_head(m, estimate=config.diffusion.self_condition > 0)
-
-
-def _same(name: str, logical: str, *shape: int) -> Part:
-    return Part(name, shape, logical, shape)
-
-
-def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
-    """A matrix with a row for each token, without the padding."""
-    assert m.vocab_size is not None
-    size, d = m.vocab_size, m.hidden_size
-    return Part(name, (size, d), logical, (m.padded_vocab_size, d), lambda whole: whole[:size])
-
-
-def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
-    same, d, h, w = _same, m.hidden_size, m.head, m.head.hidden_size
-    yield same("head.position", "head.position", m.block_size, w)
-    for end in ("", "_last") if m.block_size > 1 else ("",):
-        yield same(f"head.condition{end}_proj.weight", f"head.condition{end}.weight", w, d)
-        if h.prior:
-            yield same(f"head.prior{end}_proj.weight", f"head.prior{end}.weight", m.head_outputs, d)
-    if h.kind == "chain":
-        yield same("head.previous", "head.previous", m.group_values, w)
-        yield same("head.stages", "head.stage", len(m.group_sizes), w)
-    else:
-        yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
-        if estimate:
-            yield same("head.estimate_proj.weight", "head.estimate.weight", w, m.bits)
-        for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
-            yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
-            yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
-    if h.kind == "chain" or m.group_bits > 1:
-        yield same("head.values", "head.values", m.group_values, w)
-    for name, count in (("modulation", 6), ("final_modulation", 2)):
-        yield same(f"head.{name}.weight", f"head.{name}.weight", count * w, w)
-        yield same(f"head.{name}.bias", f"head.{name}.bias", count * w)
-    yield same("head.out_proj.weight", "head.output.weight", m.head_outputs, w)
-    for i in range(h.num_layers):
-        layer = f"head.layers.{i}."
-        for j, letter in enumerate("qkv"):  # the rows go head by head: query, key, value
-            name = f"{layer}self_attn.{letter}_proj.weight"
-            yield Part(name, (w, w), f"{layer}qkv.weight", (3 * w, w), _rows((h.num_heads, 3, -1), slice(j, j + 1)))
-        yield same(f"{layer}self_attn.o_proj.weight", f"{layer}proj.weight", w, w)
-        yield same(f"{layer}mlp.gate_proj.weight", f"{layer}fc1.gate.weight", h.ffn_hidden_size, w)
-        yield same(f"{layer}mlp.up_proj.weight", f"{layer}fc1.up.weight", h.ffn_hidden_size, w)
-        yield same(f"{layer}mlp.down_proj.weight", f"{layer}fc2.weight", w, h.ffn_hidden_size)
-
-
-def _backbone_layer(m: ModelConfig, to: str, logical: str) -> Iterator[Part]:
-    d, f, head_dim = m.hidden_size, m.ffn_hidden_size, m.attention_head_dim
-    queries = m.num_heads // m.num_kv_heads  # of one group
-    fused = ((m.num_heads + 2 * m.num_kv_heads) * head_dim, d)
-    # the rows go group by group: the group's query heads, its key head, its value head
-    cuts = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, queries + 2)}
-    yield Part(f"{to}input_layernorm.weight", (d,), f"{logical}input_layernorm.weight", (d,))
-    for letter, rows in cuts.items():
-        shape = (m.num_kv_heads * (rows.stop - rows.start) * head_dim, d)
-        cut = _rows((m.num_kv_heads, queries + 2, head_dim), rows)
-        yield Part(
-            f"{to}self_attn.{letter}_proj.weight", shape, f"{logical}self_attention.linear_qkv.weight", fused, cut
-        )
-    same = [("self_attn.o_proj", "self_attention.linear_proj", (d, m.query_width))]
-    if m.qk_norm:
-        same += [(f"self_attn.{x}_norm", f"self_attention.{x}_layernorm", (head_dim,)) for x in "qk"]
-    same += [
-        ("post_attention_layernorm", "pre_mlp_layernorm", (d,)),
-        ("mlp.gate_proj", "mlp.linear_fc1.gate", (f, d)),
-        ("mlp.up_proj", "mlp.linear_fc1.up", (f, d)),
-        ("mlp.down_proj", "mlp.linear_fc2", (d, f)),
-    ]
-    for name, old, shape in same:
-        yield Part(f"{to}{name}.weight", shape, f"{logical}{old}.weight", shape)
-
-
-def _rows(groups: tuple[int, int, int], taken: slice) -> Callable[[Tensor], Tensor]:
-    """Of a matrix whose rows are [group, place in the group, row], all rows at the places `taken`."""
-
-    def cut(whole: Tensor) -> Tensor:
-        return whole.unflatten(0, groups)[:, taken].reshape(-1, whole.shape[1])
-
-    return cut
+    return {
+        "hidden_size": m.hidden_size,
+        "intermediate_size": m.ffn_hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.attention_head_dim,
+        "max_position_embeddings": config.data.seq_length,
+        "rms_norm_eps": m.norm_eps,
+        "rope_theta": m.rope_base,
+        "initializer_range": m.init_std,
+    }
 
 
 def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any] | None = None) -> dict[str, object]:
@@ -256,15 +153,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "bits": m.bits,
         "block_size": m.block_size,
         "block_causal": m.attention == "block_causal",
-        "hidden_size": m.hidden_size,
-        "intermediate_size": m.ffn_hidden_size,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.attention_head_dim,
-        "max_position_embeddings": config.data.seq_length,
-        "rms_norm_eps": m.norm_eps,
-        "rope_theta": m.rope_base,
+        **_layers(config),
         "qk_norm": m.qk_norm,
         "head_hidden_size": m.head.hidden_size,
         "head_intermediate_size": m.head.ffn_hidden_size,
@@ -274,6 +163,8 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "head_prior": m.head.prior,
         "head_window": m.head.window,
         "group_sizes": list(m.group_sizes),
+        "names": m.names,
+        "prior_rank": m.head.prior_rank,
         "matched_filter": d.parameterization == "matched_filter",
         "sigma_min": d.sigma_min,
         "sigma_max": d.sigma_max,
@@ -283,7 +174,6 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "sigma_masses": noise.masses.tolist() if isinstance(noise, EntropyRate) else None,
         "condition_drop": d.condition_drop,
         "self_condition": d.self_condition > 0,
-        "initializer_range": m.init_std,
     }
 
 
@@ -297,17 +187,8 @@ def softmax_config(config: Config, **more: Any) -> Any:
     m, kind = config.model, "Qwen3" if config.model.qk_norm else "Llama"
     arguments = {
         "vocab_size": m.vocab_size,
-        "hidden_size": m.hidden_size,
-        "intermediate_size": m.ffn_hidden_size,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.attention_head_dim,
-        "max_position_embeddings": config.data.seq_length,
-        "rms_norm_eps": m.norm_eps,
-        "rope_theta": m.rope_base,
+        **_layers(config),
         "tie_word_embeddings": False,
-        "initializer_range": m.init_std,
         "architectures": [f"{kind}ForCausalLM"],
     }
     return getattr(transformers, f"{kind}Config")(**{**arguments, **more})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_bit.safetensors_file import Spec, write_file
+from megatron_bit.io.safetensors_file import Spec, write_file
 
 
 def plan_shards(specs: Sequence[Spec], shard_bytes: int) -> dict[str, list[Spec]]:

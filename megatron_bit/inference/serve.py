@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from megatron_bit.errors import UserError
 from megatron_bit.inference import connections
-from megatron_bit.inference.completion import Completion, Refused, read_completion, shown
+from megatron_bit.inference.completion import Completion, Refused, brief, read_completion
 from megatron_bit.inference.connections import Patience
 from megatron_bit.inference.engine import Cancelled, Engine, Full, Piece, Request
 from megatron_bit.inference.generate import SAMPLERS, Generator
@@ -157,13 +157,13 @@ class Server:
     def _read(self, data: bytes) -> Completion:
         body = read_completion(data)
         if body.model != self._name:
-            raise Refused(404, f"model {shown(body.model)} is not served here; it is {self._name!r}", "model")
+            raise Refused(404, f"model {brief(body.model)} is not served here; it is {self._name!r}", "model")
         if body.max_tokens > self._limits.max_tokens:
-            asked = shown(body.max_tokens, quoted=False)
+            asked = brief(body.max_tokens, quoted=False)
             raise Refused(400, f"max_tokens {asked} is more than {self._limits.max_tokens}", "max_tokens")
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise Refused(
-                400, f"sampler {shown(body.sampler)} does not exist; it may be {', '.join(SAMPLERS)}", "sampler"
+                400, f"sampler {brief(body.sampler)} does not exist; it may be {', '.join(SAMPLERS)}", "sampler"
             )
         return body
 
@@ -183,7 +183,7 @@ class Server:
         given: Any = body.prompt
         texts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
         if not texts or len(texts) * body.n > self._limits.texts:
-            many = shown(body.n, quoted=False)
+            many = brief(body.n, quoted=False)
             raise Refused(400, f"{len(texts)} prompts x n {many} have to be 1 to {self._limits.texts}", "prompt")
         vocabulary = self._generator.vocab_size
         rows = [self._generator.text.encode(text) if isinstance(text, str) else text for text in texts]
@@ -294,13 +294,13 @@ def _failure(error: BaseException) -> tuple[str, dict[str, Any]]:
         outcome, message = "cancelled", "the server is told to end"
     else:
         outcome, message = "failed", "generation failed"
-        _log.error("generation failed: %s: %s", type(error).__name__, shown(error))
+        _log.error("generation failed: %s: %s", type(error).__name__, brief(error))
     return outcome, {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
 
 
 async def _no_such_route(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return Refused(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}").response()
+    return Refused(error.status_code, f"{request.method} {brief(request.url.path)}: {error.detail}").response()
 
 
 def _event(data: dict[str, Any]) -> str:

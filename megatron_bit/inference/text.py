@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mbit_data.tokenizer import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 from megatron_bit.inference.hf.modeling_bitlm import Decoder, TextStream
 from megatron_bit.inference.tokenizer_json import check_folder

@@ -1,7 +1,7 @@
 """A SentencePiece model as the `tokenizers` library's tokenizer.json, with the same ids for a text.
 
 SentencePiece writes a space as U+2581. Here the pieces are written with the space itself, so that no normaliser is
-needed and U+2581 in a text becomes its bytes, as in `mbit_data.tokenizer`.
+needed and U+2581 in a text becomes its bytes, as in `megatron_bit.data.tokenizer`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mbit_data.tokenizer import PROBE, SPACE_MARK, Tokenizer
-
 from megatron_bit.checkpoint.hf_config import read_json
+from megatron_bit.data.tokenizer import PROBE, SPACE_MARK, Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.text import shown
+from megatron_bit.io.text import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types of sentencepiece_model.proto
 UNIGRAM, BPE = 1, 2

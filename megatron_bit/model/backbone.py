@@ -14,9 +14,10 @@ from megatron_bit.model.attention import CoreAttention, RotaryEmbedding
 from megatron_bit.model.flex import MaskedAttention
 from megatron_bit.model.kernels import build_kernels
 from megatron_bit.model.layers import QKNorm, RMSNorm, SwiGLU
-from megatron_bit.model.linears import Linears, build_linears
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import split_layers
+from megatron_bit.precision.build import build_linears
+from megatron_bit.precision.linears import Linears
 
 
 def transformer_config(config: Config, groups: Groups) -> Any:

@@ -24,7 +24,7 @@ from megatron_bit.model.bitlm import BitInput
 from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.head import BlockHead
-from megatron_bit.model.layers import PARTIAL, init_device, look_up, value_table
+from megatron_bit.model.layers import PARTIAL, Pairs, init_device, linear, look_up, value_table
 from megatron_bit.model.recompute import again
 
 
@@ -38,9 +38,16 @@ class ChainHead(BlockHead):
         self.groups = groups
         self.recompute = config.recompute_head
         self.previous = value_table(mcore, groups, w)  # of the token before
+        self.pairs = Pairs(mcore, groups, w) if config.model.names == "pairs" else None  # the same
         self.values = value_table(mcore, groups, w)  # of the token's own groups that are decided
         self.stage = nn.Parameter(torch.empty(groups.count, w, dtype=mcore.params_dtype, device=init_device(mcore)))
         setattr(self.stage, PARTIAL, mcore.sequence_parallel)
+        m, rank = config.model, config.model.head.prior_rank
+        self.told = value_table(mcore, groups, rank) if rank else None  # what the prior of a group hears of others
+        if rank:
+            self.tie = linear(mcore, m.hidden_size, rank)
+            self.tie_last = linear(mcore, m.hidden_size, rank) if m.block_size > 1 else None
+            self.tied = value_table(mcore, groups, rank)  # zero at the start, like the prior
 
     def forward(
         self, index: Tensor, previous: Tensor, known: Tensor, hidden: Tensor, start: Tensor | None = None
@@ -58,24 +65,44 @@ class ChainHead(BlockHead):
         """
         g = self.groups
         own = look_up(self.values, index, g)
-        before = look_up(self.previous, previous, g).sum(-2) * known.view(len(known), -1, 1)
+        before = look_up(self.previous, previous, g).sum(-2)
+        if self.pairs is not None:
+            before = before + self.pairs(previous)
+        before = before * known.view(len(known), -1, 1)
         x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
-        prior = self.prior_logits(hidden)
+        prior, tie = self.prior_logits(hidden), self._tie(index, hidden)
         if self.recompute:
             parts = [slice(i, i + 1) for i in range(g.count)]
-            return torch.cat([again(self._stages, part, x, index, hidden, prior, start) for part in parts], dim=-1)
-        return self._stages(slice(None), x, index, hidden, prior, start)
+            return torch.cat([again(self._stages, part, x, index, hidden, prior, tie, start) for part in parts], dim=-1)
+        return self._stages(slice(None), x, index, hidden, prior, tie, start)
+
+    def _tie(self, index: Tensor, hidden: Tensor) -> Tensor | None:
+        """What ties a token's groups in the prior, [s, b, G, rank]: the states times what is decided before each."""
+        if self.told is None:
+            return None
+        own = look_up(self.told, index, self.groups)
+        return self._both(self.tie, self.tie_last, hidden).flatten(0, 1) * (own.cumsum(-2) - own)
 
     def _stages(
-        self, part: slice, x: Tensor, index: Tensor, hidden: Tensor, prior: Tensor | float, start: Tensor | None
+        self,
+        part: slice,
+        x: Tensor,
+        index: Tensor,
+        hidden: Tensor,
+        prior: Tensor | float,
+        tie: Tensor | None,
+        start: Tensor | None,
     ) -> Tensor:
-        """Nats of some of the groups, [s, b, their count]; x [s, b, G, W], the inputs of all stages."""
+        """Nats of some of the groups, [s, b, their count]; x [s, b, G, W], the inputs of all stages; tie of `_tie`."""
         g = self.groups
         features = self.features(x[:, :, part], self.stage[part], hidden, start)
         weight = self.output.weight.unflatten(0, (g.count, g.values))
         logits = torch.einsum("sbgw,guw->sbgu", features, weight[part])
         if isinstance(prior, Tensor):
             logits = logits + prior.squeeze(2).unflatten(-1, (g.count, g.values))[:, :, part]
+        if tie is not None:
+            tied = self.tied.unflatten(0, (g.count, g.values))
+            logits = logits + torch.einsum("sbgr,gur->sbgu", tie[:, :, part], tied[part])
         return self.kernels.group_cross_entropy(logits, index[..., part], g.invalid[part] if g.uneven else None)
 
 

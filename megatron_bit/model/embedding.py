@@ -10,11 +10,21 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
-from megatron_bit.model.layers import RMSNorm, fp8_linear, init_device, linear, look_up, mark_partial, value_table
+from megatron_bit.model.layers import (
+    Pairs,
+    RMSNorm,
+    fp8_linear,
+    init_device,
+    linear,
+    look_up,
+    mark_partial,
+    value_table,
+)
 
 
 class BitEmbedding(nn.Module):
-    """Bits of the previous block in, hidden states out: through an MLP, or as the sum of embeddings of their groups.
+    """Bits of the previous block in, hidden states out: through an MLP, or as the name that
+    `model.names` gives their groups.
 
     The weights are replicated over TP. Under sequence parallelism every rank embeds its own part of the sequence,
     which costs each rank 1/tp of the work and needs no communication in the forward pass.
@@ -33,6 +43,7 @@ class BitEmbedding(nn.Module):
             self.fc2 = fp8_linear(mcore, m.hidden_size, m.hidden_size)
         else:
             self.values = value_table(mcore, groups, m.hidden_size)
+        self.pairs = Pairs(mcore, groups, m.hidden_size) if m.names == "pairs" else None
         self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)
         mark_partial(self, mcore.sequence_parallel)
 
@@ -54,5 +65,7 @@ class BitEmbedding(nn.Module):
 
     def _embed(self, bits: Tensor) -> Tensor:
         if hasattr(self, "values"):
-            return look_up(self.values, self.groups.index(bits), self.groups).sum(-2)
+            index = self.groups.index(bits)
+            x = look_up(self.values, index, self.groups).sum(-2)
+            return x if self.pairs is None else x + self.pairs(index)
         return self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))

@@ -1,7 +1,6 @@
 """The heads: light transformers over the K tokens of one block, tensor-parallel. Here what all have, and the denoiser.
 
-Shape suffixes: s sequence (local under sequence parallelism), S gathered sequence, b micro-batch, M noise samples,
-R = b * M rows, K block size, W head width, B bits, n blocks.
+Letters of shapes: model/__init__.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from megatron_bit.config import Config
 from megatron_bit.diffusion.noised import network_input, token_sigma
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
-from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, row, value_table
+from megatron_bit.model.layers import PARTIAL, Pairs, column, fp8_linear, init_device, linear, row, value_table
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -174,6 +173,7 @@ class DenoisingHead(BlockHead):
         self.values = None
         if isinstance(posterior, GroupPosterior):
             self.values = value_table(mcore, posterior.groups, w)
+            self.pairs = Pairs(mcore, posterior.groups, w) if config.model.names == "pairs" else None
         self.posterior: BitPosterior | GroupPosterior = posterior
         self.noise_level = NoiseLevelEmbedding(mcore, w)
 
@@ -219,5 +219,6 @@ class DenoisingHead(BlockHead):
             assert isinstance(self.posterior, GroupPosterior)
             likely = self.posterior.likely(z, sigma)
             x = x + likely.flatten(-2).to(dtype) @ self.values  # mean embedding of what the noisy bits allow
+            x = x if self.pairs is None else x + self.pairs.expected(likely.to(dtype))
         level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
         return self.output(self.features(x, level, hidden)) + self.prior_logits(hidden)

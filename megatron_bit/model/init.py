@@ -10,13 +10,19 @@ import torch
 from torch import nn
 
 from megatron_bit.config import Config
-from megatron_bit.model.logical import VOCABULARY, pieces
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.logical import VOCABULARY, pieces
 from megatron_bit.parallel.split import FREQUENCIES
 
 _ONES = re.compile(r"(norm|layernorm)\.weight$")
-_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.(output|prior|prior_last)\.weight)$")
+_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.(output|prior|prior_last)\.weight|head\.tied)$")
 _RESIDUAL = re.compile(r"(linear_proj|linear_fc2|layers\.\d+\.(proj|fc2))\.weight$")
+
+
+_TABLES = (  # of values, and start vectors
+    "embedding.start", "embedding.values", "embedding.pairs.factors", "head.previous", "head.values",
+    "head.pairs.factors", "head.told",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def _std(name: str, config: Config) -> float:
     vectors and embeddings of groups at 1.
     """
     m = config.model
-    if name in ("embedding.start", "embedding.values", "head.previous", "head.values"):
+    if name in _TABLES:
         return 1.0
     if name.startswith("head.noise_level."):
         return 1.0 / math.sqrt(FREQUENCIES if name.endswith("fc1.weight") else m.head.hidden_size)

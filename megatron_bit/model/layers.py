@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -123,6 +124,32 @@ def value_table(mcore: Any, groups: BitGroups, width: int) -> nn.Parameter:
     )
     setattr(table, PARTIAL, mcore.sequence_parallel)
     return table
+
+
+class Pairs(nn.Module):
+    """What the sum of its groups' embeddings does not say of a token: the products of a second set of embeddings over
+    all pairs of groups (a factorization machine: Rendle, ICDM 2010), through a linear map; replicated over TP."""
+
+    def __init__(self, mcore: Any, groups: BitGroups, width: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.factors = value_table(mcore, groups, 2 * width)
+        self.mix = linear(mcore, 2 * width, width)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Values int64 [..., G] to [..., width]."""
+        return self.mix(_pair_products(look_up(self.factors, index, self.groups)))
+
+    def expected(self, probability: Tensor) -> Tensor:
+        """Probabilities of values [..., G, U] to [..., width], as of independent groups."""
+        factors = self.factors.unflatten(0, (self.groups.count, self.groups.values))
+        return self.mix(_pair_products(torch.einsum("...gu,guw->...gw", probability, factors)))
+
+
+def _pair_products(x: Tensor) -> Tensor:
+    """[..., G, width] to the sum over all pairs of groups of their products, scaled to the variance of one."""
+    count = x.shape[-2]
+    return (x * (x.cumsum(-2) - x)).sum(-2) * math.sqrt(2.0 / (count * (count - 1)))
 
 
 def look_up(table: Tensor, index: Tensor, groups: BitGroups) -> Tensor:

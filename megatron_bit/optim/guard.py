@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_bit.state import TrainState
+from megatron_bit.run.state import TrainState
 
 WARM_UP = 20  # steps before the mean is trusted
 MEMORY = 0.98  # weight of the past in the mean

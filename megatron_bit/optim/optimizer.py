@@ -9,10 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_bit.config import Config
-from megatron_bit.optim.groups import adamw, parameter_groups
-from megatron_bit.parallel.groups import Groups
-
 STATES = ("param", "exp_avg", "exp_avg_sq")  # fp32 master weights and AdamW's moments
 EMA = "ema"  # and, with optim.ema_decay, the average of the weights
 
@@ -86,19 +82,3 @@ class Optimizer(ABC):
     @abstractmethod
     def loaded(self, updates: int) -> None:
         """Call after filling the fragments: sets the step count and refreshes the model's weights from the masters."""
-
-
-def build_optimizer(config: Config, chunks: Sequence[nn.Module], groups: Groups) -> Optimizer:
-    """DeepSpeed's ZeRO for the stages that shard something; plain torch where nothing is to be sharded."""
-    base = adamw(parameter_groups(chunks, config), config)
-    optimizer: Optimizer
-    if groups.dims.zero_stage == 0:
-        from megatron_bit.optim.replicated import ReplicatedOptimizer
-
-        optimizer = ReplicatedOptimizer(config, chunks, base, groups)
-    else:
-        from megatron_bit.compat.zero import ZeroOptimizer
-
-        optimizer = ZeroOptimizer(config, chunks, base, groups)
-    optimizer.create_states()
-    return optimizer

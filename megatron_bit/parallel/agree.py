@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_bit.errors import Exhausted, Stopped, UserError
-from megatron_bit.exhausted import exhausted
+from megatron_bit.io.exhausted import exhausted
 
 T = TypeVar("T")
 

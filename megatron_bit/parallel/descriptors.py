@@ -12,7 +12,7 @@ import time
 from typing import Any, NamedTuple
 
 from megatron_bit.errors import LocalUserError, Stopped, UserError
-from megatron_bit.exhausted import open_now
+from megatron_bit.io.exhausted import open_now
 from megatron_bit.parallel.dims import ParallelDims
 
 GROUPS, OF_A_GROUP = 18, 4

@@ -14,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bit.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, Exhausted, LocalUserError, RankLost, Stopped, UserError
-from megatron_bit.exhausted import exhausted
-from megatron_bit.files import write_atomic
+from megatron_bit.io.exhausted import exhausted
+from megatron_bit.io.files import write_atomic
 
 _SAID = "megatron_bit/said"
 POLL_SECONDS = 1.0

@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_bit.compat import mcore
 from megatron_bit.config import Config
-from megatron_bit.environment import environment_int, world_size
 from megatron_bit.errors import LocalUserError, RankLost, Stopped
-from megatron_bit.exhausted import open_now
-from megatron_bit.parallel import descriptors, ending
+from megatron_bit.io.environment import environment_int, world_size
+from megatron_bit.io.exhausted import open_now
+from megatron_bit.parallel import descriptors, ending, mcore
 from megatron_bit.parallel.dims import ParallelDims
 
 

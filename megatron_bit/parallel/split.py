@@ -30,21 +30,31 @@ def head_flops(config: Config) -> float:
         each += 2.0 * (FREQUENCIES * w + w * w) / m.block_size + 2.0 * w * (m.bits + outputs)  # one level a block
         if m.group_bits > 1:
             each += 2.0 * outputs * w + 4.0 * outputs * m.group_sizes[0]  # embedding of likely values; evidence, mean
-    return n * each + 2.0 * m.hidden_size * rows * (w + outputs * h.prior)
+    once = 2.0 * m.hidden_size * rows * (w + outputs * h.prior + h.prior_rank) + 2.0 * outputs * h.prior_rank
+    if m.names == "pairs":  # a chain names the token before once, joint diffusion each evaluation's likely values
+        mix = 4.0 * w * w
+        once, each = (once + mix, each) if h.kind == "chain" else (once, each + mix + 4.0 * outputs * w)
+    return n * each + once
 
 
 def embedding_flops(config: Config) -> float:
     """Forward FLOPs of bits -> MLP -> width for one token; to look a token up in a table costs none."""
     m = config.model
-    if m.head.kind == "softmax" or m.group_bits > 1:
+    if m.head.kind == "softmax":
         return 0.0
+    if m.group_bits > 1:
+        return 4.0 * m.hidden_size**2 * (m.names == "pairs")
     return 2.0 * (m.bits * m.hidden_size + m.hidden_size * m.hidden_size)
 
 
 def train_flops(config: Config) -> float:
     """FLOPs of forward and backward (twice the forward) for one token; recomputation is not counted, as in MFU."""
-    layers, head = config.model.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
-    return 3.0 * (layers + head + embedding_flops(config))
+    m, h = config.model, config.model.head
+    layers, head = m.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
+    constant = 0.0  # products of what needs no gradient: the values that noisy bits allow
+    if h.kind == "diffusion" and m.group_bits > 1:
+        constant = config.head_evaluations * 2.0 * m.head_outputs * h.hidden_size * (3 if m.names == "pairs" else 1)
+    return 3.0 * (layers + head + embedding_flops(config)) - constant
 
 
 def head_passes(config: Config) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -72,8 +72,11 @@ class Hardware(Section):
         return self.memory_bandwidth * self.memory_efficiency
 
 
-def device_names() -> list[str]:
-    return sorted(_shipped())
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a device as its driver calls it ("NVIDIA H200"); None if it is not known."""
+    facts = _facts()
+    peaks = {**{name: known["peak_flops"]["bf16"] for name, known in facts["devices"].items()}, **facts["other_peaks"]}
+    return next((float(peak) for name, peak in peaks.items() if name in device.lower()), None)
 
 
 def load_hardware(device: str, path: Path | None = None) -> Hardware:
@@ -81,7 +84,7 @@ def load_hardware(device: str, path: Path | None = None) -> Hardware:
     if path is not None:
         tree = read_yaml(path, "hardware", "give a YAML file with the keys of docs/planning.md")
         return validated(Hardware, tree, dict.fromkeys(tree, str(path)))
-    shipped = _shipped()
+    shipped = _facts()["devices"]
     if device not in shipped:
         raise UserError(
             f"--device {device} is not known; choose one of {', '.join(sorted(shipped))}, or --hardware FILE"
@@ -89,5 +92,5 @@ def load_hardware(device: str, path: Path | None = None) -> Hardware:
     return validated(Hardware, shipped[device], {})
 
 
-def _shipped() -> dict[str, dict[str, object]]:
+def _facts() -> dict[str, Any]:
     return yaml.safe_load(resources.files("megatron_bit.planning").joinpath("hardware.yaml").read_text())

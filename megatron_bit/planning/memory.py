@@ -12,7 +12,7 @@ import functools
 from megatron_bit.config import Config
 from megatron_bit.parallel.dims import BUCKET, ParallelDims
 from megatron_bit.parallel.split import split_layers
-from megatron_bit.plan import local_parameters
+from megatron_bit.planning.parameters import local_parameters
 
 MAX_LIVE = 1e9  # elements: DeepSpeed's `stage3_max_live_parameters`
 
@@ -113,7 +113,15 @@ def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
     else:  # log-probabilities and two kinds of probabilities in float32; which values the noisy bits allow
         values = m.head_outputs * (3 * 4 / width + 1) if m.group_bits > 1 else 0
         ends = 12 * h.hidden_size + m.bits * (1 + 4 / width) + values
-    return config.head_evaluations * (h.num_layers * layer + ends / shared)
+    once, names = 0.0, _pairs(config, h.hidden_size)
+    if h.kind == "chain":
+        once, names = names + (2 * len(m.group_sizes) + 1) * h.prior_rank, 0.0
+    return config.head_evaluations * (h.num_layers * layer + (ends + names) / shared) + once / shared
+
+
+def _pairs(config: Config, width: int) -> float:
+    """Elements kept of the products over pairs of groups for one token: factors, their sums, the map's input."""
+    return 2 * width * (2 * len(config.model.group_sizes) + 1) if config.model.names == "pairs" else 0.0
 
 
 def head_inputs(config: Config, dims: ParallelDims, width: int) -> float:
@@ -133,6 +141,7 @@ def _activations(config: Config, dims: ParallelDims, stage: int, layers: list[in
     chunks = [count * (width_of_inputs if full else layer) for count in layers]
     if stage == 0 and config.model.head.kind != "softmax":
         chunks[0] += width_of_inputs * (3 if config.model.group_bits == 1 else 1)  # the embedding's norm, and MLP
+        chunks[0] += _pairs(config, config.model.hidden_size) / (dims.tp if dims.sequence_parallel else 1)
     if full and stage == dims.pp - 1:
         chunks[-1] += 2 * width_of_inputs  # the last norm, which a layer's own count makes up for otherwise
     head = head_activations(config, dims, width) if stage == dims.pp - 1 else 0.0

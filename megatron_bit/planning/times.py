@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from megatron_bit.config import Config
 from megatron_bit.parallel.dims import BUCKET, ParallelDims
 from megatron_bit.parallel.split import head_passes, split_layers, train_flops
-from megatron_bit.plan import local_parameters
 from megatron_bit.planning.hardware import Hardware, Precision
 from megatron_bit.planning.operations import Work, embedding_work, head_work, layer_work
+from megatron_bit.planning.parameters import local_parameters
 
 REPLICATED_BUCKET = 2**25  # elements that ZeRO-0 reduces together (optim/replicated.py, which imports torch)
 

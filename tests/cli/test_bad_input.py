@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from as_user import TORCHRUN, run
 
-from megatron_bit.checkpoint.folder import complete, step_of
+from megatron_bit.run.checkpoints import complete, step_of
 
 # name -> (arguments after the YAML file, what the line has to say). All of them are found before torch is imported.
 CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
@@ -292,7 +292,10 @@ def test_found_after_the_start(name: str, outcomes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["no_rank_0", "no_rank_1"])
 def test_a_rank_that_does_not_come(name: str, outcomes: dict[str, Any]) -> None:
     """The rank that waits says so, whatever its number; torch warns as well."""
-    outcomes[name].refused(f"127.0.0.1:{outcomes['closed']}")
+    outcome = outcomes[name]
+    assert outcome.code == 87, outcome.err  # a lost node to a launcher, and no mistake
+    (line,) = (line for line in outcome.err.splitlines() if line.startswith("megatron-bit: error:"))
+    assert "have not come together in 3 s" in line and f"127.0.0.1:{outcomes['closed']}" in line
 
 
 def test_the_log_has_every_step_that_was_saved(outcomes: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ SETTINGS = (
 
 def _saved(run_folder: Path) -> int:
     """Step of the newest complete checkpoint."""
-    from megatron_bit.run_folder import newest_checkpoint
+    from megatron_bit.run.folder import newest_checkpoint
 
     return int(newest_checkpoint(run_folder).name.removeprefix("step-"))
 

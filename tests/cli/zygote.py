@@ -26,11 +26,12 @@ warnings.simplefilter("ignore")
 def main() -> None:
     import torch
 
-    from megatron_bit.compat import mcore, zero
+    from megatron_bit.optim import zero
+    from megatron_bit.parallel import mcore
 
     zero._import_deepspeed()
     mcore.prepare()
-    for module in ("train", "inference.generate", "inference.convert"):
+    for module in ("training.job", "inference.generate", "inference.convert"):
         importlib.import_module(f"megatron_bit.{module}")
     torch.set_num_threads(1)
     cases: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_runs
 from gloo_ranks import run_ranks
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run.folder import newest_checkpoint
 
 SIZES = {  # what FP8 asks for, at TP=2
     "train.precision": "fp8_emulated",

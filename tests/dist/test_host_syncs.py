@@ -10,8 +10,8 @@ import pytest
 import tiny_runs
 from gloo_ranks import run_ranks
 
-LOG = {"megatron_bit/trainer.py:settle tolist": 1}  # losses and votes of the step before, whose kernels are done
-OURS = {**LOG, "megatron_bit/trainer.py:settle _local_scalar_dense": 1}  # and whether it was skipped
+LOG = {"training/trainer.py:settle tolist": 1}  # losses and votes of the step before, whose kernels are done
+OURS = {**LOG, "training/trainer.py:settle _local_scalar_dense": 1}  # and whether it was skipped
 # DeepSpeed's host decides whether an update is skipped: a wait between the backward pass and the update
 ZERO = {**LOG, "runtime/utils.py:is_invalid_grad_norm _local_scalar_dense": 1}
 BF16_ZERO = {**ZERO, "zero/stage_1_and_2.py:has_overflow _local_scalar_dense": 1}

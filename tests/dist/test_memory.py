@@ -30,6 +30,7 @@ CASES = {
     "tp2_sp": (2, ["parallel.tp=2"]),
     "tp2": (2, ["parallel.tp=2", "parallel.sequence_parallel=false"]),
     "tp2_recompute": (2, ["parallel.tp=2", "parallel.recompute=full"]),
+    "tp2_names": (2, ["parallel.tp=2", "model.names=pairs", "model.head.prior_rank=96"]),
     "tp2_softmax": (2, ["parallel.tp=2", *SOFTMAX]),
     "tp2_joint": (2, ["parallel.tp=2", "parallel.sequence_parallel=false", *JOINT]),
     "pp2": (2, SEVEN),

@@ -87,6 +87,11 @@ def test_variants_under_tp_and_pp(
     assert reference.loss != single().loss  # the variant is another model
 
 
+NAMES = {
+    "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "variant",
     [
@@ -94,6 +99,9 @@ def test_variants_under_tp_and_pp(
         {"model.group_bits": 5, "model.head.prior": False, "diffusion.parameterization": "direct"},
         {"model.group_bits": 4, "model.head.kind": "chain"},
         {"model.head.kind": "chain", "model.block_size": 1},
+        NAMES,
+        {**NAMES, "parallel.recompute": "head", "diffusion.condition_drop": 0.4},
+        {"model.group_bits": 4, "model.names": "pairs"},
         {"diffusion.context_noise": 0.5},
         {"diffusion.condition_drop": 0.4},
         {"diffusion.condition_drop": 0.4, "model.head.kind": "chain", "model.group_bits": 4},

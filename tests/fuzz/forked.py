@@ -28,7 +28,8 @@ def warm() -> None:
     """Import what the commands import."""
     import torch
 
-    from megatron_bit.compat import mcore, zero
+    from megatron_bit.optim import zero
+    from megatron_bit.parallel import mcore
 
     zero._import_deepspeed()
     mcore.prepare()

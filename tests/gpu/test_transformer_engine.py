@@ -1,4 +1,4 @@
-"""compat/te.py against Transformer Engine itself; skipped where it is not installed.
+"""precision/te.py against Transformer Engine itself; skipped where it is not installed.
 
 What asks for no kernel runs without a GPU too: there the package is told that it has a Hopper, and its states are made
 on the CPU. tests/unit/test_transformer_engine.py says the same of a stand-in, for everywhere else.
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bit.bench.measuring import relative_error
-from megatron_bit.compat import te
 from megatron_bit.config import Config, load_config
 from megatron_bit.model.build import build_model
-from megatron_bit.model.fp8_emulated import GRADIENT, INPUT, WEIGHT, Quantizer
 from megatron_bit.model.layers import PARTIAL
-from megatron_bit.model.linears import Scaling, build_linears, restore_scaling, scaled_layers
-from megatron_bit.model.logical import pieces
 from megatron_bit.parallel import groups as parallel_groups
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.logical import pieces
+from megatron_bit.precision import te
+from megatron_bit.precision.build import build_linears
+from megatron_bit.precision.emulated import GRADIENT, INPUT, WEIGHT, Quantizer
+from megatron_bit.precision.linears import Scaling, restore_scaling, scaled_layers
 
 if importlib.util.find_spec("transformer_engine") is None:
     pytest.skip("Transformer Engine is not installed", allow_module_level=True)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+import world
 from gloo_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,8 +25,9 @@ from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.model.bitlm import BitLM
 from megatron_bit.model.build import build_model
-from megatron_bit.parallel import groups as parallel_groups
 from megatron_bit.parallel.groups import Groups
+
+one_thread, groups = world.one_thread, world.groups
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ VARIANTS = {
         ranks=4,
     ),
     "chain_k1": Variant({**_ODD, "model.head.kind": "chain", "model.block_size": 1}),
+    "names": Variant(
+        {
+            "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
+            "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2,
+        },
+        ranks=4,
+    ),
+    "names_joint": Variant({**_ODD, "model.group_bits": 4, "model.names": "pairs"}),
     "logistic": Variant({**_ODD, "diffusion.noise": "logistic", "diffusion.log_mean": -0.4, "diffusion.log_std": 0.6}),
     "entropy_rate": Variant({**_ODD, "diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 0}),
     "odd": Variant(_ODD, arguments={"shard_size": "20KB"}),
@@ -77,17 +87,6 @@ class Converted:
     run: Path
     folder: Path
     data: Path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def groups() -> Iterator[Groups]:
-    yield parallel_groups.init(load_config(preset="laptop"))
-    parallel_groups.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +136,7 @@ def trainer(converted: dict[str, Converted], groups: Groups) -> Callable[[str], 
     def make(name: str) -> Trainer:
         if name not in made:
             from megatron_bit.checkpoint.load import load_weights
-            from megatron_bit.run_folder import newest_checkpoint
+            from megatron_bit.run.folder import newest_checkpoint
 
             run = converted[name].run
             overrides = ["parallel.tp=1", "parallel.pp=1", "parallel.zero_stage=0", "train.seed=11"]

@@ -20,7 +20,7 @@ from megatron_bit.inference import convert
 from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.safetensors_stream import Spec, plan_shards
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run.folder import newest_checkpoint
 
 
 def sha256(path):

@@ -13,10 +13,10 @@ import sentencepiece
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mbit_data.tokenizer import Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.inference.hf.modeling_bitlm import Decoder, Detokenizer, TextStream
 from megatron_bit.inference.text import DataText, FolderText, Text
 from megatron_bit.inference.tokenizer_json import convert_tokenizer

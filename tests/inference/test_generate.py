@@ -20,7 +20,7 @@ from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model import kernels
 
 NAMES = ["sharded_training", "k1", "k4", "odd"]
-CHAINS = ["chain", "chain_k1"]
+CHAINS = ["chain", "chain_k1", "names"]
 STEPS = 5
 KEYS = ("prompt", "text", "tokens", "step")
 

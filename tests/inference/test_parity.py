@@ -10,8 +10,9 @@ from megatron_bit.diffusion import noise
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.chunk import TokenBatch
 
-DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct", "logistic", "entropy_rate"]
-FP32 = [*DIFFUSION, "chain", "chain_k1"]
+DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct", "logistic", "entropy_rate", "names_joint"]
+CHAINS = ["chain", "chain_k1", "names"]
+FP32 = [*DIFFUSION, *CHAINS]
 
 
 def difference(a: Tensor, b: Tensor, what: str) -> float:
@@ -21,7 +22,7 @@ def difference(a: Tensor, b: Tensor, what: str) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name", ["chain", "chain_k1"])
+@pytest.mark.parametrize("name", CHAINS)
 def test_states_of_a_chain(name, elsewhere, trainer, inputs):
     ours, tokens = trainer(name), inputs[name]["tokens"]
     states = ours.hidden(torch.cat((tokens, tokens[:, : ours.config.model.block_size]), dim=1))
@@ -77,7 +78,7 @@ def test_text_is_the_same_as_from_the_run(name, elsewhere, converted):
 
 
 def test_what_looks_like_a_control_token_is_text(elsewhere, converted):
-    from mbit_data.tokenizer import Tokenizer
+    from megatron_bit.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(converted["odd"].data / "tokenizer.model")
     assert elsewhere["odd/special"][0].tolist() == tokenizer.encode("</s> a")

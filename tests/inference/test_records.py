@@ -24,7 +24,7 @@ from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.build import build_model
 from megatron_bit.parallel.groups import Groups
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run.folder import newest_checkpoint
 
 BITS = 21  # three bytes, of which the last has three bits that mean nothing; groups of 7, 7 and 7, or 5 to 6
 KINDS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.run_folder import newest_checkpoint
+from megatron_bit.run.folder import newest_checkpoint
 
 VOCAB_SIZE = 421
 SOFTMAX: dict[str, Any] = {
@@ -89,7 +89,7 @@ def test_logits_equal_those_that_were_trained(peer: Peer, groups: Any, tiny_data
 
 
 def test_the_tokenizer_begins_a_text_as_training_does(peer: Peer, tiny_data: Path) -> None:
-    from mbit_data.tokenizer import Tokenizer
+    from megatron_bit.data.tokenizer import Tokenizer
 
     own = Tokenizer(load_manifest(tiny_data).tokenizer_path)
     for text in ("", "def f(x):\n", " </s>"):

@@ -21,10 +21,10 @@ from gloo_ranks import run_ranks
 from mbit_data.prepare import PrepareOptions, prepare
 from transformers import AutoTokenizer
 
-from megatron_bit.files import lines_of
 from megatron_bit.inference import serve
 from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
+from megatron_bit.io.files import lines_of
 
 PROMPTS = ("import", "def", "return", "of the", "self")
 TOKENS, SEEDS = 12, range(4)

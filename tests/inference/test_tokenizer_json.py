@@ -13,9 +13,9 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mbit_data.tokenizer import PROBE, Tokenizer
 from mbit_data.train_tokenizer import train_tokenizer
 
+from megatron_bit.data.tokenizer import PROBE, Tokenizer
 from megatron_bit.errors import UserError
 from megatron_bit.inference.tokenizer_json import _cuts, convert_tokenizer
 

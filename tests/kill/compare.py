@@ -10,7 +10,7 @@ from typing import Any
 import tiny_runs
 import torch
 
-from megatron_bit.checkpoint.folder import complete, problems, read_meta
+from megatron_bit.run.checkpoints import complete, problems, read_meta
 
 TIMED = {"seconds", "tokens_per_second"}  # of the machine
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kill.jobs import Job
 
-from megatron_bit.checkpoint.folder import complete, problems
+from megatron_bit.run.checkpoints import complete, problems
 
 STRIKES = ("kill", "terminate", "terminate, kill", "stop", "stop for good", "disk full", "file too large")
 DAMAGES = ("flip", "cut", "empty", "delete", "torn log", "litter")

@@ -40,10 +40,11 @@ def main(pipe: Any, rank: int, world_size: int, port: int, arguments: list[str],
 
 def _tell(say: Callable[[str], None]) -> None:
     """Wrap what each moment consists of. Nothing of it changes what the rank does."""
-    from megatron_bit.callbacks.evaluate import EvaluateCallback
-    from megatron_bit.checkpoint import folder, writer
+    from megatron_bit.checkpoint import writer
     from megatron_bit.checkpoint.mirror import Mirror
-    from megatron_bit.trainer import Trainer
+    from megatron_bit.run import checkpoints as folder
+    from megatron_bit.training.callbacks.evaluate import EvaluateCallback
+    from megatron_bit.training.trainer import Trainer
 
     def around(owner: Any, name: str, moment: str) -> None:
         plain = getattr(owner, name)

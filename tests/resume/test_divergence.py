@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 from gloo_ranks import end_ranks, run_ranks
 
-from megatron_bit.checkpoint.folder import complete, problems
+from megatron_bit.run.checkpoints import complete, problems
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

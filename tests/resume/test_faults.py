@@ -15,8 +15,8 @@ import pytest
 import tiny_runs
 from gloo_ranks import end_ranks, run_ranks
 
-from megatron_bit.checkpoint.folder import complete, newest_step, problems, step_of
-from megatron_bit.run_lock import RunLock
+from megatron_bit.run.checkpoints import complete, newest_step, problems, step_of
+from megatron_bit.run.lock import RunLock
 
 DP2 = {"parallel.zero_stage": 1, "train.global_batch_size": 2, "checkpoint.every": 1, "checkpoint.keep": 2}
 

@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 from gloo_ranks import run_ranks
 
-from megatron_bit.checkpoint.folder import complete
+from megatron_bit.run.checkpoints import complete
 
 HEAD_DIM = {"llama": 12, "qwen3": 20}  # hidden size / heads, and what is not
 GQA = {"model.num_kv_heads": 2, "model.norm_eps": 1e-6, "train.steps": 2}
@@ -195,8 +195,11 @@ def _to_run(source: Path, run: Path, data: Path, **settings: Any) -> Path:
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "diffusion": {"diffusion.self_condition": 0.5, "model.code": "gray", "model.head_dim": 18},
     "chain": {"model.head.kind": "chain", "model.group_bits": 5, "optim.ema_decay": 0.9, "model.head.prior": False},
+    "names": {
+        "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
+    },
     "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ROUND_TRIPS)

@@ -14,11 +14,11 @@ import tiny_runs
 from fsspec.implementations.local import LocalFileSystem
 from gloo_ranks import run_ranks
 
-from megatron_bit.checkpoint import folder as folders
 from megatron_bit.checkpoint import mirror as module
 from megatron_bit.checkpoint.mirror import Mirror
 from megatron_bit.errors import UserError
-from megatron_bit.identity import compare_run
+from megatron_bit.run import checkpoints as folders
+from megatron_bit.run.identity import compare_run
 
 IDENTITY = {"train.seed": 5}
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 from gloo_ranks import run_ranks
 
-from megatron_bit.checkpoint.folder import newest_step
+from megatron_bit.run.checkpoints import newest_step
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),

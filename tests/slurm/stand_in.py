@@ -55,8 +55,8 @@ def train(path):
     faulthandler.register(signal.SIGUSR2)
     from mbit_launcher import heartbeats
 
-    from megatron_bit.checkpoint.folder import newest_step, step_folder
     from megatron_bit.config import load_config
+    from megatron_bit.run.checkpoints import newest_step, step_folder
 
     config = load_config(path)
     run, rank, mode = Path(config.run), int(os.environ["RANK"]), os.environ.get("STAND_IN", "")

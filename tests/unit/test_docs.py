@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_bit.cli import COMMANDS, GROUPS
+from megatron_bit.commands.reference import markdown
 from megatron_bit.config import load_config, preset_names
 from megatron_bit.parallel.dims import ParallelDims
-from megatron_bit.reference import markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,8 +1,10 @@
 """What an installation makes importable: four packages, and never a package named `kernels`."""
 
 import importlib.util
+import json
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -53,14 +55,21 @@ def test_presets_come_with_the_package(tmp_path):
     assert python(code, tmp_path) == "125m 1b 8b laptop"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")
-def test_wheel(tmp_path):
-    """Exactly the four packages at the top, with the presets, and no tests."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
         cwd=ROOT, check=True, capture_output=True, timeout=120,
     )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_wheel(wheel: Path) -> None:
+    """Exactly the four packages at the top, with the presets, and no tests."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     for name in ("125m", "1b", "8b", "laptop"):
@@ -70,3 +79,26 @@ def test_wheel(tmp_path):
     assert {f"megatron_bit/{s}" for s in sources} <= set(names)
     (metadata,) = [n for n in names if n.endswith("entry_points.txt")]
     assert "megatron-bit = megatron_bit.cli:main" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has our dependencies and nothing of this checkout."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60)
+    here = environment / "bin" / "python"
+    install = ["-m", "pip", "--python", str(here), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, timeout=120)
+    (site,) = environment.glob("lib/python*/site-packages")
+    # a path alone: what its .pth files say, such as where this checkout lies, is not read
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    where = subprocess.run(
+        [here, "-c", "import megatron_bit; print(megatron_bit.__file__)"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert Path(where.stdout.strip()).is_relative_to(environment), where.stderr
+    command = [environment / "bin" / "megatron-bit", "demo", "--quick", "--out", "demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "== What changed" in done.stdout and (tmp_path / "demo" / "run" / "FINISHED").exists()
+    log = [json.loads(line) for line in (tmp_path / "demo" / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 20 and log[-1]["loss"] < log[0]["loss"]

@@ -36,6 +36,7 @@ CLIP = 30.0  # of the matched filter's log-odds
 
 
 HEAD_KINDS = ("diffusion", "chain")
+NAMES = ("sum", "pairs")
 SIGMA_KINDS = ("lognormal", "logistic", "entropy_rate")
 
 
@@ -68,6 +69,8 @@ class BitLMConfig(PretrainedConfig):
         head_prior: bool = True,
         head_window: int = 8,
         group_sizes: Sequence[int] | None = None,
+        names: str = "sum",
+        prior_rank: int = 0,
         matched_filter: bool = True,
         sigma_min: float = 0.1,
         sigma_max: float = 160.0,
@@ -102,6 +105,8 @@ class BitLMConfig(PretrainedConfig):
         self.head_prior = head_prior
         self.head_window = head_window  # tokens that a chain head's attention reaches back to
         self.group_sizes = list(group_sizes or [1] * bits)  # bits that are decided together
+        self.names = names  # of tokens: the sum of their groups' embeddings, or also products over pairs of groups
+        self.prior_rank = prior_rank  # above 0 the prior of a chain's group is told the groups before it
         self.matched_filter = matched_filter
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
@@ -112,7 +117,7 @@ class BitLMConfig(PretrainedConfig):
         self.condition_drop = condition_drop  # how often training hid the states from the head: above 0 guidance works
         self.self_condition = self_condition  # the head takes its own estimate of the clean bits as one more input
         self.initializer_range = initializer_range
-        for name, allowed in (("head_kind", HEAD_KINDS), ("sigma_kind", SIGMA_KINDS)):
+        for name, allowed in (("head_kind", HEAD_KINDS), ("sigma_kind", SIGMA_KINDS), ("names", NAMES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} has to be one of {', '.join(allowed)}")
         super().__init__(**kwargs)
@@ -173,6 +178,29 @@ def _look_up(table: Tensor, values: Tensor) -> Tensor:
     """Values int64 [..., G] to embeddings [..., G, width]."""
     groups = values.shape[-1]
     return F.embedding(values + torch.arange(groups, device=values.device) * (len(table) // groups), table)
+
+
+class Pairs(nn.Module):
+    """Products over all pairs of groups of a second set of embeddings, through a linear map."""
+
+    def __init__(self, config: BitLMConfig, size: int) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.zeros(_rows(config), 2 * size))
+        self.mix = nn.Linear(2 * size, size, bias=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Values of the groups int64 [..., G] to [..., width]."""
+        return self._mixed(_look_up(self.factors, values))
+
+    def expected(self, probability: Tensor) -> Tensor:
+        """Probabilities of values [..., G, U] to [..., width], as of independent groups."""
+        groups = probability.shape[-2]
+        factors = self.factors.unflatten(0, (groups, -1))
+        return self._mixed(torch.einsum("...gu,guw->...gw", probability, factors))
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        count = x.shape[-2]
+        return self.mix((x * (x.cumsum(-2) - x)).sum(-2) * math.sqrt(2.0 / (count * (count - 1))))
 
 
 # ------------------------------------------------------------------------------------------------- noise
@@ -507,6 +535,7 @@ class BitLMEmbedding(nn.Module):
         self.grouped = max(config.group_sizes) > 1
         if self.grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), config.hidden_size))
+            self.pairs = Pairs(config, config.hidden_size) if config.names == "pairs" else None
         else:
             self.fc1 = nn.Linear(config.bits, config.hidden_size, bias=False)
             self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -514,7 +543,9 @@ class BitLMEmbedding(nn.Module):
 
     def forward(self, bits: Tensor, position_ids: Tensor) -> Tensor:
         if self.grouped:
-            x = _look_up(self.values, group_values(self.config, bits)).sum(-2)
+            values = group_values(self.config, bits)
+            x = _look_up(self.values, values).sum(-2)
+            x = x if self.pairs is None else x + self.pairs(values)
         else:
             x = self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))
         x = self.norm(x)
@@ -725,6 +756,10 @@ class BitLMHead(nn.Module):
         if chain:
             self.previous = nn.Parameter(torch.zeros(_rows(config), size))  # of the token before
             self.stages = nn.Parameter(torch.zeros(len(config.group_sizes), size))
+            if config.prior_rank:
+                self.told, self.tied = (nn.Parameter(torch.zeros(_rows(config), config.prior_rank)) for _ in range(2))
+                for end in both:
+                    setattr(self, f"tie{end}_proj", nn.Linear(config.hidden_size, config.prior_rank, bias=False))
         else:
             self.in_proj = nn.Linear(config.bits, size, bias=False)
             if config.self_condition:
@@ -732,6 +767,9 @@ class BitLMHead(nn.Module):
             self.noise_embed = BitLMNoiseEmbedding(size)
         if grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), size))
+        self.pairs = (
+            Pairs(config, size) if config.names == "pairs" else None
+        )  # of the token before, or of likely values
         self.position = nn.Parameter(torch.zeros(config.block_size, size))
         for end in both:
             setattr(self, f"condition{end}_proj", nn.Linear(config.hidden_size, size, bias=False))
@@ -756,7 +794,9 @@ class BitLMHead(nn.Module):
         if estimate is not None:
             x = x + self.estimate_proj(estimate.to(dtype))
         if self.posterior.groups:
-            x = x + self.posterior.likely(z, sigma).flatten(-2).to(dtype) @ self.values
+            likely = self.posterior.likely(z, sigma).to(dtype)
+            x = x + likely.flatten(-2) @ self.values
+            x = x if self.pairs is None else x + self.pairs.expected(likely)
         context = self.of_block("condition", hidden)[:, :, None]  # [b, n, 1, K, W]
         condition = F.silu(self.noise_embed(log_sigma)[:, :, :, None] + context)
         rows = (x + context + self.position).flatten(0, 2)  # [b n M, K, W]
@@ -771,6 +811,7 @@ class BitLMHead(nn.Module):
         context: Tensor,
         modulation: tuple[Tensor, Tensor],
         prior: Tensor | None,
+        tie: Tensor | None,
         place: Tensor,
         sight: HeadSight,
         keys: Tensor,
@@ -783,6 +824,7 @@ class BitLMHead(nn.Module):
             known: [g, b, s, W], embeddings of the token before and of the groups before each.
             modulation: these groups' of `modulations`.
             context, prior: [b, s, W] and [b, s, outputs], what `of_block` says of the states.
+            tie: [g, b, s, rank], what `tie` says of the states and of the groups before each; None: nothing.
             place: int64 [s], each token's place in its block.
             sight: of rows [g b].
             keys, values: [L, g, b, heads, slots, d], what these groups have of the tokens before; take these in.
@@ -796,6 +838,8 @@ class BitLMHead(nn.Module):
         logits = (features @ weight.transpose(1, 2)).unflatten(1, shape[1:3])
         if prior is not None:
             logits = logits + prior.unflatten(-1, (count, -1))[..., stages, :].movedim(2, 0)
+        if tie is not None:
+            logits = logits + torch.einsum("gbsr,gur->gbsu", tie, self.tied.unflatten(0, (count, -1))[stages])
         return self.posterior.log_softmax(logits.float().movedim(0, 2), stages).movedim(2, 0)
 
     def modulations(self, context: Tensor, stages: slice) -> tuple[Tensor, Tensor]:
@@ -821,6 +865,14 @@ class BitLMHead(nn.Module):
             rows = layer(rows, each, *(() if sight is None else (sight, *(t[i].flatten(0, 1) for t in past))))
         shift, gain = last.chunk(2, dim=-1)
         return _modulate(rows, shift, gain)
+
+    def tie(self, states: Tensor | None, values: Tensor) -> Tensor | None:
+        """What ties a token's groups in the prior: `of_block("tie")` of its state, [b, s, rank], times what is decided
+        before each group, of values int64 [b, s, G]; [G, b, s, rank]."""
+        if states is None:
+            return None
+        own = _look_up(self.told, values)
+        return (states[:, :, None] * (own.cumsum(-2) - own)).movedim(2, 0)
 
     def of_block(self, name: str, hidden: Tensor) -> Tensor:
         """hidden [b, n, K, D]: linear in a token's own state and in the state of its block's last row."""
@@ -1536,16 +1588,20 @@ class _Draft:
 class _Answer:
     """What a head is given to answer for a block: its condition, and what its attention needs of the tokens before."""
 
-    def __init__(self, head: BitLMHead, context: Tensor, prior: Tensor | None, cache: HeadCache) -> None:
-        """context [b, K, W], prior [b, K, outputs]."""
-        self.context, self.prior, self.cache = context, prior, cache
+    def __init__(self, head: BitLMHead, context: Tensor, prior: Tensor | None, tie: Tensor | None, cache: HeadCache):
+        """context [b, K, W], prior [b, K, outputs], tie [b, K, rank]."""
+        self.context, self.prior, self.tie, self.cache = context, prior, tie, cache
         self.layers, self.last = head.modulations(context, slice(None))  # [G, b, K, ...]
 
-    def evaluate(self, head: BitLMHead, stages: slice, known: Tensor, here: slice, sight: HeadSight) -> Tensor:
-        """Log-probabilities [g, b, s, U] of groups of the tokens at the places `here`, which are taken in."""
+    def evaluate(
+        self, head: BitLMHead, stages: slice, known: Tensor, values: Tensor, here: slice, sight: HeadSight
+    ) -> Tensor:
+        """Log-probabilities [g, b, s, U] of groups of the tokens at the places `here`, which are taken in; values int64
+        [b, s, G] are theirs, of which those before a group count."""
+        tie = head.tie(None if self.tie is None else self.tie[:, here], values)
         return head.groups(
             stages, known, self.context[:, here], (self.layers[stages, :, here], self.last[stages, :, here]),
-            None if self.prior is None else self.prior[:, here],
+            None if self.prior is None else self.prior[:, here], None if tie is None else tie[stages],
             torch.arange(here.start, here.stop, device=known.device),
             sight.at(here, len(known)), self.cache.keys[:, stages], self.cache.values[:, stages],
         )  # fmt: skip
@@ -1566,13 +1622,18 @@ class _Chain:
     def _known(self, values: Tensor, previous: Tensor, position: Tensor) -> Tensor:
         """What groups see of others: values and those of the tokens before int64 [b, s, G] to [G, b, s, W]."""
         own = _look_up(self.head.values, values)
-        before = _look_up(self.head.previous, previous).sum(-2) * (position > 0)[..., None]
+        before = _look_up(self.head.previous, previous).sum(-2)
+        before = before if self.head.pairs is None else before + self.head.pairs(previous)
+        before = before * (position > 0)[..., None]
         return (before[:, :, None] + own.cumsum(-2) - own).movedim(2, 0)
 
-    def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Condition, prior and tie of the states' tokens, [b, s, ...]; None for what the head has not."""
         blocks = states if states.dim() == 4 else states.unflatten(1, (-1, self.config.block_size))
         context = self.head.of_block("condition", blocks).flatten(1, 2)
-        return context, self.head.of_block("prior", blocks).flatten(1, 2) if self.config.head_prior else None
+        prior = self.head.of_block("prior", blocks).flatten(1, 2) if self.config.head_prior else None
+        tie = self.head.of_block("tie", blocks).flatten(1, 2) if self.config.prior_rank else None
+        return context, prior, tie
 
     def read(self, ids: Tensor, states: Tensor, position: Tensor) -> Tensor:
         """Take in tokens int64 [b, s] from a beginning, with the states and positions [b, s] that condition them.
@@ -1580,10 +1641,11 @@ class _Chain:
         Returns:
             their nats, float32 [b, s].
         """
-        context, prior = self._of_block(states)
+        context, prior, tied = self._of_block(states)
         place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
         values = self._values(ids)
         known, nats = self._known(values, values.roll(1, 1), position), torch.zeros(ids.shape[:2], device=ids.device)
+        tie = self.head.tie(tied, values)
         slots = torch.arange(ids.shape[1], device=ids.device)
         sight = HeadSight.of(self.config, position, position, slots, context.dtype)
         most = self.config.head_window - 1 + self.config.block_size
@@ -1593,7 +1655,8 @@ class _Chain:
         self.cache.position[:, old] = position[:, new]
         for i in range(len(known)):  # one group after another: the memory is that of one
             stage, own = slice(i, i + 1), HeadCache(self.config, 1, len(ids), len(slots), context)
-            given = (known[stage], context, self.head.modulations(context, stage), prior, place, sight)
+            told = None if tie is None else tie[stage]
+            given = (known[stage], context, self.head.modulations(context, stage), prior, told, place, sight)
             log_p = self.head.groups(stage, *given, own.keys, own.values)
             nats = nats - log_p[0].gather(-1, values[..., i, None]).squeeze(-1)
             self.cache.keys[:, stage, ..., old, :] = own.keys[..., new, :]
@@ -1658,18 +1721,18 @@ class _Chain:
         values, previous = draft.values[:, here], torch.cat((draft.before, draft.values), dim=1)[:, here]
         position = draft.position[:, here]
         known = self._known(values, previous, position)[stages]
-        log_p, *other = (answer.evaluate(self.head, stages, known, here, draft.sight) for answer in answers)
+        log_p, *other = (answer.evaluate(self.head, stages, known, values, here, draft.sight) for answer in answers)
         if other:  # the same of log-probabilities as of logits, but for a constant
             log_p = torch.where(log_p > float("-inf"), _guide(log_p, other[0], settings.guidance), log_p)
         return self._draw(log_p.movedim(0, 2), values, draft.noise[:, here], stages, settings.temperature)
 
     def _answers(self, states: Tensor, guidance: float) -> list[_Answer]:
         """What answers for a block with these states [b, K, D]; with guidance also what does without them."""
-        context, prior = self._of_block(states)
+        context, prior, tie = self._of_block(states)
         assert self.cache is not None
-        answers = [_Answer(self.head, context, prior, self.cache)]
+        answers = [_Answer(self.head, context, prior, tie, self.cache)]
         if guidance != 1.0:
-            answers.append(_Answer(self.head, torch.zeros_like(context), None, self.cache.copy()))
+            answers.append(_Answer(self.head, torch.zeros_like(context), None, None, self.cache.copy()))
         return answers
 
     def _guess(self, prior: Tensor | None, noise: Tensor, temperature: float) -> Tensor:

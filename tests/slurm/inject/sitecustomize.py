@@ -15,7 +15,7 @@ from pathlib import Path
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "megatron_bit.trainer":
+        if name != "megatron_bit.training.trainer":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module

@@ -9,7 +9,7 @@ from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, select
 from megatron_bit.bench.quality import SIZES, Result, main, render
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
-from megatron_bit.plan import parameter_counts, table_parameters
+from megatron_bit.planning.parameters import parameter_counts, table_parameters
 
 
 @pytest.mark.parametrize("budget", SIZES)
@@ -76,6 +76,8 @@ def test_which_rungs_run():
     assert {f"{kind} K={k} g=" for kind in ("chain", "diffusion") for k in (1, 2, 4, 8)} <= {
         rung.name[: rung.name.index("g=") + 2] for rung in default if "g=" in rung.name
     }
+    (alone,) = select(rungs, ("chain K=4 g=8 semantic",), False)
+    assert alone.name == "chain K=4 g=8 semantic"  # and not all whose names begin so
     windows = select(rungs, ("window",), False)
     assert [rung.name.split()[-1] for rung in windows] == ["1", "4", "16"] and not set(windows) & set(default)
 

@@ -13,7 +13,7 @@ from mbit_data.tokenize import TokenizedDocument
 from mbit_data.write import SplitWriter
 
 from megatron_bit.data.manifest import FILE_NAME, Manifest, Split
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 VOCAB_SIZE = 1000
 MakeData = Callable[..., Manifest]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbit_data import array
 from mbit_data.array import join, part_from_environment, prepare_part, share_of
-from mbit_data.inputs import InputFile
+from mbit_data.input_file import InputFile
 from mbit_data.journal import Journal
 from mbit_data.options import Part, PrepareOptions
 from mbit_data.prepare import prepare

@@ -15,7 +15,7 @@ from megatron_bit.data.manifest import FILE_NAME, Shard, Split, load_manifest
 from megatron_bit.data.order import SampleOrder
 from megatron_bit.data.stream import read_shard
 from megatron_bit.errors import ShardError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 SIZES = [333, 200, 128, 256, 90, 400, 150, 310]
 

@@ -15,9 +15,9 @@ from mbit_data.minhash import BANDS, ROWS, near_keys, signature
 from mbit_data.options import PrepareOptions
 from mbit_data.prepare import prepare
 from mbit_data.tokenize import keys
-from mbit_data.tokenizer import Tokenizer
 
 from megatron_bit.data.stream import read_documents
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 WORDS = [f"w{i}" for i in range(5000)]

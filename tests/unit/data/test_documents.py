@@ -17,7 +17,7 @@ from megatron_bit.data.documents import document_starts
 from megatron_bit.data.manifest import FILE_NAME, Split, lengths_file, load_manifest
 from megatron_bit.data.stream import read_documents, read_shard, streamed_tokens
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 EOS = 0
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from mbit_data.hf_tokenizer import CONFIG_FILE
 from mbit_data.prepare import PrepareOptions, prepare
-from mbit_data.tokenizer import Tokenizer
 from mbit_data.verify import verify
 from tokenizers import decoders, models, pre_tokenizers
 
+from megatron_bit.data.hf_tokenizer import TOKENIZER_CONFIG
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.data.stream import read_documents, read_shard
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 EOS = "<|endoftext|>"
@@ -34,7 +34,7 @@ def save(tokenizer, folder, name="tokenizer.json", **config):
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / name))
     if config:
-        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config))
     return folder / name
 
 
@@ -107,7 +107,7 @@ def test_a_folder_made_with_it(corpus, tmp_path):
     assert found == expected
     with pytest.raises(UserError, match=r"holds other data: tokenizer .*'eos_id': 257.*'eos_id': 256"):
         prepare(PrepareOptions(**{**options.__dict__, "eos_token": "</s>"}), progress=False)
-    (manifest.folder / CONFIG_FILE).write_text('{"eos_token": "</s>"}')
+    (manifest.folder / TOKENIZER_CONFIG).write_text('{"eos_token": "</s>"}')
     assert ["256" in problem for problem in verify(manifest.folder)] == [True]
 
 

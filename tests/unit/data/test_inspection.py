@@ -13,10 +13,10 @@ from mbit_data import inspection
 from mbit_data.bench import measure
 from mbit_data.inspection import inspect, render
 from mbit_data.prepare import PrepareOptions, prepare
-from mbit_data.tokenizer import Tokenizer
 
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.data.stream import read_documents
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 

@@ -16,7 +16,7 @@ from megatron_bit.data.corpus import Corpus, Source, open_corpus
 from megatron_bit.data.manifest import FILE_NAME, load_manifest
 from megatron_bit.data.mixture import Mixture
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 shares = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 

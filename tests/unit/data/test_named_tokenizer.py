@@ -16,7 +16,8 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from megatron_bit.config import DataConfig, RemoteConfig
 from megatron_bit.data.corpus import open_corpus
-from megatron_bit.data.manifest import TOKENIZER_CONFIG, load_manifest
+from megatron_bit.data.hf_tokenizer import TOKENIZER_CONFIG
+from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
 
 EOS = "<|endoftext|>"

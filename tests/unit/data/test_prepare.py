@@ -17,12 +17,12 @@ from mbit_data import write
 from mbit_data.inputs import expand_inputs
 from mbit_data.prepare import PrepareOptions, prepare
 from mbit_data.read import SPLIT_ABOVE, read_documents
-from mbit_data.tokenizer import Tokenizer
 from mbit_data.train_tokenizer import sample_texts
 from mbit_data.verify import verify
 
 from megatron_bit.data.manifest import FILE_NAME, load_manifest
 from megatron_bit.data.stream import read_documents as read_shard_documents
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 

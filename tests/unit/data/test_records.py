@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from mbit_data.inputs import expand_inputs
 from mbit_data.prepare import PrepareOptions, prepare
 from mbit_data.read import SPLIT_ABOVE, Reading, read_documents
-from mbit_data.tokenizer import Tokenizer
 
 from megatron_bit.data.stream import read_documents as read_shard_documents
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 TEXTS = ["one\n", "zwei \u2028 drei", "\U0001f600\0", "   ", "ä" * 5000, "last"]

@@ -21,7 +21,7 @@ from megatron_bit.data.corpus import Corpus
 from megatron_bit.data.manifest import FILE_NAME, load_manifest
 from megatron_bit.data.stream import read_shard
 from megatron_bit.errors import UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 SHARDS = [333, 5, 128, 256, 90, 400]
 

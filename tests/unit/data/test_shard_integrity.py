@@ -21,7 +21,7 @@ from megatron_bit.data.manifest import FILE_NAME, Shard, Split, lengths_file, lo
 from megatron_bit.data.npy import decode_array
 from megatron_bit.data.stream import ShardReader, read_shard, streamed_tokens
 from megatron_bit.errors import ShardError, UserError
-from megatron_bit.files import write_atomic
+from megatron_bit.io.files import write_atomic
 
 SHARDS = [333, 128, 256]
 

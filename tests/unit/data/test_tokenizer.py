@@ -8,9 +8,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbit_data.inputs import expand_inputs
-from mbit_data.tokenizer import Tokenizer
 from mbit_data.train_tokenizer import SENTENCE_CHARS, _sentences, train_tokenizer
 
+from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
 
 SOURCES = [file.path.read_bytes().decode() for file in expand_inputs(["stdlib"])[::40]]

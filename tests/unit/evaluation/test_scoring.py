@@ -24,7 +24,7 @@ from megatron_bit.evaluation.scoring import encode_behind, score, windows
 from megatron_bit.evaluation.task_files import Item
 from megatron_bit.evaluation.tasks import last_word
 from megatron_bit.evaluation.validation import Validation
-from megatron_bit.measured import exponential, number, quotient, show, strict_json
+from megatron_bit.io.measured import exponential, json_of, number, quotient, show
 
 
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 9))
@@ -170,12 +170,12 @@ def test_what_is_too_large_for_a_float_is_infinite(tiny_data: Path) -> None:
     report = Report("known", "softmax", 1, None, "trained", 0, found, samples, (word,))
     shown = render(report)
     assert "  perplexity   inf\n" in shown and "(perplexity inf)" in shown and "nan" not in shown
-    there = json.loads(strict_json(asdict(report)), parse_constant=pytest.fail)
+    there = json.loads(json_of(asdict(report)), parse_constant=pytest.fail)
     assert there["likelihood"]["perplexity"] is None and there["tasks"][0]["perplexity"] is None
     assert there["likelihood"]["nats_per_token"] == 1000.0
     worse = Known({}, otherwise=math.nan)
     found = measure(worse, Validation(worse, tiny_data), samples=4, tolerance=1.0, max_passes=9, seed=0, batch_size=4)
-    there = json.loads(strict_json({"a": [asdict(found)]}), parse_constant=pytest.fail)
+    there = json.loads(json_of({"a": [asdict(found)]}), parse_constant=pytest.fail)
     assert there["a"][0]["perplexity"] is None and math.isnan(number(there["a"][0]["perplexity"]))
 
 

@@ -72,7 +72,7 @@ def test_a_heartbeat_is_read_as_it_is_written(tmp_path: Path, monkeypatch: pytes
     """By the trainer's own callback, over a longer line of an earlier start."""
     from types import SimpleNamespace
 
-    from megatron_bit.callbacks.heartbeat import BYTES, HeartbeatCallback
+    from megatron_bit.training.callbacks.heartbeat import BYTES, HeartbeatCallback
 
     monkeypatch.setenv("MBIT_ATTEMPT", "9.1")
     trainer: Any = SimpleNamespace(run=tmp_path, state=SimpleNamespace(step=10), groups=SimpleNamespace(rank=3))
@@ -92,7 +92,7 @@ def test_a_heartbeat_is_read_as_it_is_written(tmp_path: Path, monkeypatch: pytes
 def test_a_rank_that_cannot_write_trains_on(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from megatron_bit.callbacks.heartbeat import HeartbeatCallback
+    from megatron_bit.training.callbacks.heartbeat import HeartbeatCallback
 
     (tmp_path / "heartbeats").touch()  # a file, where the folder should be
     trainer: Any = SimpleNamespace(run=tmp_path, state=SimpleNamespace(step=1), groups=SimpleNamespace(rank=0))

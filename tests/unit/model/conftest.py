@@ -1,17 +1,17 @@
 """A world of one, small odd-sized models, and the independent reference (tests/reference.py)."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import world
 
 from megatron_bit.config import Config, load_config
 from megatron_bit.model.bitlm import BitLM
 from megatron_bit.model.build import build_model
-from megatron_bit.parallel import groups as parallel_groups
 from megatron_bit.parallel.groups import Groups
 
 # odd where the model allows it, so that a wrong axis or a transposed shape cannot fit by chance
@@ -24,17 +24,7 @@ ODD = [
 VOCAB_SIZE = 1999
 MakeConfig = Callable[..., Config]
 MakeModel = Callable[..., BitLM]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def groups() -> Iterator[Groups]:
-    yield parallel_groups.init(load_config(preset="laptop"))
-    parallel_groups.shutdown()
+one_thread, groups = world.one_thread, world.groups
 
 
 @pytest.fixture(scope="session")

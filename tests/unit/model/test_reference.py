@@ -9,10 +9,10 @@ from megatron_bit.data.documents import document_starts
 from megatron_bit.diffusion.noise import CONDITION, ESTIMATE, chosen
 from megatron_bit.errors import UserError
 from megatron_bit.model.chunk import TokenBatch, noise_tables
-from megatron_bit.model.logical import pieces
-from megatron_bit.optim.optimizer import build_optimizer
+from megatron_bit.optim.build import build_optimizer
 from megatron_bit.optim.schedule import learning_rate
-from megatron_bit.parallel.step import forward_backward
+from megatron_bit.parallel.logical import pieces
+from megatron_bit.training.step import forward_backward
 
 VOCAB_SIZE = 1999
 
@@ -61,6 +61,9 @@ def test_loss_bound_and_every_gradient(groups, reference, make_config, make_mode
         ["model.head.kind=chain", "model.head.window=1"],
         ["model.head.kind=chain", "model.head.window=4"],
         ["model.head.kind=chain", "model.group_bits=4"],
+        ["model.head.kind=chain", "model.group_bits=4", "model.names=pairs"],
+        ["model.head.kind=chain", "model.group_bits=6", "model.names=pairs", "model.head.prior_rank=7"],
+        ["model.group_bits=4", "model.names=pairs"],
         ["model.head.kind=chain", "model.group_bits=10", "model.head.prior=false"],
         ["model.head_dim=14"],
         ["model.head_dim=2", "model.qk_norm=false", "model.head.kind=chain"],
@@ -138,6 +141,13 @@ def test_self_condition(groups, reference, make_config, make_model, group_bits, 
         ("model.bits=11",),
         ("model.bits=70", "model.group_bits=7", "diffusion.self_condition=0.5"),
         ("model.bits=256", "model.group_bits=8", "model.head.kind=chain"),
+        (
+            "model.bits=256",
+            "model.group_bits=8",
+            "model.head.kind=chain",
+            "model.names=pairs",
+            "model.head.prior_rank=5",
+        ),
     ],
 )
 def test_records(groups, reference, make_config, make_model, overrides):

@@ -12,11 +12,11 @@ from torch.func import functional_call
 from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.model.logical import VOCABULARY, pieces
-from megatron_bit.optim.optimizer import build_optimizer
+from megatron_bit.optim.build import build_optimizer
 from megatron_bit.optim.schedule import learning_rate
 from megatron_bit.parallel.dims import ParallelDims
-from megatron_bit.parallel.step import forward_backward
+from megatron_bit.parallel.logical import VOCABULARY, pieces
+from megatron_bit.training.step import forward_backward
 
 VOCAB_SIZE, PADDED, EOS = 301, 384, 7
 SOFTMAX = "model.head.kind=softmax"

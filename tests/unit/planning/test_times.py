@@ -10,14 +10,16 @@ from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.parallel.split import embedding_flops, head_flops, layer_flops
-from megatron_bit.plan import parameter_counts
-from megatron_bit.planning.hardware import load_hardware
+from megatron_bit.planning.hardware import load_hardware, peak_flops
 from megatron_bit.planning.operations import embedding_work, head_work, layer_work
+from megatron_bit.planning.parameters import parameter_counts
 from megatron_bit.planning.times import Overlap, step_time, utilization
 
 H100 = load_hardware("h100")
 HEADS = {
     "chain": [],
+    "names": ["model.names=pairs", "model.head.prior_rank=96"],
+    "names_joint": ["model.head.kind=diffusion", "model.names=pairs"],
     "bits": ["model.head.kind=diffusion", "model.group_bits=1"],
     "joint": ["model.head.kind=diffusion"],
     "alone": ["model.block_size=1", "model.head.prior=false"],
@@ -103,3 +105,11 @@ def test_a_precision_that_the_device_lacks() -> None:
     assert a100.precision("fp8_emulated") == "bf16"
     with pytest.raises(UserError, match=r"train.precision fp8 has no peak_flops .* which has bf16, fp32"):
         a100.precision("fp8")
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H200", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA B200", 2250e12), ("NVIDIA T4", None)],
+)
+def test_peak_of_a_device_as_its_driver_calls_it(device: str, peak: float | None) -> None:
+    assert peak_flops(device) == peak
