@@ -124,7 +124,8 @@ def test_the_samples_of_a_document_have_its_bytes(root: Path) -> None:
         validation = Validation(model, root / "data")
         total = sum(len(model.encode(text)) + 1 for text in texts)
         before, steps = 0, []
-        for count in range(2, total, 7):
+        near = range(2, min(total, 700), 7)  # a few documents closely, and from there to the end in 40 strides
+        for count in (*near, *range(near.stop, total, max(7, total // 40))):
             validation.samples(2, count // 2)
             assert before <= validation.bytes <= sum(len(text.encode()) for text in texts)
             steps.append(validation.bytes - before)
@@ -132,7 +133,7 @@ def test_the_samples_of_a_document_have_its_bytes(root: Path) -> None:
         validation.samples(total, 1)
         assert validation.bytes == sum(len(text.encode()) for text in texts)
         assert validation.bytes_per_token == validation.bytes / total
-        assert max(steps) < 1000
+        assert max(steps[: len(near)]) < 1000
 
 
 def test_texts_behind_a_prefix_are_scored_as_they_are(root: Path) -> None:

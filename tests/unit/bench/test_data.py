@@ -10,6 +10,8 @@ from megatron_bit.bench import data as job
 from megatron_bit.data.stream import read_shard
 from megatron_bit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_contenders_read_the_same_tokens(tmp_path):
     import json as module

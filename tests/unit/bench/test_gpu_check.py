@@ -13,6 +13,8 @@ import pytest
 
 from megatron_bit.bench import on_device
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_check.py"
 
 

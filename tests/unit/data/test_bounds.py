@@ -19,6 +19,8 @@ from mbit_data.read import Reading, read_documents
 
 from megatron_bit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

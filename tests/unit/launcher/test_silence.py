@@ -20,6 +20,8 @@ from mbit_launcher.submit import cancel, submit, sweep
 from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 PROFILE = ClusterProfile(nodes=1, ranks_per_node=2)
 SILENT = (  # the first eight are what SLURM 22.05 said when its controller was stopped, or killed
     "slurm_load_jobs error: Socket timed out on send/recv operation",
