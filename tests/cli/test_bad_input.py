@@ -295,7 +295,7 @@ def test_a_rank_that_does_not_come(name: str, outcomes: dict[str, Any]) -> None:
     outcome = outcomes[name]
     assert outcome.code == 87, outcome.err  # a lost node to a launcher, and no mistake
     (line,) = (line for line in outcome.err.splitlines() if line.startswith("megatron-bit: error:"))
-    assert "have not come together in 3 s" in line and f"127.0.0.1:{outcomes['closed']}" in line
+    assert "have not come together in " in line and f"127.0.0.1:{outcomes['closed']}" in line
 
 
 def test_the_log_has_every_step_that_was_saved(outcomes: dict[str, Any]) -> None:
