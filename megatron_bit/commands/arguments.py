@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +59,9 @@ def split(args: tuple[str, ...], preset: str | None = None) -> tuple[str | None,
         if not equals:
             return True
         path = Path(word)
-        return path.exists() and (key not in keys or (alone and (path.is_file() or (path / "config.yaml").exists())))
+        return os.path.exists(path) and (
+            key not in keys or (alone and (path.is_file() or (path / "config.yaml").exists()))
+        )
 
     targets = [word for word in args if is_target(word)]
     if len(targets) > 1:

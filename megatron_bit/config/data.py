@@ -22,7 +22,7 @@ class RemoteConfig(Section):
     """How often a file is asked for before the run ends, with growing pauses."""
     timeout_seconds: float = Field(default=60.0, gt=0)
     """An attempt is given up when nothing has come for this long."""
-    workers: int = Field(default=4, ge=1)
+    workers: int = Field(default=4, ge=1, le=1024)
     """Shards fetched at a time, ahead of need: those of this window and the next."""
 
 
@@ -45,7 +45,7 @@ class DataConfig(Section):
     gone through as often as theirs say; without either each has the share of its size."""
     temperature: float = Field(default=1.0, gt=0)
     """Of `data.sources` without weight or epochs: shares are sizes to the power of 1 / temperature."""
-    seq_length: int = Field(default=256, ge=2)
+    seq_length: int = Field(default=256, ge=2, le=2**24)
     """Tokens of one sample; a multiple of `model.block_size`."""
     shuffle_shards: int = Field(default=8, ge=1)
     """Samples are shuffled within windows of this many shards; a window is what a rank holds in memory."""

@@ -14,9 +14,9 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run."""
     stop_at: int | None = Field(default=None, ge=1)
     """Save and stop at this step; the schedule still aims at `steps`. `train.stop_at=null` goes on from there."""
-    global_batch_size: int = Field(default=16, ge=1)
+    global_batch_size: int = Field(default=16, ge=1, le=2**24)
     """Samples a step over all ranks."""
-    micro_batch_size: int = Field(default=4, ge=1)
+    micro_batch_size: int = Field(default=4, ge=1, le=2**24)
     """Samples a forward pass on one data-parallel rank."""
     precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "bf16"
     """bf16 keeps fp32 master weights, moments and gradient accumulation. fp8 is bf16 with the matrix products of layers
@@ -51,7 +51,7 @@ class EvaluateConfig(Section):
     """Steps between validations of the likelihood bound; 0 is never."""
     initial: bool = True
     """Also validate before the first step."""
-    samples: int = Field(default=32, ge=1)
+    samples: int = Field(default=32, ge=1, le=2**24)
     """Validation samples; at most what the validation split holds."""
     noise_samples: int = Field(default=16, ge=2, le=4096)
     """Stratified noise levels a hidden state in validation."""

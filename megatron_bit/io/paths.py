@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_bit.errors import UserError
 from megatron_bit.io import trust
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
 
@@ -30,7 +31,17 @@ def user_path(text: str | Path) -> Path:
     for component in written.split("/"):
         literal = os.path.lexists(found + component)
         found += (component if literal else _VARIABLE.sub(lambda match: _value(match, text), component)) + "/"
+    _check_length(found)
     return Path(found)
+
+
+def _check_length(path: str) -> None:
+    longest = max(len(os.fsencode(name)) for name in path.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+        raise UserError(
+            f"path {path[:60]!r}... is too long: a name in it may have {LONGEST_NAME} bytes, and all of it "
+            f"{LONGEST_PATH}; choose a shorter one"
+        )
 
 
 def user_location(text: str) -> str:

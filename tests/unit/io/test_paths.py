@@ -187,3 +187,10 @@ def test_the_paths_of_a_cluster_profile(here: Path) -> None:
     assert profile.container.mounts == ("/scratch/me:/data", f"{here}/home/x:/x")
     with pytest.raises(UserError, match=r"^cluster.cordon = \$NOT_SET/x: .* is not set"):
         load_profile(here / "p.yaml", ["cordon=$NOT_SET/x"])
+
+
+@pytest.mark.parametrize("text", ["a" * 256, "x/" * 2100, "\u00e9" * 128])
+def test_a_path_that_is_too_long(text: str) -> None:
+    """Python raises OSError at the first look at it."""
+    with pytest.raises(UserError, match=r"is too long: a name in it may have 255 bytes, and all of it 4095"):
+        user_path(text)
