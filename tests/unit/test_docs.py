@@ -47,3 +47,11 @@ def test_keys_exist(page: Path) -> None:
 def test_presets_fit_a_machine(name: str) -> None:
     config = load_config(preset=name)
     ParallelDims.build(config, max(8, config.parallel.tp * config.parallel.pp) if name != "laptop" else 4)
+
+
+def test_tests_that_are_named_are_there() -> None:
+    """In pages and in docstrings: files move."""
+    root = Path(__file__).parents[2]
+    pages = [*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / "megatron_bit").rglob("*.py")]
+    named = {name for page in pages for name in re.findall(r"tests/[a-z_]+/[a-z_/]*test_[a-z_]+\.py", page.read_text())}
+    assert len(named) > 20 and not [name for name in named if not (root / name).exists()]
