@@ -24,7 +24,7 @@ class HeadConfig(Section):
     prior_rank: int = Field(default=0, ge=0)
     """Of a `chain`: the prior of a group is told the groups before it, by a product of this rank with the backbone's
     states. 0: it is not, and cannot tie the groups of a token together. 96 was tried (docs/quality.md)."""
-    num_layers: int = Field(default=2, ge=1)
+    num_layers: int = Field(default=2, ge=1, le=4096)
     """Layers of the head, a light transformer over the K tokens of one block."""
     hidden_size: int = Field(default=256, ge=8)
     """Width of the head."""
@@ -64,7 +64,7 @@ class ModelConfig(Section):
     attention: Literal["causal", "block_causal"] = "causal"
     """Inside a block of the backbone: causal (the state of a block's first token has seen only the first token of
     the block before; the head, which sees all K states, makes up for it), or every token sees its whole block."""
-    num_layers: int = Field(default=6, ge=1)
+    num_layers: int = Field(default=6, ge=1, le=4096)
     """Layers of the backbone."""
     hidden_size: int = Field(default=256, ge=8)
     """Width of the backbone, D."""

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
-from megatron_bit.parallel.dims import ParallelDims
+from megatron_bit.parallel.dims import ParallelDims, divisors
 
 BASE = [
     "model.num_layers=8",
@@ -101,3 +101,8 @@ def test_text() -> None:
     dims = ParallelDims.build(_config("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2"), 8)
     assert str(dims) == "TP=2 PP=2 DP=2 VPP=2 SP"
     assert dims.num_chunks == 4
+
+
+def test_divisors() -> None:
+    assert all(divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in (1, 2, 9, 12, 36, 97, 360))
+    assert len(divisors(2**24)) == 25
