@@ -8,16 +8,17 @@ BIN := .venv/bin
 TEXT ?= stdlib
 DEMO ?= demo
 JOBS ?= 2
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: demo test check fuzz kill lint docs clean
 demo: .venv/installed
 	$(BIN)/megatron-bit demo --text $(TEXT) --out $(DEMO)
 
 test: .venv/installed lint
-	$(BIN)/pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+	$(PYTEST)
 
 check: .venv/installed lint
-	$(BIN)/pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder -m "not slow" --durations=0 --durations-min=2 tests/unit
+	$(PYTEST) -q -m "not slow" --durations=0 --durations-min=2 tests/unit
 
 fuzz: .venv/installed
 	MBIT_FUZZ_SEED=$${MBIT_FUZZ_SEED:-$$(date +%s)} MBIT_FUZZ_SECONDS=$${MBIT_FUZZ_SECONDS:-3600} MBIT_FUZZ_COLLECT=1 $(BIN)/pytest -s tests/fuzz

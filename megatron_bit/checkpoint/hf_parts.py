@@ -101,8 +101,9 @@ def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
 
 def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
     same, d, h, w = _same, m.hidden_size, m.head, m.head.hidden_size
+    ends = ("", "_last") if m.block_size > 1 else ("",)  # of a token's own state, of the last in its block
     yield same("head.position", "head.position", m.block_size, w)
-    for end in ("", "_last") if m.block_size > 1 else ("",):
+    for end in ends:
         yield same(f"head.condition{end}_proj.weight", f"head.condition{end}.weight", w, d)
         if h.prior:
             yield same(f"head.prior{end}_proj.weight", f"head.prior{end}.weight", m.head_outputs, d)
@@ -111,7 +112,7 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
         yield same("head.stages", "head.stage", len(m.group_sizes), w)
         if rank := h.prior_rank:
             yield same("head.told", "head.told", m.group_values, rank)
-            for end in ("", "_last") if m.block_size > 1 else ("",):
+            for end in ends:
                 yield same(f"head.tie{end}_proj.weight", f"head.tie{end}.weight", rank, d)
             yield same("head.tied", "head.tied", m.group_values, rank)
     else:

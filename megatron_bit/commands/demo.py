@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_bit.errors import UserError
 
-A_PACKAGE = str(Path(asyncio.__file__).parent)  # 0.5 MB of text
+A_PACKAGE = f"{sysconfig.get_path('stdlib')}/asyncio"  # 0.5 MB of text
 PROMPTS = ("def ", "import ", "    return ", '"""Return ')
 
 

@@ -24,7 +24,7 @@ from megatron_bit.model.bitlm import BitInput
 from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.head import BlockHead
-from megatron_bit.model.layers import PARTIAL, Pairs, init_device, linear, look_up, value_table
+from megatron_bit.model.layers import PARTIAL, earlier, init_device, linear, look_up, make_pairs, name_of, value_table
 from megatron_bit.model.recompute import again
 
 
@@ -38,7 +38,7 @@ class ChainHead(BlockHead):
         self.groups = groups
         self.recompute = config.recompute_head
         self.previous = value_table(mcore, groups, w)  # of the token before
-        self.pairs = Pairs(mcore, groups, w) if config.model.names == "pairs" else None  # the same
+        self.pairs = make_pairs(config, mcore, groups, w)  # the same
         self.values = value_table(mcore, groups, w)  # of the token's own groups that are decided
         self.stage = nn.Parameter(torch.empty(groups.count, w, dtype=mcore.params_dtype, device=init_device(mcore)))
         setattr(self.stage, PARTIAL, mcore.sequence_parallel)
@@ -65,10 +65,7 @@ class ChainHead(BlockHead):
         """
         g = self.groups
         own = look_up(self.values, index, g)
-        before = look_up(self.previous, previous, g).sum(-2)
-        if self.pairs is not None:
-            before = before + self.pairs(previous)
-        before = before * known.view(len(known), -1, 1)
+        before = name_of(self.previous, self.pairs, previous, g) * known.view(len(known), -1, 1)
         x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
         prior, tie = self.prior_logits(hidden), self._tie(index, hidden)
         if self.recompute:
@@ -80,8 +77,8 @@ class ChainHead(BlockHead):
         """What ties a token's groups in the prior, [s, b, G, rank]: the states times what is decided before each."""
         if self.told is None:
             return None
-        own = look_up(self.told, index, self.groups)
-        return self._both(self.tie, self.tie_last, hidden).flatten(0, 1) * (own.cumsum(-2) - own)
+        told = earlier(look_up(self.told, index, self.groups))
+        return self._both(self.tie, self.tie_last, hidden).flatten(0, 1) * told
 
     def _stages(
         self,

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.model.layers import (
-    Pairs,
     RMSNorm,
     fp8_linear,
     init_device,
     linear,
-    look_up,
+    make_pairs,
     mark_partial,
+    name_of,
     value_table,
 )
 
 
 class BitEmbedding(nn.Module):
-    """Bits of the previous block in, hidden states out: through an MLP, or as the name that
-    `model.names` gives their groups.
+    """Bits of the previous block in, hidden states out: through an MLP, or as the name
+    that `model.names` gives their groups.
 
     The weights are replicated over TP. Under sequence parallelism every rank embeds its own part of the sequence,
     which costs each rank 1/tp of the work and needs no communication in the forward pass.
@@ -43,7 +43,7 @@ class BitEmbedding(nn.Module):
             self.fc2 = fp8_linear(mcore, m.hidden_size, m.hidden_size)
         else:
             self.values = value_table(mcore, groups, m.hidden_size)
-        self.pairs = Pairs(mcore, groups, m.hidden_size) if m.names == "pairs" else None
+        self.pairs = make_pairs(config, mcore, groups, m.hidden_size)
         self.norm = RMSNorm(mcore, m.hidden_size, m.norm_eps)
         mark_partial(self, mcore.sequence_parallel)
 
@@ -65,7 +65,5 @@ class BitEmbedding(nn.Module):
 
     def _embed(self, bits: Tensor) -> Tensor:
         if hasattr(self, "values"):
-            index = self.groups.index(bits)
-            x = look_up(self.values, index, self.groups).sum(-2)
-            return x if self.pairs is None else x + self.pairs(index)
+            return name_of(self.values, self.pairs, self.groups.index(bits), self.groups)
         return self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))

@@ -17,7 +17,7 @@ from megatron_bit.config import Config
 from megatron_bit.diffusion.noised import network_input, token_sigma
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
-from megatron_bit.model.layers import PARTIAL, Pairs, column, fp8_linear, init_device, linear, row, value_table
+from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, make_pairs, row, value_table
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -170,10 +170,10 @@ class DenoisingHead(BlockHead):
         w = config.model.head.hidden_size
         self.input = linear(mcore, config.model.bits, w)
         self.estimate = linear(mcore, config.model.bits, w) if config.diffusion.self_condition else None
-        self.values = None
+        self.values, self.pairs = None, None
         if isinstance(posterior, GroupPosterior):
             self.values = value_table(mcore, posterior.groups, w)
-            self.pairs = Pairs(mcore, posterior.groups, w) if config.model.names == "pairs" else None
+            self.pairs = make_pairs(config, mcore, posterior.groups, w)
         self.posterior: BitPosterior | GroupPosterior = posterior
         self.noise_level = NoiseLevelEmbedding(mcore, w)
 

@@ -12,6 +12,7 @@ from mbit_kernels.rms_norm import rms_norm
 from mbit_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
+from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
 
 PARTIAL = "tp_partial_grad"  # a replicated parameter whose gradient is a partial sum on every TP rank
@@ -146,10 +147,26 @@ class Pairs(nn.Module):
         return self.mix(_pair_products(torch.einsum("...gu,guw->...gw", probability, factors)))
 
 
+def make_pairs(config: Config, mcore: Any, groups: BitGroups, width: int) -> Pairs | None:
+    """With `model.names=pairs`."""
+    return Pairs(mcore, groups, width) if config.model.names == "pairs" else None
+
+
+def name_of(table: Tensor, pairs: Pairs | None, index: Tensor, groups: BitGroups) -> Tensor:
+    """What tokens are called where they enter: values int64 [..., G] to [..., width]."""
+    x = look_up(table, index, groups).sum(-2)
+    return x if pairs is None else x + pairs(index)
+
+
+def earlier(x: Tensor) -> Tensor:
+    """[..., G, width] to the sum over the groups before each, of the same shape."""
+    return x.cumsum(-2) - x
+
+
 def _pair_products(x: Tensor) -> Tensor:
     """[..., G, width] to the sum over all pairs of groups of their products, scaled to the variance of one."""
     count = x.shape[-2]
-    return (x * (x.cumsum(-2) - x)).sum(-2) * math.sqrt(2.0 / (count * (count - 1)))
+    return (x * earlier(x)).sum(-2) * math.sqrt(2.0 / (count * (count - 1)))
 
 
 def look_up(table: Tensor, index: Tensor, groups: BitGroups) -> Tensor:

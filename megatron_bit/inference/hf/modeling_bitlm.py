@@ -200,7 +200,22 @@ class Pairs(nn.Module):
 
     def _mixed(self, x: Tensor) -> Tensor:
         count = x.shape[-2]
-        return self.mix((x * (x.cumsum(-2) - x)).sum(-2) * math.sqrt(2.0 / (count * (count - 1))))
+        return self.mix((x * _earlier(x)).sum(-2) * math.sqrt(2.0 / (count * (count - 1))))
+
+
+def _earlier(x: Tensor) -> Tensor:
+    """[..., G, width] to the sum over the groups before each, of the same shape."""
+    return x.cumsum(-2) - x
+
+
+def _pairs(config: BitLMConfig, size: int) -> Pairs | None:
+    return Pairs(config, size) if config.names == "pairs" else None
+
+
+def _name_of(table: Tensor, pairs: Pairs | None, values: Tensor) -> Tensor:
+    """What tokens are called where they enter: values int64 [..., G] to [..., width]."""
+    x = _look_up(table, values).sum(-2)
+    return x if pairs is None else x + pairs(values)
 
 
 # ------------------------------------------------------------------------------------------------- noise
@@ -535,7 +550,7 @@ class BitLMEmbedding(nn.Module):
         self.grouped = max(config.group_sizes) > 1
         if self.grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), config.hidden_size))
-            self.pairs = Pairs(config, config.hidden_size) if config.names == "pairs" else None
+            self.pairs = _pairs(config, config.hidden_size)
         else:
             self.fc1 = nn.Linear(config.bits, config.hidden_size, bias=False)
             self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -543,9 +558,7 @@ class BitLMEmbedding(nn.Module):
 
     def forward(self, bits: Tensor, position_ids: Tensor) -> Tensor:
         if self.grouped:
-            values = group_values(self.config, bits)
-            x = _look_up(self.values, values).sum(-2)
-            x = x if self.pairs is None else x + self.pairs(values)
+            x = _name_of(self.values, self.pairs, group_values(self.config, bits))
         else:
             x = self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))
         x = self.norm(x)
@@ -767,9 +780,7 @@ class BitLMHead(nn.Module):
             self.noise_embed = BitLMNoiseEmbedding(size)
         if grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), size))
-        self.pairs = (
-            Pairs(config, size) if config.names == "pairs" else None
-        )  # of the token before, or of likely values
+        self.pairs = _pairs(config, size)  # of the token before, or of likely values
         self.position = nn.Parameter(torch.zeros(config.block_size, size))
         for end in both:
             setattr(self, f"condition{end}_proj", nn.Linear(config.hidden_size, size, bias=False))
@@ -871,8 +882,7 @@ class BitLMHead(nn.Module):
         before each group, of values int64 [b, s, G]; [G, b, s, rank]."""
         if states is None:
             return None
-        own = _look_up(self.told, values)
-        return (states[:, :, None] * (own.cumsum(-2) - own)).movedim(2, 0)
+        return (states[:, :, None] * _earlier(_look_up(self.told, values))).movedim(2, 0)
 
     def of_block(self, name: str, hidden: Tensor) -> Tensor:
         """hidden [b, n, K, D]: linear in a token's own state and in the state of its block's last row."""
@@ -1622,9 +1632,7 @@ class _Chain:
     def _known(self, values: Tensor, previous: Tensor, position: Tensor) -> Tensor:
         """What groups see of others: values and those of the tokens before int64 [b, s, G] to [G, b, s, W]."""
         own = _look_up(self.head.values, values)
-        before = _look_up(self.head.previous, previous).sum(-2)
-        before = before if self.head.pairs is None else before + self.head.pairs(previous)
-        before = before * (position > 0)[..., None]
+        before = _name_of(self.head.previous, self.head.pairs, previous) * (position > 0)[..., None]
         return (before[:, :, None] + own.cumsum(-2) - own).movedim(2, 0)
 
     def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
