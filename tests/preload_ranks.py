@@ -4,12 +4,15 @@ import warnings
 
 warnings.simplefilter("ignore")
 
-import deepspeed  # noqa: E402, F401
 import torch  # noqa: E402
 
+import megatron_bit.inference.convert  # noqa: E402
+import megatron_bit.inference.generate  # noqa: E402
 import megatron_bit.training.job  # noqa: E402, F401
+from megatron_bit.optim import zero  # noqa: E402
 from megatron_bit.parallel import mcore  # noqa: E402
 
+zero._import_deepspeed()
 mcore.prepare()
 
 import megatron.core.models.common.embeddings.rotary_pos_embedding  # noqa: E402

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -15,10 +13,11 @@ from typing import Any
 import pytest
 import tiny_runs
 import yaml
+from forked import command
 
 sys.path.insert(0, str(Path(__file__).parent))  # for as_user, which only these tests share
 
-from as_user import Outcome, environment
+from as_user import Outcome
 
 
 @pytest.fixture(scope="session")
@@ -49,35 +48,16 @@ def train_args(base: Path, tiny_data: Path) -> Arguments:
     return words
 
 
-Zygote = Callable[[list[dict[str, Any]]], list[Outcome]]
+Forked = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Zygote:
-    """Run cases of zygote.py; an outcome joins what all ranks wrote, and its code is the first that is not 0."""
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forked:
+    """forked(words, ...) -> how the command ended, in a fork that has torch already: see tests/forked.py."""
 
-    def start(cases: list[dict[str, Any]]) -> list[Outcome]:
-        folder = tmp_path_factory.mktemp("zygote")
-        (folder / "cases.json").write_text(json.dumps(cases))
-        script = Path(__file__).parent / "zygote.py"
-        done = subprocess.run(
-            [sys.executable, "-P", str(script), str(folder / "cases.json"), str(folder)],
-            env=environment(DS_ACCELERATOR="cpu", TORCH_CPP_LOG_LEVEL="ERROR"),  # as `train` does
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        codes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-        return [
-            Outcome(
-                next((code for code in ranks if code), 0),
-                "".join((folder / f"{case}-{rank}.out").read_text() for rank in range(len(ranks))),
-                "".join((folder / f"{case}-{rank}.err").read_text() for rank in range(len(ranks))),
-            )
-            for case, ranks in enumerate(codes)
-        ]
+    def start(words: list[str], **how: Any) -> Outcome:
+        ended = command(words, tmp_path_factory.mktemp("forked"), **{"timeout": 20, **how})
+        return Outcome(ended.code, ended.out, ended.err)
 
     return start
 

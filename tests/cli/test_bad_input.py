@@ -160,7 +160,7 @@ def _edit_manifest(folder: Path, **values: Any) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(
-    tiny_data: Path, train_args: Any, zygote: Any, damaged: Any, tmp_path_factory: pytest.TempPathFactory
+    tiny_data: Path, train_args: Any, forked: Any, damaged: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """Everything that is found after torch is imported, in one go."""
     root = tmp_path_factory.mktemp("bad")
@@ -193,7 +193,7 @@ def outcomes(
     crash = ["checkpoint.every=1", "checkpoint.keep=1000", "log.every=1000"]
 
     def case(name: str, *settings: str, **more: Any) -> dict[str, Any]:
-        return {"args": train_args(root / name, *settings), **more}
+        return {"words": train_args(root / name, *settings), **more}
 
     fp8_sizes = ["model.hidden_size=64", "model.ffn_hidden_size=96", "data.seq_length=48"]
     fp8_sizes += ["model.head.hidden_size=64", "model.head.ffn_hidden_size=64"]
@@ -226,19 +226,19 @@ def outcomes(
         "damaged_pp": case("damaged_pp", *window, *batches(8), "parallel.pp=2", ranks=2),
         "crash": case("crash", *window, *batches(8), *crash),
         "log_is_a_folder": case("log_is_a_folder", ranks=2),
-        "generate_nothing": {"args": ["generate", str(root / "nowhere")]},
-        "generate_sampler": {"args": ["generate", str(root / "run"), "--sampler", "sde"]},
-        "generate_steps": {"args": ["generate", str(root / "run"), "--steps", "1"]},
-        "generate_moved": {"args": ["generate", str(root / "run"), "--data", str(root / "nowhere")]},
-        "generate_prompts": {"args": ["generate", str(root / "run"), "--prompt-file", str(root / "nowhere.txt")]},
-        "generate_stream": {"args": ["generate", str(root / "run"), "--stream", "--json"]},
-        "convert_nothing": {"args": ["convert", str(root / "nowhere"), str(root / "hf"), "--to", "hf"]},
-        "convert_full": {"args": ["convert", str(root / "run"), "--to", "hf", str(root / "run")]},
-        "convert_size": {"args": ["convert", str(root / "run"), str(root / "hf"), "--shard-size", "5 boxes"]},
+        "generate_nothing": {"words": ["generate", str(root / "nowhere")]},
+        "generate_sampler": {"words": ["generate", str(root / "run"), "--sampler", "sde"]},
+        "generate_steps": {"words": ["generate", str(root / "run"), "--steps", "1"]},
+        "generate_moved": {"words": ["generate", str(root / "run"), "--data", str(root / "nowhere")]},
+        "generate_prompts": {"words": ["generate", str(root / "run"), "--prompt-file", str(root / "nowhere.txt")]},
+        "generate_stream": {"words": ["generate", str(root / "run"), "--stream", "--json"]},
+        "convert_nothing": {"words": ["convert", str(root / "nowhere"), str(root / "hf"), "--to", "hf"]},
+        "convert_full": {"words": ["convert", str(root / "run"), "--to", "hf", str(root / "run")]},
+        "convert_size": {"words": ["convert", str(root / "run"), str(root / "hf"), "--shard-size", "5 boxes"]},
     }
     (root / "log_is_a_folder" / "log.jsonl").mkdir(parents=True)
     with busy:
-        found = dict(zip(cases, zygote(list(cases.values())), strict=True))
+        found = {name: forked(**case) for name, case in cases.items()}
     assert found["run"].code == 0, found["run"].err
     return {**found, "root": root, "port": port, "closed": closed}
 

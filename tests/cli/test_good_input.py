@@ -123,10 +123,10 @@ def test_a_run_from_beginning_to_end(train_args: Any, tmp_path: Path) -> None:
     assert plan["parameters"]["total"] == built
 
 
-def test_a_stop_that_is_behind_says_so(train_args: Any, zygote: Any, tmp_path: Path) -> None:
+def test_a_stop_that_is_behind_says_so(train_args: Any, forked: Any, tmp_path: Path) -> None:
     """The same command with train.stop_at does not go on: it has to say what does."""
     words = train_args(tmp_path / "run", "train.stop_at=1")
-    first, second = zygote([{"args": words}, {"args": words}])
+    first, second = forked(words), forked(words)
     assert first.code == second.code == 0
     assert "train.stop_at" in second.out
 

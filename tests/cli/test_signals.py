@@ -60,7 +60,7 @@ def _stops_saved(running: Running, run_folder: Path, sent_at: int) -> int:
     return step
 
 
-def test_one_process(train_args: Any, zygote: Any, tmp_path: Path) -> None:
+def test_one_process(train_args: Any, forked: Any, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     first = Running(*train_args(cut, *SETTINGS))
     first.wait_for("step 3/")
@@ -73,7 +73,7 @@ def test_one_process(train_args: Any, zygote: Any, tmp_path: Path) -> None:
     second.process.send_signal(signal.SIGINT)
     _stops_saved(second, cut, step + 2)
 
-    rest, undisturbed = zygote([{"args": ["train", str(cut)]}, {"args": train_args(whole, *SETTINGS)}])
+    rest, undisturbed = forked(["train", str(cut)]), forked(train_args(whole, *SETTINGS))
     assert rest.code == undisturbed.code == 0, rest.err + undisturbed.err
     _same(cut, whole)
 

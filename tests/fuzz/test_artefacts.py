@@ -90,6 +90,7 @@ KINDS: dict[str, tuple[list[str], list[list[str]]]] = {  # which files are chang
 # difference. A checkpoint that is not what it was may be left for the one before.
 HASHED = re.compile(r"(run/checkpoints/.*|data/(?!manifest\.json).*(\.tar|\.npy)|data/tokenizer\.model)")
 READS = ("generate", "evaluate", "convert")  # what they print and write depends on nothing but what they read
+LIMIT_BYTES = 3 << 30  # beyond what the warm process has
 REAL = 0.04  # of the examples run the installed command
 MAY_FAIL = {("checkpoint", "verify"), ("checkpoint", "diff"), ("data", "verify")}  # exit code 1 is their finding
 
@@ -101,6 +102,15 @@ def listing(folder: Path, without: Path) -> set[str]:
         folders[:] = [name for name in folders if Path(path, name) != without]
         found |= {str(Path(path, name)) for name in (*folders, *files)}
     return found
+
+
+def attempt(words: list[str], box: Path, installed: bool = False) -> forked.Ended:
+    """Run a command in box/work."""
+    home = box / "home"
+    env = {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "XDG_CACHE_HOME": str(home / "cache")}
+    if installed:
+        return forked.real(words, cwd=box / "work", env=env)
+    return forked.command(words, home, cwd=[box / "work"], env=env, memory=LIMIT_BYTES)
 
 
 def broken(words: list[str], ended: forked.Ended) -> str:
@@ -120,7 +130,7 @@ def broken(words: list[str], ended: forked.Ended) -> str:
     )  # a line for each problem
     if ended.code in (2, 88) and len(said) != 1 and not reports:
         return f"{len(said)} lines of error"
-    return "" if ended.peak < 2 * forked.LIMIT_BYTES else f"{ended.peak >> 20} MiB"
+    return "" if ended.peak < 2 * LIMIT_BYTES else f"{ended.peak >> 20} MiB"
 
 
 class Values:
@@ -135,7 +145,7 @@ class Values:
         key = tuple(words)
         if key not in self._known:
             _fresh(self._whole, self._box)
-            ended = forked.command(words, self._box / "work", self._box / "home")
+            ended = attempt(words, self._box)
             assert ended.code == 0, ended.err
             self._known[key] = outcome(ended, self._box / "work")
         return self._known[key]
@@ -170,7 +180,6 @@ def _fresh(whole: Path, box: Path) -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_artefacts(kind: str, whole: Path, seconds: float, tmp_path: Path) -> None:
-    forked.warm()
     patterns, commands = KINDS[kind]
     names = sorted({str(p.relative_to(whole)) for each in patterns for p in whole.glob(each) if p.is_file()})
     assert names, patterns
@@ -191,8 +200,7 @@ def test_changed_artefacts(kind: str, whole: Path, seconds: float, tmp_path: Pat
         _fresh(whole, box)
         anew = mutate.mutate(box / "work" / name, choose)
         before = listing(tmp_path, box)
-        how = forked.real if random.Random(seed).random() < REAL else forked.command
-        ended = how(words, box / "work", box / "home")
+        ended = attempt(words, box, installed=random.Random(seed).random() < REAL)
         wrong = broken(words, ended) or other_value(name, words, anew, ended, box / "work", values)
         if listing(tmp_path, box) != before or (box / "work" / "pwned").exists():
             wrong = "a file outside"
@@ -208,14 +216,11 @@ def test_changed_artefacts(kind: str, whole: Path, seconds: float, tmp_path: Pat
 @pytest.mark.timeout(0)
 def test_the_commands_work_on_what_nobody_has_changed(whole: Path, tmp_path: Path) -> None:
     """Else the fuzzer would be content with commands that refuse everything."""
-    forked.warm()
     every = {tuple(words) for _, commands in KINDS.values() for words in commands}
     refused = []
     for words in sorted(every):
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        (tmp_path / "home").mkdir(parents=True)
-        shutil.copytree(whole, tmp_path / "work")
-        ended = forked.command(list(words), tmp_path / "work", tmp_path / "home")
+        _fresh(whole, tmp_path)
+        ended = attempt(list(words), tmp_path)
         if ended.code != (1 if words[:2] == ("checkpoint", "diff") else 0):
             refused.append(f"{' '.join(words)}: {ended.code}\n{ended.err[-600:]}")
     assert not refused, "\n".join(refused)
