@@ -19,7 +19,7 @@ from megatron_bit.diffusion.noise import build_noise
 from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.optim.optimizer import EMA
-from megatron_bit.run.checkpoints import read_meta
+from megatron_bit.run.checkpoints import check_undamaged, read_meta
 from megatron_bit.run.folder import data_of, newest_checkpoint
 
 CODE_TABLE = "model.code_table"
@@ -37,9 +37,11 @@ class Source:
             weights: the newest ones, or their running average (`optim.ema_decay`).
 
         Raises:
-            UserError: no complete checkpoint, one without such weights, or the tokenizer is gone or another one.
+            UserError: no complete checkpoint, a damaged one, one without such weights, or the tokenizer is gone or
+                another one.
         """
         self.folder = newest_checkpoint(run)
+        check_undamaged(self.folder)
         meta = read_meta(self.folder)
         config = config_from_dict(meta["config"])
         if weights == "ema" and not config.optim.ema_decay:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -87,11 +88,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return schema.read(folder, "meta.json", schema.META)
 
 
-def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+def problems(
+    folder: Path, share: int = 0, shares: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
     """What is wrong with a committed checkpoint: one line for every missing, cut or changed file.
 
     Args:
         share, shares: look at every `shares`-th file only, from the `share`-th; the ranks of a job divide the work.
+        progress: called with (bytes looked at, bytes in all) before every file.
     """
     try:
         text = (folder / "hashes.json").read_bytes()
@@ -102,9 +106,13 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         return [str(error)]
     except (OSError, ValueError) as error:
         return [f"{folder} is incomplete: {error}"]
-    found = []
-    for name, expected in sorted(files.items())[share::shares]:
+    found: list[str] = []
+    mine, done = sorted(files.items())[share::shares], 0
+    total = sum(expected["bytes"] for _, expected in mine)
+    for name, expected in mine:
         path = folder / name
+        progress(done, total)
+        done += expected["bytes"]
         try:
             size = path.stat().st_size
             if size != expected["bytes"]:
@@ -116,6 +124,27 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         except OSError as error:
             found.append(f"{path} cannot be read: {error.strerror}")
     return found
+
+
+def check_undamaged(folder: Path) -> None:
+    """Hash every file, and say on stderr how far that is if it takes a while; UserError if one is missing, cut or
+    changed."""
+    begin = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2.0:
+            last = time.monotonic()
+            left = (last - begin) * (total - done) / max(1, done)
+            print(f"hashing {folder}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, ETA {left:.0f} s", file=sys.stderr)
+
+    found = problems(folder, progress=progress)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(
+            f"checkpoint {folder} is damaged: {found[0]}{more}; restore it, or give an older one: `megatron-bit "
+            "checkpoint verify` says which are whole"
+        )
 
 
 def size(folder: Path) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
@@ -121,20 +123,36 @@ def _without_tensors(run: Path) -> None:
     next((newest_checkpoint(run)).glob("rank-*.safetensors")).unlink()
 
 
+def _another_value(run: Path) -> None:
+    """One bit of one weight, as a disk or a copy makes them: nothing but its sum tells."""
+    path = next(newest_checkpoint(run).glob("rank-*.safetensors"))
+    data = bytearray(path.read_bytes())
+    (header,) = struct.unpack("<Q", data[:8])
+    places = json.loads(data[8 : 8 + header])
+    weights = next(value for name, value in places.items() if "/param/" in name)
+    data[8 + header + weights["data_offsets"][0]] ^= 1
+    path.write_bytes(data)
+
+
 def _of_another_code(run: Path) -> None:
-    path = newest_checkpoint(run) / "meta.json"
-    path.write_text(path.read_text().replace('"code": "random"', '"code": "gray"'))
+    _edit_meta(run, '"code": "random"', '"code": "gray"')
 
 
 def _of_another_shape(run: Path) -> None:
+    _edit_meta(run, '"ffn_hidden_size": 88', '"ffn_hidden_size": 92')
+
+
+def _edit_meta(run: Path, old: str, new: str) -> None:
     path = newest_checkpoint(run) / "meta.json"
-    path.write_text(path.read_text().replace('"ffn_hidden_size": 88', '"ffn_hidden_size": 92'))
+    path.write_text(path.read_text().replace(old, new))
+    tiny_runs.sums_anew(path.parent)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_without_tensors, "cannot be read"),
+        (_without_tensors, "is damaged: .* cannot be read"),
+        (_another_value, "is damaged: .* has changed since it was written.*verify"),
         (_of_another_code, "another table of codes"),
         (_of_another_shape, r"shape \(88, 48\), the configuration wants \(92, 48\)"),
         (shutil.rmtree, "no complete checkpoint"),
