@@ -24,7 +24,7 @@ from megatron_bit.config import Config
 MicroBatch = tuple[Tensor, Tensor]  # tokens int64 [b, S], global sample indices int64 [b]
 LEVEL_ELEMENT = 0xFFFF  # element counter of a block's noise level
 FEATURES = 128  # sinusoids of the noise level
-ZEROS = ("head.output", "head.prior", "head.prior_last")
+ZEROS = ("head.output", "head.prior", "head.prior_last", "embedding.memory", "head.memory", "head.inner_memory")
 TABLES = ("embedding.start", "embedding.values", "embedding.pairs.factors", "head.previous", "head.values", "head.told",
           "head.pairs.factors")  # fmt: skip
 
@@ -186,6 +186,13 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if m.names == "pairs":
         shapes |= {"embedding.pairs.factors": (rows, 2 * d), "embedding.pairs.mix.weight": (d, 2 * d)}
         shapes |= {"head.pairs.factors": (rows, 2 * w), "head.pairs.mix.weight": (w, 2 * w)}
+    if m.memory.rows:
+        size = m.memory.rows * len(m.memory.orders) * m.memory.hashes
+        shapes["embedding.memory.table"] = (size, d)
+        if h.kind == "chain":
+            shapes["head.memory.table"] = (size, w)
+            if len(groups) > 1:
+                shapes["head.inner_memory.table"] = (size, w)
     for i in range(m.num_layers):
         layer = f"backbone.layers.{i}."
         shapes[f"{layer}input_layernorm.weight"] = (d,)
@@ -231,6 +238,28 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             weights[name] = torch.randn(shape, generator=generator) * std
     return weights
+
+
+# ---------------------------------------------------------------- memory: hashes of n-grams, in Python's integers
+WORD = 2**64 - 1
+
+
+def splitmix(x: int) -> int:
+    """The finalizer of splitmix64."""
+    x &= WORD
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
+    return x ^ x >> 31
+
+
+def hash_factor(kind: int, index: int) -> int:
+    """Of group, token back or table `index`; kind 0, 1, 2."""
+    return splitmix((kind * 2**32 + index + 1) * 0x9E3779B97F4A7C15) | 1
+
+
+def hash_values(values: Sequence[int]) -> int:
+    """The key of a token's groups, or of the first ones of them."""
+    return splitmix(sum((value + 1) * hash_factor(0, i) for i, value in enumerate(values)))
 
 
 # ---------------------------------------------------------------- model
@@ -292,6 +321,9 @@ class ReferenceModel:
                 embedded = self._name("embedding.values", "embedding.pairs", self._one_hot(self.values(bits)))
             else:
                 embedded = F.silu(bits @ w["embedding.fc1.weight"].T) @ w["embedding.fc2.weight"].T
+            if m.memory.rows:
+                known = [[p + 1 - start for p, start in enumerate(row)] for row in self._starts_of_inputs(tokens)]
+                embedded = embedded + self._remember("embedding.memory", self.values(bits), known)
             x = torch.cat((x, self._norm(embedded, "embedding.norm")), dim=1)
         inside = torch.arange(length) - self.starts(tokens)  # [b, S]
         if self.config.data.document_boundaries == "mask":
@@ -377,6 +409,42 @@ class ReferenceModel:
             product = sum(a * b for a, b in every_two) / math.sqrt(len(every_two))
             out = out + product @ self.weights[f"{pairs}.mix.weight"].T
         return out
+
+    def _starts_of_inputs(self, tokens: Tensor) -> list[list[int]]:
+        """Where the document begins that the position which reads token p (p + K) is in, for all p but the last K."""
+        k, masked = self.config.model.block_size, self.config.data.document_boundaries == "mask"
+        return [[begin if masked else 0 for begin in row[k:]] for row in self.starts(tokens).tolist()]
+
+    def _remember(
+        self, table: str, values: list[Tensor], known: list[list[int]], begun: list[list[Sequence[int]]] | None = None
+    ) -> Tensor:
+        """[b, S, width]: the embeddings of the n-grams that end with each token, of values [b, S].
+
+        known: how many tokens of its document there are up to each. begun: the first groups of the token behind each,
+        which the n-grams end with then, and have a token less.
+        """
+        memory, weights = self.config.model.memory, self.weights[f"{table}.table"]
+        keys = [
+            [hash_values(token) for token in zip(*row, strict=True)]
+            for row in zip(*(v.tolist() for v in values), strict=True)
+        ]
+        out = []
+        for b, row in enumerate(keys):
+            for p in range(len(row)):
+                total = torch.zeros(weights.shape[1])
+                for i, order in enumerate(memory.orders):
+                    count = order if begun is None else order - 1
+                    if known[b][p] < count:
+                        continue
+                    key = sum(row[p - j] * hash_factor(1, j) for j in range(count))
+                    if begun is not None:
+                        key += hash_values(begun[b][p]) * hash_factor(1, 63)
+                    for k in range(memory.hashes):
+                        number = i * memory.hashes + k
+                        place = (splitmix(key + hash_factor(2, number)) & WORD >> 1) % memory.rows
+                        total = total + weights[number * memory.rows + place]
+                out.append(total)
+        return torch.stack(out).unflatten(0, (len(keys), -1))
 
     def _kept(self, sample: Tensor, blocks: int) -> Tensor | None:
         """[b, n], 0 where training hides the backbone from a block's head, else 1."""
@@ -527,6 +595,13 @@ class ReferenceModel:
         found = self._evidence(odds)
         return torch.cat([(out[..., i, : len(c)] + e).softmax(-1) @ c for i, (c, e) in enumerate(found)], dim=-1)
 
+    def _inside(self, values: list[Tensor], i: int, counts: list[list[int]]) -> Tensor:
+        """[b, S, W]: what the memory says of each token's first i groups behind the tokens before it."""
+        begun = torch.stack(values[:i], -1).tolist()
+        # as if a token without groups stood before the first one: it is never looked at
+        shifted = [F.pad(v[:, :-1], (1, 0)) for v in values]
+        return self._remember("head.inner_memory", shifted, [[0, *row] for row in counts], begun)
+
     def chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
         """tokens [b, S] to nats [b, S], one stage after another."""
         w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
@@ -535,12 +610,19 @@ class ReferenceModel:
         same = self.same_document(tokens)
         if same is not None:  # nothing stands before a document
             before = before * same.diagonal(-1, 1, 2)[..., None]
+        counts = [[p + 1 - (begin if same is not None else 0) for p, begin in enumerate(row[1:])]
+                  for row in self.starts(tokens).tolist()]  # fmt: skip
+        if self.config.model.memory.rows:
+            before = before + self._remember("head.memory", [v[:, :-1] for v in values], counts)
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
         total, told = torch.zeros(tokens.shape[:2]), 0.0
         for i, (first, last) in enumerate(group_slices(self.config)):
             context = self._of_block("condition", hidden, kept)[:, :, None]
             condition = F.silu(w["head.stage"][i] + context)
-            features = self._head_layers(known + context, condition, same)[:, :, 0].flatten(1, 2)  # [b, S, W]
+            given = known
+            if i and self.config.model.memory.rows:
+                given = known + self._inside(values, i, counts).unflatten(1, (-1, k))[:, :, None]
+            features = self._head_layers(given + context, condition, same)[:, :, 0].flatten(1, 2)  # [b, S, W]
             logits = features @ w["head.output.weight"].unflatten(0, (len(values), -1))[i].T
             if self.config.model.head.prior:
                 prior = self._of_block("prior", hidden, kept).flatten(1, 2)

@@ -26,9 +26,9 @@ _SIZES = """
 """
 _OURS = """
     bits block_size block_causal max_position_embeddings head_hidden_size head_intermediate_size head_num_layers
-    head_num_attention_heads head_kind head_prior head_window group_sizes names prior_rank matched_filter
-    sigma_min sigma_max sigma_log_mean sigma_log_std sigma_kind sigma_masses condition_drop self_condition
-    initializer_range
+    head_num_attention_heads head_kind head_prior head_window group_sizes names prior_rank memory_rows memory_orders
+    memory_hashes matched_filter sigma_min sigma_max sigma_log_mean sigma_log_std sigma_kind sigma_masses
+    condition_drop self_condition initializer_range
 """
 _NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
@@ -195,6 +195,11 @@ def _bitlm(there: Mapping[str, Any], layers: Mapping[str, Any], code: str) -> di
         "attention": "block_causal" if there["block_causal"] else "causal",
         "init_std": there["initializer_range"],
         "head": head,
+        "memory": {  # younger than the first folders
+            "rows": there.get("memory_rows", 0),
+            "orders": there.get("memory_orders", [2, 3]),
+            "hashes": there.get("memory_hashes", 1),
+        },
     }
     diffusion = {
         "parameterization": "matched_filter" if there["matched_filter"] else "direct",

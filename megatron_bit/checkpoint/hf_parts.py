@@ -74,6 +74,8 @@ def parts(config: Config) -> Iterator[Part]:
             yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
             yield _same("model.embed_tokens.fc2.weight", "embedding.fc2.weight", d, d)
         yield _same("model.embed_tokens.norm.weight", "embedding.norm.weight", d)
+    if m.memory.rows:
+        yield _same("model.embed_tokens.memory.table", "embedding.memory.table", m.memory.total_rows, d)
     for i in range(m.num_layers):
         yield from _backbone_layer(m, f"model.layers.{i}.", f"backbone.layers.{i}.")
     yield _same("model.norm.weight", "backbone.final_layernorm.weight", d)
@@ -115,6 +117,9 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
             for end in ends:
                 yield same(f"head.tie{end}_proj.weight", f"head.tie{end}.weight", rank, d)
             yield same("head.tied", "head.tied", m.group_values, rank)
+        if m.memory.rows:
+            for place in ("memory", "inner_memory")[: len(m.group_sizes)]:
+                yield same(f"head.{place}.table", f"head.{place}.table", m.memory.total_rows, w)
     else:
         yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
         if estimate:

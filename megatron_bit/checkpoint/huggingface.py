@@ -171,6 +171,32 @@ class HuggingFaceWeights:
         return self._files[file]
 
 
+def check_shapes(folder: Path, there: Mapping[str, Any]) -> None:
+    """Hold the tensors of a converted BitLM against its config.json, before memory is taken for either.
+
+    Args:
+        there: what config.json says.
+
+    Raises:
+        UserError: a size that no model here can have, a tensor that is missing or of another shape, no such files.
+    """
+    config = config_from_dict(hf_config.settings(folder, there, "binary" if there.get("vocab_size") else "raw"))
+    index, shapes = folder / "model.safetensors.index.json", {}
+    for file in sorted({*_weight_map(index).values()} if index.exists() else {"model.safetensors"}):
+        try:
+            with safe_open(str(folder / file), framework="pt") as held:
+                shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weights {folder / file} cannot be read: {error}") from None
+    for part in parts(config):
+        if shapes.get(part.name) != part.shape:
+            has = f"of shape {shapes[part.name]}" if part.name in shapes else "missing"
+            raise UserError(
+                f"converted folder {folder}: tensor {part.name} is {has}, and config.json makes it {part.shape}; copy "
+                "the folder again"
+            )
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor to file; UserError for an index that names what is no plain file of the folder."""
     where = read_json(index).get("weight_map")

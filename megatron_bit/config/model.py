@@ -17,20 +17,20 @@ class HeadConfig(Section):
     the autoregressive peer to compare with: a token table, and a softmax over the vocabulary, both untied and split
     over `parallel.tp`; it needs `model.block_size=1`, and what is said below of the head, of bits and of noise then
     has no effect."""
-    window: int = Field(default=8, ge=1)
+    window: int = Field(default=8, ge=1, le=2**20)
     """Tokens, its own among them, that a token of a chain head's attention reaches back to, also across blocks."""
     prior: bool = True
     """Add to the head's logits a linear map of the backbone's states, the same at every noise level."""
-    prior_rank: int = Field(default=0, ge=0)
+    prior_rank: int = Field(default=0, ge=0, le=2**20)
     """Of a `chain`: the prior of a group is told the groups before it, by a product of this rank with the backbone's
     states. 0: it is not, and cannot tie the groups of a token together. 96 was tried (docs/quality.md)."""
     num_layers: int = Field(default=2, ge=1, le=4096)
     """Layers of the head, a light transformer over the K tokens of one block."""
-    hidden_size: int = Field(default=256, ge=8)
+    hidden_size: int = Field(default=256, ge=8, le=2**20)
     """Width of the head."""
-    num_heads: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=4, ge=1, le=2**16)
     """Attention heads of the head; divisible by `parallel.tp`."""
-    ffn_hidden_size: int = Field(default=640, ge=8)
+    ffn_hidden_size: int = Field(default=640, ge=8, le=2**22)
     """SwiGLU width of the head; divisible by `parallel.tp`."""
 
     @model_validator(mode="after")
@@ -40,6 +40,35 @@ class HeadConfig(Section):
         if self.kind == "chain" and (self.hidden_size // self.num_heads) % 2:
             raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} has to be even for RoPE")
         return self
+
+
+class MemoryConfig(Section):
+    """Embeddings of the newest tokens together: of every n-gram, hashed, in tables of fixed size."""
+
+    rows: int = Field(default=0, ge=0, le=2**32)
+    """Rows of each table; there is one for each order and hash, at the backbone's input, and of a `chain` also in the
+    head, keyed by the tokens before and, inside a token, by the groups before. 0: no memory. A row costs weights and
+    optimizer state and no FLOPs. 16,384 was tried (docs/quality.md)."""
+    orders: tuple[int, ...] = (2, 3)
+    """Lengths of the n-grams, in tokens: from 1 to 8, each once. Order 1 is the newest token alone."""
+    hashes: int = Field(default=1, ge=1, le=8)
+    """Rows that an n-gram has, each in a table of its own, against collisions."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MemoryConfig:
+        if not self.orders or len({*self.orders}) < len(self.orders) or not {*self.orders} <= {*range(1, 9)}:
+            raise ValueError(f"orders {list(self.orders)} have to be one or more of the lengths 1 to 8, each once")
+        return self
+
+    @property
+    def tables(self) -> int:
+        """Tables, and rows that are looked up for one token, T."""
+        return len(self.orders) * self.hashes
+
+    @property
+    def total_rows(self) -> int:
+        """Of all tables."""
+        return self.tables * self.rows
 
 
 class ModelConfig(Section):
@@ -66,15 +95,15 @@ class ModelConfig(Section):
     the block before; the head, which sees all K states, makes up for it), or every token sees its whole block."""
     num_layers: int = Field(default=6, ge=1, le=4096)
     """Layers of the backbone."""
-    hidden_size: int = Field(default=256, ge=8)
+    hidden_size: int = Field(default=256, ge=8, le=2**20)
     """Width of the backbone, D."""
-    num_heads: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=4, ge=1, le=2**16)
     """Query heads; divisible by `parallel.tp`."""
-    num_kv_heads: int = Field(default=2, ge=1)
+    num_kv_heads: int = Field(default=2, ge=1, le=2**16)
     """Key/value heads (grouped-query attention); divisible by `parallel.tp`."""
-    head_dim: int | None = Field(default=None, ge=2)
+    head_dim: int | None = Field(default=None, ge=2, le=2**16)
     """Width of an attention head of the backbone; without one `hidden_size` / `num_heads`."""
-    ffn_hidden_size: int = Field(default=640, ge=8)
+    ffn_hidden_size: int = Field(default=640, ge=8, le=2**22)
     """SwiGLU width; divisible by `parallel.tp`."""
     qk_norm: bool = True
     """RMSNorm on queries and keys."""
@@ -85,6 +114,7 @@ class ModelConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
     head: HeadConfig = HeadConfig()
+    memory: MemoryConfig = MemoryConfig()
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from megatron_bit.checkpoint.hf_config import read_json
+from megatron_bit.checkpoint.huggingface import check_shapes
 from megatron_bit.errors import UserError
 from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM, TextStream
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
@@ -113,6 +114,7 @@ class Generator:
                     "transformers"
                 )
             _check_values(folder, values)
+            check_shapes(folder, values)
             loaded: Any = BitLMForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
             self.model, found = loaded
             vocabulary, bits = self.model.config.vocab_size, self.model.config.bits

@@ -49,6 +49,11 @@ class Source:
                 f"checkpoint {self.folder} has no average of the weights (optim.ema_decay is 0 there); leave out "
                 "--weights ema"
             )
+        if config.model.head.kind == "softmax" and config.model.memory.rows:
+            raise UserError(
+                f"checkpoint {self.folder} is of a softmax peer with model.memory, which no model of transformers has; "
+                "its losses are in the run's log.jsonl and validation.jsonl"
+            )
         self.weights = weights
         self.step = int(meta["step"])
         self.identity: dict[str, Any] = meta["identity"]
@@ -167,6 +172,9 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "group_sizes": list(m.group_sizes),
         "names": m.names,
         "prior_rank": m.head.prior_rank,
+        "memory_rows": m.memory.rows,
+        "memory_orders": list(m.memory.orders),
+        "memory_hashes": m.memory.hashes,
         "matched_filter": d.parameterization == "matched_filter",
         "sigma_min": d.sigma_min,
         "sigma_max": d.sigma_max,

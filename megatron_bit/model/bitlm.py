@@ -27,17 +27,20 @@ from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place,
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.embedding import BitEmbedding
 from megatron_bit.model.head import DenoisingHead
+from megatron_bit.model.memory import ngram_rows, token_keys
 from megatron_bit.model.recompute import again
 
 
 class BitInput(ModelChunk):
     """Bits -> embedding -> backbone layers: what every model over bits begins with. The head is a subclass's."""
 
+    embedding: BitEmbedding | None
+
     def __init__(self, config: Config, place: Place, codec: Codec | RawCodec) -> None:
         super().__init__(config, place)
         self.codec = codec
         self.bit_groups = BitGroups(config.model.group_sizes)
-        self.embedding = BitEmbedding(config, place.mcore, self.bit_groups) if place.first else None
+        self.embedding = BitEmbedding(config, place.mcore, place.groups.tp, self.bit_groups) if place.first else None
         self.backbone = Backbone(config, *place)
 
     @property
@@ -53,12 +56,28 @@ class BitInput(ModelChunk):
         assert self.embedding is not None
         length, k, most = tokens.shape[1], self.settings.model.block_size, self.settings.diffusion.context_noise
         first, last = self._bounds(length)
-        inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)[:, first:last]
-        bits = self.codec.encode(inputs.transpose(0, 1))
+        inputs = torch.cat((tokens[:, :k], tokens[:, : length - k]), dim=1)
+        remembers = self.embedding.memory is not None
+        begin, end = (0, length) if remembers else (first, last)  # n-grams reach into what other ranks hold
+        bits = self.codec.encode(inputs[:, begin:end].transpose(0, 1))
         if most and sample is not None:
-            seed, blocks = self.settings.train.seed, (last - first) // k
-            bits = torch.where(bit_flips(seed, sample, first // k, blocks, k, bits.shape[-1], most), -bits, bits)
-        return self.embedding(bits, first, start[:, first:last].t() if start is not None and self.masked else None)
+            seed, blocks = self.settings.train.seed, (end - begin) // k
+            bits = torch.where(bit_flips(seed, sample, begin // k, blocks, k, bits.shape[-1], most), -bits, bits)
+        begins = start.t() if start is not None and self.masked else None
+        remembered = self._remember(bits, begins) if remembers else None
+        rows = bits[first - begin : last - begin]
+        return self.embedding(rows, first, None if begins is None else begins[first:last], remembered)
+
+    def _remember(self, bits: Tensor, begins: Tensor | None) -> Tensor:
+        """What the memory has of the input's n-grams, [s, b, D].
+
+        bits: int8 [S, b, B], at the input positions; begins: int64 [S, b], where their documents begin; None: at 0.
+        """
+        assert self.embedding is not None and self.embedding.memory is not None
+        m = self.settings.model
+        position = torch.arange(len(bits), device=bits.device)[:, None].expand(bits.shape[:2])
+        known = (position if begins is None else position - begins) - m.block_size + 1
+        return self.embedding.memory(ngram_rows(m.memory, token_keys(self.bit_groups.index(bits)), known))
 
     def condition(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """The states [s, b, D] that the head is conditioned on in training: zero where `diffusion.condition_drop` says.

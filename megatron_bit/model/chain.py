@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
@@ -25,6 +26,7 @@ from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.head import BlockHead
 from megatron_bit.model.layers import PARTIAL, earlier, init_device, linear, look_up, make_pairs, name_of, value_table
+from megatron_bit.model.memory import begun_keys, make_memory, ngram_rows, token_keys
 from megatron_bit.model.recompute import again
 
 
@@ -35,13 +37,15 @@ class ChainHead(BlockHead):
         self.rope = RotaryEmbedding(config.model.rope_base)
         super().__init__(config, mcore, tp_group, groups.count * groups.values)
         w = config.model.head.hidden_size
-        self.groups = groups
+        self.groups, self.remembers = groups, config.model.memory
         self.recompute = config.recompute_head
         self.previous = value_table(mcore, groups, w)  # of the token before
         self.pairs = make_pairs(config, mcore, groups, w)  # the same
         self.values = value_table(mcore, groups, w)  # of the token's own groups that are decided
         self.stage = nn.Parameter(torch.empty(groups.count, w, dtype=mcore.params_dtype, device=init_device(mcore)))
         setattr(self.stage, PARTIAL, mcore.sequence_parallel)
+        self.memory = make_memory(config, mcore, tp_group, w)  # of the tokens before
+        self.inner_memory = make_memory(config, mcore, tp_group, w) if groups.count > 1 else None  # and groups before
         m, rank = config.model, config.model.head.prior_rank
         self.told = value_table(mcore, groups, rank) if rank else None  # what the prior of a group hears of others
         if rank:
@@ -50,14 +54,21 @@ class ChainHead(BlockHead):
             self.tied = value_table(mcore, groups, rank)  # zero at the start, like the prior
 
     def forward(
-        self, index: Tensor, previous: Tensor, known: Tensor, hidden: Tensor, start: Tensor | None = None
+        self,
+        index: Tensor,
+        previous: Tensor,
+        known: Tensor,
+        hidden: Tensor,
+        start: Tensor | None = None,
+        remembered: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """
         Args:
             index: int64 [s, b, G], values of the tokens' groups.
             previous: int64 [s, b, G], those of the tokens before.
-            known: bool [s] or [s, b], whether there is a token before.
+            known: bool [s, b] or [s, 1], whether there is a token before.
             hidden: [s, b, D], the backbone's states.
+            remembered: of `remember`.
             start: int64 [b, S], the first position that each token of the whole sequence may see; None: all before it.
 
         Returns:
@@ -65,13 +76,31 @@ class ChainHead(BlockHead):
         """
         g = self.groups
         own = look_up(self.values, index, g)
-        before = name_of(self.previous, self.pairs, previous, g) * known.view(len(known), -1, 1)
+        before = name_of(self.previous, self.pairs, previous, g) * known[..., None]
+        if remembered is not None:
+            before = before + remembered[0]
         x = before[:, :, None] + own.cumsum(-2) - own  # stage i has the groups before i
+        if remembered is not None and remembered[1] is not None:
+            x = x + F.pad(remembered[1], (0, 0, 1, 0))
         prior, tie = self.prior_logits(hidden), self._tie(index, hidden)
         if self.recompute:
             parts = [slice(i, i + 1) for i in range(g.count)]
             return torch.cat([again(self._stages, part, x, index, hidden, prior, tie, start) for part in parts], dim=-1)
         return self._stages(slice(None), x, index, hidden, prior, tie, start)
+
+    def remember(self, index: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """What the memory has of the n-grams before each token [s, b, W], and of those that end inside it
+        [s, b, G - 1, W], for each group but the first; None without one.
+
+        index: int64 [S, b, G], of the whole sequence; known: int64 [S, b], tokens before each that may be looked at.
+        """
+        if self.memory is None:
+            return None
+        before = token_keys(index).roll(1, 0)
+        inner = None
+        if self.inner_memory is not None:
+            inner = self.inner_memory(ngram_rows(self.remembers, before, known, begun_keys(index)))
+        return self.memory(ngram_rows(self.remembers, before, known)), inner
 
     def _tie(self, index: Tensor, hidden: Tensor) -> Tensor | None:
         """What ties a token's groups in the prior, [s, b, G, rank]: the states times what is decided before each."""
@@ -106,6 +135,8 @@ class ChainHead(BlockHead):
 class ChainLM(BitInput):
     """A BitLM with a chain head."""
 
+    head: ChainHead | None
+
     def __init__(self, config: Config, place: Place, codec: Codec | RawCodec) -> None:
         super().__init__(config, place, codec)
         self.head = ChainHead(config, place.mcore, place.groups.tp, self.bit_groups) if place.last else None
@@ -125,6 +156,7 @@ class ChainLM(BitInput):
         tokens, start = batch.tokens, batch.start if self.masked else None
         first, last = self._bounds(tokens.shape[1])
         index = self.bit_groups.index(self.codec.encode(tokens.transpose(0, 1)))
-        position = torch.arange(first, last, device=tokens.device)[:, None]
-        known = position > (0 if start is None else start[:, first:last].t())
-        return self.head(index[first:last], index.roll(1, 0)[first:last], known, hidden, start).sum(-1)
+        position = torch.arange(tokens.shape[1], device=tokens.device)[:, None].expand(index.shape[:2])
+        known = position if start is None else position - start.t()  # tokens of its document before each
+        own, previous, before = (t[first:last] for t in (index, index.roll(1, 0), known > 0))
+        return self.head(own, previous, before, hidden, start, self.head.remember(index, known)).sum(-1)

@@ -15,7 +15,7 @@ from megatron_bit.parallel.logical import VOCABULARY, pieces
 from megatron_bit.parallel.split import FREQUENCIES
 
 _ONES = re.compile(r"(norm|layernorm)\.weight$")
-_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.(output|prior|prior_last)\.weight|head\.tied)$")
+_ZEROS = re.compile(r"(\.bias|modulation\.weight|head\.(output|prior|prior_last)\.weight|head\.tied|memory\.table)$")
 _RESIDUAL = re.compile(r"(linear_proj|linear_fc2|layers\.\d+\.(proj|fc2))\.weight$")
 
 

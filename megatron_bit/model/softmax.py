@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
+from megatron_bit.model.memory import make_memory, ngram_rows, token_keys
 
 
 class TokenEmbedding(nn.Module):
@@ -36,10 +37,16 @@ class TokenEmbedding(nn.Module):
             config=mcore,
             tp_group=tp_group,
         )
+        self.memory, self.remembers = make_memory(config, mcore, tp_group, m.hidden_size), m.memory
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [b, S] to [s, b, D]."""
-        return self.table(ids if self.scatter else ids.t())  # megatron-core turns it around before it scatters
+    def forward(self, ids: Tensor, start: Tensor | None = None) -> Tensor:
+        """int64 [b, S] to [s, b, D]; start: int64 [b, S], where documents begin, for the memory; None: all at 0."""
+        x = self.table(ids if self.scatter else ids.t())  # megatron-core turns it around before it scatters
+        if self.memory is None:
+            return x
+        position = torch.arange(ids.shape[1], device=ids.device)[:, None].expand(ids.t().shape)
+        known = position if start is None else position - start.t()  # the end of a document before it is none of it
+        return x + self.memory(ngram_rows(self.remembers, token_keys(ids.t()[..., None]), known))
 
 
 class SoftmaxHead(nn.Module):
@@ -103,7 +110,8 @@ class SoftmaxLM(ModelChunk):
         So does the first position of every document, whatever is in the one before.
         """
         assert self.embedding is not None
-        return self.embedding(torch.cat((torch.full_like(tokens[:, :1], self.eos_id), tokens[:, :-1]), dim=1))
+        before = torch.cat((torch.full_like(tokens[:, :1], self.eos_id), tokens[:, :-1]), dim=1)
+        return self.embedding(before, start if self.masked else None)
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """The exact cross-entropy, which is both the loss and the bound.

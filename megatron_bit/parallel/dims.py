@@ -76,6 +76,8 @@ class ParallelDims:
         }
         if m.head.kind != "softmax":
             divided |= {"model.head.num_heads": m.head.num_heads, "model.head.ffn_hidden_size": m.head.ffn_hidden_size}
+        if m.memory.rows:
+            divided["model.memory.rows"] = m.memory.rows
         for key, value in divided.items():
             if value % p.tp:
                 allowed = [d for d in divisors(value) if d <= 64]

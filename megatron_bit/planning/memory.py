@@ -113,10 +113,11 @@ def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
     else:  # log-probabilities and two kinds of probabilities in float32; which values the noisy bits allow
         values = m.head_outputs * (3 * 4 / width + 1) if m.group_bits > 1 else 0
         ends = 12 * h.hidden_size + m.bits * (1 + 4 / width) + values
-    once, names = 0.0, _pairs(config, h.hidden_size)
+    once, names, remembered = 0.0, _pairs(config, h.hidden_size), 0.0
     if h.kind == "chain":
         once, names = names + (2 * len(m.group_sizes) + 1) * h.prior_rank, 0.0
-    return config.head_evaluations * (h.num_layers * layer + (ends + names) / shared) + once / shared
+        remembered = len(m.group_sizes) * _remembered(config, width)
+    return config.head_evaluations * (h.num_layers * layer + (ends + names) / shared) + once / shared + remembered
 
 
 def _pairs(config: Config, width: int) -> float:
@@ -124,12 +125,18 @@ def _pairs(config: Config, width: int) -> float:
     return 2 * width * (2 * len(config.model.group_sizes) + 1) if config.model.names == "pairs" else 0.0
 
 
+def _remembered(config: Config, width: int) -> float:
+    """The same of looking up n-grams: rows (int64) and which are this rank's, of the whole sequence on every rank."""
+    return config.model.memory.tables * 9 / width if config.model.memory.rows else 0.0
+
+
 def head_inputs(config: Config, dims: ParallelDims, width: int) -> float:
     """Elements kept of a head that is computed again: what its evaluations begin with, for one token on one rank."""
     m, shared = config.model, dims.tp if dims.sequence_parallel else 1
     if m.head.kind == "chain":  # inputs of all stages, values of groups (int64), logits of the prior
         groups = len(m.group_sizes)
-        return (groups * m.head.hidden_size + groups * 8 / width + m.head_outputs * m.head.prior) / shared
+        kept = (groups * m.head.hidden_size + groups * 8 / width + m.head_outputs * m.head.prior) / shared
+        return kept + groups * _remembered(config, width)
     # noisy bits; terms of the loss
     return config.head_evaluations * (m.bits + 3) * (4 / width) / shared
 
@@ -142,6 +149,8 @@ def _activations(config: Config, dims: ParallelDims, stage: int, layers: list[in
     if stage == 0 and config.model.head.kind != "softmax":
         chunks[0] += width_of_inputs * (3 if config.model.group_bits == 1 else 1)  # the embedding's norm, and MLP
         chunks[0] += _pairs(config, config.model.hidden_size) / (dims.tp if dims.sequence_parallel else 1)
+    if stage == 0:
+        chunks[0] += _remembered(config, width)
     if full and stage == dims.pp - 1:
         chunks[-1] += 2 * width_of_inputs  # the last norm, which a layer's own count makes up for otherwise
     head = head_activations(config, dims, width) if stage == dims.pp - 1 else 0.0

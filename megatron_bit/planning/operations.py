@@ -71,15 +71,24 @@ def layer_work(config: Config, dims: ParallelDims) -> Work:
 
 
 def embedding_work(config: Config, dims: ParallelDims) -> Work:
-    """Bits to hidden states, through an MLP or a table; replicated over TP, split by the sequence under SP."""
-    m = config.model
-    rows = config.train.micro_batch_size * config.data.seq_length / (dims.tp if dims.sequence_parallel else 1)
-    work = Work(elements=4 * rows * m.hidden_size)
+    """Bits to hidden states, through an MLP or a table; replicated over TP, split by the sequence under SP. A token
+    table and a memory are split over TP: each rank looks up of the whole sequence what it has."""
+    m, tokens = config.model, config.train.micro_batch_size * config.data.seq_length
+    rows = tokens / (dims.tp if dims.sequence_parallel else 1)
+    work = Work(elements=4 * rows * m.hidden_size + _remembered(config) * tokens * m.hidden_size)
+    if dims.tp > 1:
+        work.collectives = (m.head.kind == "softmax") + (m.memory.rows > 0)
+        work.collective_elements = tokens * m.hidden_size
     if m.head.kind != "softmax" and m.group_bits == 1:
         work.products = [Product(rows, m.hidden_size, m.bits), Product(rows, m.hidden_size, m.hidden_size)]
     if m.head.kind != "softmax" and m.names == "pairs":
         work.products = [Product(rows, m.hidden_size, 2 * m.hidden_size)]
     return work
+
+
+def _remembered(config: Config) -> float:
+    """Elements read and written to look up a token's n-grams, for each channel: rows, masked rows, their sum."""
+    return 4.0 * config.model.memory.tables + 1.0 if config.model.memory.rows else 0.0
 
 
 def head_work(config: Config, dims: ParallelDims) -> Work:
@@ -120,10 +129,12 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
         if m.names == "pairs":
             products += [Product(mine, w, 2 * w), Product(mine, 2 * w, outputs)]
     keys = 2 * h.window if h.kind == "chain" else m.block_size
+    remembers = h.kind == "chain" and m.memory.rows > 0  # before each token, and inside it before each group but one
+    elements = elements * head_passes(config) + remembers * _remembered(config) * rows * w
     return Work(
         products,
         attention_flops=4.0 * rows * keys * w * n / tp,
-        elements=elements * head_passes(config),
-        collectives=4 * n if tp > 1 else 0,
+        elements=elements,
+        collectives=4 * n + remembers if tp > 1 else 0,
         collective_elements=rows * w,
     )

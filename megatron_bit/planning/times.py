@@ -57,16 +57,18 @@ def step_time(
     head = _passes(head_work(config, dims), hardware, head_precision, width, 3.0 * head_passes(config) + again_head)
     embedding = _passes(embedding_work(config, dims), hardware, head_precision, width, 3.0)
     moved = _collectives(layer_work(config, dims), dims, hardware, width, 2.0 + again)
+    moved_input = _collectives(embedding_work(config, dims), dims, hardware, width, 2.0)
     moved_head = _collectives(head_work(config, dims), dims, hardware, width, 2.0 * head_passes(config) + again_head)
     if overlap.tensor:
         moved, moved_head = max(0.0, moved - layer), max(0.0, moved_head - head)
+        moved_input = max(0.0, moved_input - embedding)
 
     stages = []
     for stage in range(dims.pp):
         layers = sum(split[stage :: dims.pp])
-        last = float(stage == dims.pp - 1)
-        backbone = layers * layer + (embedding if stage == 0 else 0.0)
-        stages.append((backbone, last * head, layers * moved + last * moved_head))
+        first, last = float(stage == 0), float(stage == dims.pp - 1)
+        tensor = first * moved_input + layers * moved + last * moved_head
+        stages.append((layers * layer + first * embedding, last * head, tensor))
     slowest = max(range(dims.pp), key=lambda stage: sum(stages[stage]))
     busy = sum(stages[slowest])
     bubble = (sum(map(sum, stages)) - busy) / dims.vpp

@@ -33,6 +33,7 @@ _KINDS: dict[Kind, str] = {
         model.hidden_size model.num_heads model.num_kv_heads model.head_dim model.ffn_hidden_size model.qk_norm
         model.rope_base model.norm_eps model.head.kind model.head.window model.head.prior model.head.prior_rank
         model.head.num_layers model.head.hidden_size model.head.num_heads model.head.ffn_hidden_size
+        model.memory.rows model.memory.orders model.memory.hashes
         diffusion.parameterization diffusion.self_condition
     """,
     Kind.RUN: """
@@ -84,7 +85,10 @@ def meaning(config: Config) -> dict[str, Any]:
         "model.norm_eps": m.norm_eps,
         "model.block_size": m.block_size,
         "model.attention": m.attention if m.block_size > 1 else "causal",
+        "model.memory.rows": m.memory.rows,
     }
+    if m.memory.rows:
+        values |= {"model.memory.orders": list(m.memory.orders), "model.memory.hashes": m.memory.hashes}
     if head.kind == "softmax":
         return values
     values |= {
@@ -208,7 +212,8 @@ def _different(there: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterable[st
 def _setting(key: str, value: Any) -> str:
     if key == SHOWN:
         return f"diffusion.self_condition={0.5 if value else 0}"
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{key}={text.replace(' ', '')}"  # a list without spaces is one word to a shell
 
 
 def _short(value: Any) -> str:

@@ -91,6 +91,10 @@ NAMES = {
     "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
 }  # fmt: skip
 
+MEMORY = {
+    "model.head.kind": "chain", "model.group_bits": 4, "model.memory.rows": 50, "model.memory.hashes": 2,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "variant",
@@ -102,6 +106,9 @@ NAMES = {
         NAMES,
         {**NAMES, "parallel.recompute": "head", "diffusion.condition_drop": 0.4},
         {"model.group_bits": 4, "model.names": "pairs"},
+        MEMORY,
+        {**MEMORY, "parallel.recompute": "head", "diffusion.context_noise": 0.5, "parallel.sequence_parallel": False},
+        {"model.memory.rows": 30, "model.memory.orders": [1, 3]},
         {"diffusion.context_noise": 0.5},
         {"diffusion.condition_drop": 0.4},
         {"diffusion.condition_drop": 0.4, "model.head.kind": "chain", "model.group_bits": 4},

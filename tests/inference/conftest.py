@@ -74,7 +74,16 @@ VARIANTS = {
         },
         ranks=4,
     ),
-    "names_joint": Variant({**_ODD, "model.group_bits": 4, "model.names": "pairs"}),
+    "memory": Variant(
+        {
+            "model.head.kind": "chain", "model.group_bits": 4, "model.memory.rows": 6, "model.memory.orders": [2, 3],
+            "model.memory.hashes": 2, "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2,
+        },
+        ranks=4,
+    ),
+    "names_joint": Variant(
+        {**_ODD, "model.group_bits": 4, "model.names": "pairs", "model.memory.rows": 5, "model.memory.orders": [1, 4]}
+    ),
     "logistic": Variant({**_ODD, "diffusion.noise": "logistic", "diffusion.log_mean": -0.4, "diffusion.log_std": 0.6}),
     "entropy_rate": Variant({**_ODD, "diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 0}),
     "odd": Variant(_ODD, arguments={"shard_size": "20KB"}),

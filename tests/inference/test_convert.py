@@ -240,9 +240,12 @@ def test_another_tokenizer_of_the_same_size_is_refused(converted, tmp_path):
     [
         ("config.json", "num_attention_heads", 4.0),
         ("config.json", "num_hidden_layers", "2"),
+        ("config.json", "max_position_embeddings", 0),
         ("config.json", "head_prior", 1),
         ("config.json", "group_sizes", [1.5]),
         ("config.json", "head_kind", "/etc/hostname"),
+        ("config.json", "num_key_value_heads", 2**31),
+        ("config.json", "hidden_size", 2**70),
         ("config.json", "sigma_kind", "normal"),
         ("generation_config.json", "steeps", 32),
         ("generation_config.json", "num_beams", 4),
@@ -256,7 +259,21 @@ def test_values_that_mean_nothing_are_refused_when_the_folder_is_opened(file, na
     shutil.copytree(converted["k4"].folder, folder)
     known = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**known, name: value}))
-    with pytest.raises(UserError, match=rf"{folder}.*{name}"):
+    here = {  # what it is called in a configuration
+        "max_position_embeddings": "data.seq_length", "num_key_value_heads": "model.num_kv_heads",
+        "head_kind": "model.head.kind", "sigma_kind": "diffusion.noise",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=rf"{folder}.*{here.get(name, name)}"):
+        Generator(folder)
+
+
+def test_sizes_that_the_weights_do_not_have_cost_no_memory(converted, tmp_path):
+    """A layer of 2^40 parameters: refused by what the file's header says, before anything of that size is made."""
+    folder = tmp_path / "folder"
+    shutil.copytree(converted["k4"].folder, folder)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, "hidden_size": 2**19, "intermediate_size": 2**21}))
+    with pytest.raises(UserError, match=rf"{folder}: tensor model.* is of shape .*, and config.json makes it .*524288"):
         Generator(folder)
 
 

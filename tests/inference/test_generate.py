@@ -20,7 +20,7 @@ from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model import kernels
 
 NAMES = ["sharded_training", "k1", "k4", "odd"]
-CHAINS = ["chain", "chain_k1", "names"]
+CHAINS = ["chain", "chain_k1", "names", "memory"]
 STEPS = 5
 KEYS = ("prompt", "text", "tokens", "step")
 
@@ -89,6 +89,14 @@ def gumbel_of_block(seed, sequence, block, k, groups, values):
     return -torch.log(-torch.log(uniforms)).view(k, groups, values)
 
 
+def of_the_head(head, rows, states):
+    """Nats of values int64 [s, b, G] with states [s, 1, D]."""
+    known = torch.arange(len(rows))[:, None].expand(rows.shape[:2])
+    with torch.no_grad():
+        states = states.expand(-1, rows.shape[1], -1)
+        return head(rows, rows.roll(1, 0), known > 0, states, None, head.remember(rows, known))
+
+
 def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None):
     """The same for a chain: each group's probabilities from the nats of all its values, by the head that trains.
 
@@ -112,10 +120,7 @@ def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None
             for stage, size in enumerate(sizes):
                 rows = index.repeat(1, 2**size, 1)
                 rows[at, :, stage] = torch.arange(2**size)
-                known = torch.arange(len(rows)) > 0
-                with torch.no_grad():
-                    nats = ours.model.head(rows, rows.roll(1, 0), known, hidden.expand(-1, 2**size, -1))
-                    other = ours.model.head(rows, rows.roll(1, 0), known, free.expand(-1, 2**size, -1))
+                nats, other = (of_the_head(ours.model.head, rows, states) for states in (hidden, free))
                 log_p = -nats[at, :, stage]
                 if guidance is not None:
                     log_p = ((1 - guidance) * -other[at, :, stage] + guidance * log_p).log_softmax(-1)
@@ -299,11 +304,20 @@ def test_what_means_nothing_is_refused(arguments, words, generator):
         generator("odd").model.generate(torch.zeros(1, 3, dtype=torch.int64), **arguments)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("name", "most"), [("k4", 3), ("chain", 6)])  # prompt, block; head, of a chain for each group
+# prompt, block; head, of a chain for each group
+@pytest.mark.parametrize(
+    ("name", "most", "backend"),
+    [
+        ("k4", 3, "eager"),
+        ("k4", 3, "aot_eager"),
+        ("chain", 6, "eager"),
+        ("chain", 6, "aot_eager"),
+        ("memory", 6, "eager"),
+    ],
+)
 def test_backbone_pass_and_head_compile_as_one_graph_each(name, most, backend, generator):
     model = generator(name).model
-    how = {"steps": None} if name == "chain" else {}
+    how = {} if name == "k4" else {"steps": None}
     expected = generate(generator(name), [tokens(2, 7), []], 24, **how)
     torch._dynamo.reset()
     try:
@@ -370,17 +384,20 @@ SHAPES = [
     {"vocab_size": 37, "bits": 7, "block_size": 3, "head_window": 1, "head_prior": False},  # groups of one bit
     {"vocab_size": 37, "bits": 7, "group_sizes": [4, 3], "block_size": 1, "head_window": 5, "head_num_layers": 2},
     {"vocab_size": 0, "bits": 19, "group_sizes": [7, 6, 6], "block_size": 2, "head_window": 4},
+    {"vocab_size": 37, "bits": 7, "group_sizes": [4, 3], "block_size": 3, "head_window": 2, "memory_rows": 50},
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"V{shape['vocab_size']}-K{shape['block_size']}")
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda shape: f"V{shape['vocab_size']}-K{shape['block_size']}-{shape.get('memory_rows', 0)}"
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_text_does_not_depend_on_how_many_tokens_are_guessed_ahead(shape, rows, monkeypatch):
-    """One group after another, against all numbers of tokens at once; 30 ways to draw, and two contexts."""
+    """One group after another, against all numbers of tokens at once; 18 ways to draw, and two contexts."""
     k, groups = shape["block_size"], len(shape.get("group_sizes", [1] * shape["bits"]))
     evaluations, inner, saved = [], hf.BitLMHead.groups, 0
     monkeypatch.setattr(hf.BitLMHead, "groups", lambda *given: evaluations.append(1) or inner(*given))
-    for seed in range(5):
+    for seed in range(3):
         model = chain_of(seed, **shape)
         given = torch.randint(0, shape["vocab_size"] or 256, (rows, 2 * k))
         if not shape["vocab_size"]:

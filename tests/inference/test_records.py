@@ -138,7 +138,7 @@ def test_a_chain_draws_what_the_head_that_trains_says(
             for stage, size in enumerate(sizes):
                 tried = values.repeat(1, 2**size, 1)
                 tried[at, :, stage] = torch.arange(2**size)
-                known = torch.arange(len(tried)) > 0
+                known = (torch.arange(len(tried)) > 0)[:, None]
                 with torch.no_grad():
                     nats = model.head(tried, tried.roll(1, 0), known, hidden.expand(-1, 2**size, -1))
                 log_p, noise = -nats[at, :, stage], gumbel[at - len(rows), stage, : 2**size]

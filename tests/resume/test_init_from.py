@@ -147,6 +147,12 @@ def other_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KINDS = {
     "chain": {"model.head.kind": "chain", "model.group_bits": 5},
+    "memory": {
+        "model.head.kind": "chain",
+        "model.group_bits": 4,
+        "model.memory.rows": 50,
+        "model.memory.orders": [3, 1],
+    },
     "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
 }
 

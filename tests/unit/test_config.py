@@ -296,3 +296,22 @@ def test_a_value_that_names_itself_again_and_again(tmp_path: Path) -> None:
 def test_a_value_that_yaml_cannot_make(text: str) -> None:
     with pytest.raises(UserError, match=r"train.steps = "):
         load_config(None, [f"train.steps={text}"])
+
+
+INTEGERS = sorted(
+    name for name, field in leaves() if "int" in str(field.annotation) and "tuple" not in str(field.annotation)
+)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_an_integer_that_nothing_holds_is_refused(name: str) -> None:
+    """What torch or a counter cannot take is found here, with its name."""
+    assert len(INTEGERS) > 40
+    with pytest.raises(UserError, match=rf"{name.rpartition('.')[2]}\b.* {2**70}\b"):
+        load_config(overrides=[f"{name}={2**70}"])
+
+
+@pytest.mark.parametrize("orders", ["[]", "[2,2]", "[0,1]", "[9]", "[2,-3]"])
+def test_orders_of_a_memory(orders: str) -> None:
+    with pytest.raises(UserError, match=r"orders .* the lengths 1 to 8, each once"):
+        load_config(overrides=[f"model.memory.orders={orders}"])

@@ -71,6 +71,9 @@ class BitLMConfig(PretrainedConfig):
         group_sizes: Sequence[int] | None = None,
         names: str = "sum",
         prior_rank: int = 0,
+        memory_rows: int = 0,
+        memory_orders: Sequence[int] = (2, 3),
+        memory_hashes: int = 1,
         matched_filter: bool = True,
         sigma_min: float = 0.1,
         sigma_max: float = 160.0,
@@ -107,6 +110,9 @@ class BitLMConfig(PretrainedConfig):
         self.group_sizes = list(group_sizes or [1] * bits)  # bits that are decided together
         self.names = names  # of tokens: the sum of their groups' embeddings, or also products over pairs of groups
         self.prior_rank = prior_rank  # above 0 the prior of a chain's group is told the groups before it
+        self.memory_rows = memory_rows  # of each table of hashed n-grams; 0: there are none
+        self.memory_orders = list(memory_orders)  # lengths of the n-grams in tokens
+        self.memory_hashes = memory_hashes  # tables for each
         self.matched_filter = matched_filter
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
@@ -216,6 +222,71 @@ def _name_of(table: Tensor, pairs: Pairs | None, values: Tensor) -> Tensor:
     """What tokens are called where they enter: values int64 [..., G] to [..., width]."""
     x = _look_up(table, values).sum(-2)
     return x if pairs is None else x + pairs(values)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+_GOLDEN, _MIX = 0x9E3779B97F4A7C15 - (1 << 64), (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+_GROUP, _TOKEN, _SALT, _BEGUN = 0, 1, 2, 63  # what has factors of its own; what comes behind the tokens of an n-gram
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), int64."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX[0]
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX[1]
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _factors(kind: int, count: int, device: torch.device) -> Tensor:
+    return _mixed((torch.arange(1, count + 1, device=device) + (kind << 32)) * _GOLDEN) | 1
+
+
+def _begun_keys(values: Tensor) -> Tensor:
+    """Values of groups int64 [..., G] to keys of the first group, the first two, and so on up to all, [..., G]."""
+    return _mixed(((values + 1) * _factors(_GROUP, values.shape[-1], values.device)).cumsum(-1))
+
+
+class Memory(nn.Module):
+    """Embeddings of hashed n-grams of tokens, a table for each order and hash, one under the other."""
+
+    def __init__(self, config: BitLMConfig, size: int) -> None:
+        super().__init__()
+        self.rows, self.orders, self.hashes = config.memory_rows, config.memory_orders, config.memory_hashes
+        self.table = nn.Parameter(torch.zeros(self.rows * len(self.orders) * self.hashes, size))
+
+    def forward(self, keys: Tensor, known: Tensor, begun: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            keys: int64 [b, R + s], of the s tokens with which n-grams end, and of R more before them.
+            known: int64 [b, s], how many tokens of the text there are up to each.
+            begun: int64 [b, s, N], keys of what comes behind each and is its n-grams' last part.
+
+        Returns:
+            [b, s, W], or [b, s, N, W]; of n-grams for which the text is too short yet nothing.
+        """
+        size, out = known.shape[1], torch.zeros((), device=keys.device, dtype=self.table.dtype)
+        token, salt = (_factors(kind, 64, keys.device) for kind in (_TOKEN, _SALT))
+        for i, order in enumerate(self.orders):
+            count = order if begun is None else order - 1
+            key = torch.zeros_like(known)
+            for j in range(count):
+                key = key + keys[:, keys.shape[1] - size - j : keys.shape[1] - j] * token[j]
+            enough = (known >= count)[..., None]
+            if begun is not None:
+                key, enough = key[..., None] + begun * token[_BEGUN], enough[..., None]
+            for k in range(self.hashes):
+                number = i * self.hashes + k
+                row = (_mixed(key + salt[number]) & (2**63 - 1)) % self.rows + number * self.rows
+                out = out + F.embedding(row, self.table) * enough
+        return out
+
+
+def _memory(config: BitLMConfig, size: int) -> Memory | None:
+    return Memory(config, size) if config.memory_rows else None
+
+
+def _reach(config: BitLMConfig) -> int:
+    """Tokens before a token that the head has to know: the one before, and those of its n-grams."""
+    return max([1, *config.memory_orders]) if config.memory_rows else 1
 
 
 # ------------------------------------------------------------------------------------------------- noise
@@ -554,15 +625,22 @@ class BitLMEmbedding(nn.Module):
         else:
             self.fc1 = nn.Linear(config.bits, config.hidden_size, bias=False)
             self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.memory = _memory(config, config.hidden_size)
         self.norm = BitLMRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, bits: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, bits: Tensor, position_ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """bits int8 [b, s, B], of the tokens at the input positions [b, s]; before: those of the tokens before these,
+        [b, R, B], for a memory."""
         if self.grouped:
             x = _name_of(self.values, self.pairs, group_values(self.config, bits))
         else:
             x = self.fc2(F.silu(self.fc1(bits.to(self.fc1.weight.dtype))))
-        x = self.norm(x)
         k = self.start.shape[0]
+        if self.memory is not None:
+            whole = bits if before is None else torch.cat((before, bits), dim=1)
+            whole = F.pad(whole, (0, 0, max(self.memory.orders), 0))  # what is not known is not looked at
+            x = x + self.memory(_begun_keys(group_values(self.config, whole))[..., -1], position_ids - k + 1)
+        x = self.norm(x)
         return torch.where((position_ids < k)[..., None], self.start[position_ids.clamp(0, k - 1)], x)
 
 
@@ -619,6 +697,7 @@ class BitLMModel(BitLMPreTrainedModel):
         position_ids: Tensor,
         past_key_values: BlockCache | None = None,
         slots: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """One pass over input positions; compiles as one graph, also with a cache.
 
@@ -627,11 +706,12 @@ class BitLMModel(BitLMPreTrainedModel):
             position_ids: int64 [b, s], each row's own positions; negative ones are padding and seen by nobody.
             past_key_values: what earlier passes left; this one adds to it.
             slots: int64 [s], where in the cache these positions go.
+            before: int64 [b, R], the ids before `input_ids`, as far as a memory looks back; None: there are none.
 
         Returns:
             [b, s, D]; the state at position p conditions token p.
         """
-        x = self.embed_tokens(self.bits(input_ids), position_ids)
+        x = self.embed_tokens(self.bits(input_ids), position_ids, None if before is None else self.bits(before))
         cos, sin = _rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         keys = position_ids
         if past_key_values is not None and slots is not None:
@@ -781,6 +861,9 @@ class BitLMHead(nn.Module):
         if grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), size))
         self.pairs = _pairs(config, size)  # of the token before, or of likely values
+        self.memory = _memory(config, size) if chain else None  # of the tokens before
+        inner = chain and len(config.group_sizes) > 1
+        self.inner_memory = _memory(config, size) if inner else None  # the same, and the groups before
         self.position = nn.Parameter(torch.zeros(config.block_size, size))
         for end in both:
             setattr(self, f"condition{end}_proj", nn.Linear(config.hidden_size, size, bias=False))
@@ -1518,6 +1601,7 @@ class _Context:
         config = model.config
         self.model, self.lead = model.model, lead
         self.k, self.most = config.block_size, config.max_position_embeddings // config.block_size
+        self.reach = max(config.memory_orders) - 1 if config.memory_rows else 0
         self.begin: list[int] | None = None
         size = min(blocks, self.most)  # the start vectors and all blocks but the last: as many as there are blocks
         self.cache = BlockCache(config, len(lead), size, model.model.norm.weight)
@@ -1536,8 +1620,11 @@ class _Context:
         """
         k, blocks = self.k, tokens.shape[1] // self.k
         begin = [lead + self.window(blocks - lead) for lead in self.lead]
+        before = None
         if begin == self.begin:
             inputs, slot = tokens[:, -k:], (blocks - min(begin)) * k
+            if self.reach:  # as many every time: one graph
+                before = _fill_front(tokens, self.reach, 0)[:, -k - self.reach : -k]
         else:
             self.begin = begin
             self.cache.clear()
@@ -1545,7 +1632,7 @@ class _Context:
         slots = torch.arange(slot, slot + inputs.shape[1], device=tokens.device)
         empty = torch.tensor(begin, device=tokens.device)[:, None] - min(begin)
         position = slots - empty * k
-        return self.model(inputs, position, self.cache, slots), position
+        return self.model(inputs, position, self.cache, slots, before), position
 
 
 class _Codes:
@@ -1588,7 +1675,7 @@ class _Codes:
 class _Draft:
     """A block that is being drawn."""
 
-    before: Tensor  # int64 [b, 1, G], values of the token before it
+    before: Tensor  # int64 [b, N, G], values of the tokens before it that a head has to know
     values: Tensor  # int64 [b, K, G], final or guessed
     position: Tensor  # int64 [b, K]
     noise: Tensor  # [b, K, G, U]
@@ -1622,6 +1709,7 @@ class _Chain:
 
     def __init__(self, model: BitLMForCausalLM, rows: int) -> None:
         self.head, self.config, self.bits = model.head, model.config, model.model.bits
+        self.reach = _reach(model.config)
         self.codes = _Codes(self.config, model.model.code_table) if self.config.vocab_size else None
         self.cache: HeadCache | None = None
 
@@ -1629,11 +1717,26 @@ class _Chain:
         """The values of the tokens' groups, int64 [..., G]."""
         return group_values(self.config, self.bits(tokens))
 
-    def _known(self, values: Tensor, previous: Tensor, position: Tensor) -> Tensor:
-        """What groups see of others: values and those of the tokens before int64 [b, s, G] to [G, b, s, W]."""
-        own = _look_up(self.head.values, values)
-        before = _name_of(self.head.previous, self.head.pairs, previous) * (position > 0)[..., None]
-        return (before[:, :, None] + own.cumsum(-2) - own).movedim(2, 0)
+    def _known(self, values: Tensor, behind: Tensor, position: Tensor) -> Tensor:
+        """What groups see of others, [G, b, s, W].
+
+        Args:
+            values: int64 [b, s, G], of the tokens.
+            behind: int64 [b, N - 1 + s, G], of the tokens before them: the last s are those before each.
+            position: int64 [b, s], each token's own, which is how many are before it.
+        """
+        head, own = self.head, _look_up(self.head.values, values)
+        previous = behind[:, behind.shape[1] - values.shape[1] :]
+        before = _name_of(head.previous, head.pairs, previous) * (position > 0)[..., None]
+        if head.memory is None:
+            return (before[:, :, None] + own.cumsum(-2) - own).movedim(2, 0)
+        keys = _begun_keys(behind)[..., -1]
+        before = before + head.memory(keys, position)
+        known = before[:, :, None] + own.cumsum(-2) - own
+        if head.inner_memory is not None:
+            inner = head.inner_memory(keys, position, _begun_keys(values)[..., :-1])
+            known = known + F.pad(inner, (0, 0, 1, 0))
+        return known.movedim(2, 0)
 
     def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Condition, prior and tie of the states' tokens, [b, s, ...]; None for what the head has not."""
@@ -1652,7 +1755,8 @@ class _Chain:
         context, prior, tied = self._of_block(states)
         place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
         values = self._values(ids)
-        known, nats = self._known(values, values.roll(1, 1), position), torch.zeros(ids.shape[:2], device=ids.device)
+        behind = F.pad(values, (0, 0, self.reach, 0))[:, :-1]
+        known, nats = self._known(values, behind, position), torch.zeros(ids.shape[:2], device=ids.device)
         tie = self.head.tie(tied, values)
         slots = torch.arange(ids.shape[1], device=ids.device)
         sight = HeadSight.of(self.config, position, position, slots, context.dtype)
@@ -1697,7 +1801,7 @@ class _Chain:
         self.cache.begin(position)
         answers = self._answers(states[:, -k:], settings.guidance)
         noise, ahead = _gumbel(settings, self.config, sequence, block), settings.ahead
-        before = self._values(tokens[:, -1:] if tokens.shape[1] else tokens.new_zeros(b, 1, *tokens.shape[2:]))
+        before = self._values(_fill_front(tokens, self.reach, 0)[:, -self.reach :])
         guess = self._guess(answers[0].prior if ahead else None, noise, settings.temperature)
         keys = self.cache.position
         slots = torch.arange(keys.shape[1] - k, keys.shape[1], device=device)
@@ -1726,9 +1830,9 @@ class _Chain:
         self, answers: list[_Answer], draft: _Draft, here: slice, stages: slice, settings: _Settings
     ) -> Tensor:
         """Draw the groups `stages` of the tokens at the places `here`, int64 [b, s, g], as if the draft were right."""
-        values, previous = draft.values[:, here], torch.cat((draft.before, draft.values), dim=1)[:, here]
-        position = draft.position[:, here]
-        known = self._known(values, previous, position)[stages]
+        values, whole = draft.values[:, here], torch.cat((draft.before, draft.values), dim=1)
+        position, behind = draft.position[:, here], whole[:, here.start : here.stop + self.reach - 1]
+        known = self._known(values, behind, position)[stages]
         log_p, *other = (answer.evaluate(self.head, stages, known, values, here, draft.sight) for answer in answers)
         if other:  # the same of log-probabilities as of logits, but for a constant
             log_p = torch.where(log_p > float("-inf"), _guide(log_p, other[0], settings.guidance), log_p)

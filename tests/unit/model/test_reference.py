@@ -64,6 +64,11 @@ def test_loss_bound_and_every_gradient(groups, reference, make_config, make_mode
         ["model.head.kind=chain", "model.group_bits=4", "model.names=pairs"],
         ["model.head.kind=chain", "model.group_bits=6", "model.names=pairs", "model.head.prior_rank=7"],
         ["model.group_bits=4", "model.names=pairs"],
+        ["model.memory.rows=6"],
+        ["model.group_bits=4", "model.memory.rows=6", "model.memory.orders=[1,3]", "model.memory.hashes=2"],
+        ["model.head.kind=chain", "model.group_bits=4", "model.memory.rows=9"],
+        ["model.head.kind=chain", "model.group_bits=6", "model.memory.rows=5", "model.memory.orders=[2,1,4]"],
+        ["model.head.kind=chain", "model.group_bits=10", "model.memory.rows=9", "model.memory.hashes=2"],
         ["model.head.kind=chain", "model.group_bits=10", "model.head.prior=false"],
         ["model.head_dim=14"],
         ["model.head_dim=2", "model.qk_norm=false", "model.head.kind=chain"],
@@ -78,18 +83,21 @@ def test_groups_and_chain(groups, reference, make_config, make_model, block_size
 @pytest.mark.parametrize("attention", ["causal", "block_causal"])
 @pytest.mark.parametrize("boundaries", ["positions", "mask"])
 @pytest.mark.parametrize("kind", ["diffusion", "chain"])
-def test_document_boundaries(groups, reference, make_config, make_model, kind, boundaries, attention, block_size):
+@pytest.mark.parametrize("rows", [0, 7])
+def test_document_boundaries(groups, reference, make_config, make_model, rows, kind, boundaries, attention, block_size):
     config = make_config(
         block_size, 5, f"model.head.kind={kind}", "model.head.window=4", f"model.attention={attention}",
         f"data.document_boundaries={boundaries}", f"data.align_blocks={'true' if boundaries == 'mask' else 'false'}",
+        f"model.memory.rows={rows}",
     )  # fmt: skip
     compare(groups, reference, make_model, config)
 
 
+@pytest.mark.parametrize("rows", [0, 7])
 @pytest.mark.parametrize("kind", ["diffusion", "chain"])
-def test_context_noise(groups, reference, make_config, make_model, kind):
+def test_context_noise(groups, reference, make_config, make_model, kind, rows):
     """In training alone, and of the backbone's input alone: targets and a chain's own input stay clean."""
-    overrides = (f"model.head.kind={kind}", "model.group_bits=4", "diffusion.context_noise=0.4")
+    overrides = (f"model.head.kind={kind}", f"model.memory.rows={rows}", "diffusion.context_noise=0.4")
     config = make_config(3, 5, *overrides)
     compare(groups, reference, make_model, config)
     model, plain = make_model(config), make_model(make_config(3, 5, *overrides[:2]))
@@ -147,6 +155,7 @@ def test_self_condition(groups, reference, make_config, make_model, group_bits, 
             "model.head.kind=chain",
             "model.names=pairs",
             "model.head.prior_rank=5",
+            "model.memory.rows=8",
         ),
     ],
 )

@@ -65,6 +65,7 @@ ODD = [
     [
         CHAIN, [*CHAIN, "model.bits=11"], [*CHAIN, "model.head.prior=false", "model.block_size=1"], BITS,
         [*BITS, "model.block_size=2"], [*BITS, "diffusion.self_condition=0.5"], GROUPS,
+        [*CHAIN, "model.memory.rows=64"],
         [*CHAIN, "model.names=pairs", "model.head.prior_rank=96"], [*GROUPS, "model.names=pairs"],
         [*GROUPS, "diffusion.self_condition=0.5"], [*GROUPS, "model.head.prior=false"], SOFTMAX,
     ],

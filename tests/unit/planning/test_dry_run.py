@@ -22,12 +22,14 @@ from megatron_bit.planning.parameters import parameter_counts
 SOFTMAX = ["model.head.kind=softmax", "model.block_size=1", "model.vocab_size=4096"]
 JOINT = ["model.head.kind=diffusion", "model.group_bits=6", "diffusion.self_condition=0.5"]
 BITS = ["model.head.kind=diffusion", "model.group_bits=1"]
+MEMORY = ["model.memory.rows=512", "model.memory.hashes=2"]
 NAMES = ["model.names=pairs", "model.head.prior_rank=96"]
 AGAIN = [
     ["parallel.recompute=full"],
     ["parallel.recompute=head"],
     [*JOINT, "parallel.recompute=head"],
     [*NAMES, "parallel.recompute=head"],
+    [*MEMORY, "parallel.recompute=head"],
     [*BITS, "parallel.recompute=full"],
 ]
 SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"]
@@ -46,6 +48,10 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
         BITS,
         NAMES,
         [*JOINT, "model.names=pairs"],
+        MEMORY,
+        [*JOINT, *MEMORY],
+        [*BITS, *MEMORY],
+        [*SOFTMAX, *MEMORY],
         *AGAIN,
     ],
     ids=lambda extra: ",".join(extra),

@@ -19,6 +19,7 @@ H100 = load_hardware("h100")
 HEADS = {
     "chain": [],
     "names": ["model.names=pairs", "model.head.prior_rank=96"],
+    "memory": ["model.memory.rows=4096"],
     "names_joint": ["model.head.kind=diffusion", "model.names=pairs"],
     "bits": ["model.head.kind=diffusion", "model.group_bits=1"],
     "joint": ["model.head.kind=diffusion"],

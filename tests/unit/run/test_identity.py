@@ -49,6 +49,9 @@ ANOTHER: dict[str, list[str]] = {
     "model.head.kind": ["model.head.kind=chain"],
     "model.names": ["model.names=pairs"],
     "model.head.prior_rank": ["model.head.prior_rank=8"],
+    "model.memory.rows": ["model.memory.rows=64"],
+    "model.memory.orders": ["model.memory.orders=[3,1]"],
+    "model.memory.hashes": ["model.memory.hashes=2"],
     "model.head.window": ["model.head.window=4"],
     "model.head.prior": ["model.head.prior=false"],
     "model.head.num_layers": ["model.head.num_layers=3"],
@@ -146,6 +149,9 @@ def test_every_key_is_of_one_kind() -> None:
 @pytest.mark.parametrize("key", ANOTHER)
 def test_a_key_has_the_effect_of_its_kind(key: str) -> None:
     head = CHAIN if key in ("model.head.window", "model.head.prior_rank") else DIFFUSION
+    if key.startswith("model.memory.") and key != "model.memory.rows":  # of no effect without rows
+        assert meaning(load_config(overrides=[*head, *ANOTHER[key]])) == meaning(load_config(overrides=head))
+        head = [*head, "model.memory.rows=64"]
     plain, changed = (load_config(overrides=[*head, *more]) for more in ([], ANOTHER[key]))
     model, run = meaning(plain) != meaning(changed), made(*head) != made(*head, *ANOTHER[key])
     assert (model, run) == {Kind.MODEL: (True, True), Kind.RUN: (False, True)}.get(KINDS[key], (False, False))
