@@ -42,7 +42,8 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
 
     peer = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", f"model.num_layers={peer_layers}")
     four, eight = chain(4, 8, *semantic), joint(4, 8, *semantic)
-    rungs = [Rung("AR softmax", peer, headline=True)]
+    memory = "model.memory.rows=16384"
+    rungs = [Rung("AR softmax", peer, headline=True), Rung("AR softmax, memory", (*peer, memory))]
     if most > 8:
         rungs += [
             Rung(f"chain K=1 g={most} semantic", chain(1, most, *semantic), headline=True),
@@ -54,18 +55,28 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     ]
     names, tied = "model.names=pairs", "model.head.prior_rank=96"
     if bits > 8:  # several groups
+        deeper = (
+            f"model.num_layers={peer_layers // 2 - 1}",
+            f"model.head.num_layers={peer_layers - peer_layers // 2 + 1}",
+        )
         rungs += [
             Rung("chain K=1 g=8 semantic, names", chain(1, 8, *semantic, names), extra=True),
             Rung("chain K=4 g=8 semantic, names", (*four, names)),
             Rung("chain K=4 g=8 semantic, tied prior", (*four, tied), extra=True),
             Rung("chain K=4 g=8 semantic, names, tied prior", (*four, names, tied), headline=True, text=True),
+            Rung("chain K=4 g=8 semantic, names, tied prior, a layer moved to the head", (*four, names, tied, *deeper)),
+            Rung("chain K=4 g=8 semantic, names, tied prior, memory", (*four, names, tied, memory)),
             Rung(
-                "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head",
-                (*four, names, tied, f"model.num_layers={peer_layers // 2 - 1}",
-                 f"model.head.num_layers={peer_layers - peer_layers // 2 + 1}"),
+                "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head, memory",
+                (*four, names, tied, *deeper, memory),
             ),
             Rung("chain K=8 g=8 semantic, names, tied prior", chain(8, 8, *semantic, names, tied), extra=True),
-        ]  # fmt: skip
+            Rung(
+                "chain K=8 g=8 semantic, names, tied prior, memory",
+                chain(8, 8, *semantic, names, tied, memory),
+                extra=True,
+            ),
+        ]
     rungs += [
         Rung("chain K=4 g=8 binary", chain(4, 8, *binary)),
         Rung("chain K=4 g=8 random", chain(4, 8, "model.code=random"), extra=True),

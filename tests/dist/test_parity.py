@@ -128,6 +128,7 @@ def test_groups_and_chain(
     result, reference = tiny_runs.read(tmp_path / "run"), single(**variant)
     assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
     assert result.bound == pytest.approx(reference.bound, rel=TOLERANCE)
+    assert result.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
     assert tiny_runs.worst(result.weights, reference.weights)[0] < TOLERANCE
     assert reference.loss != single().loss
 

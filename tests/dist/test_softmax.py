@@ -16,7 +16,7 @@ from tiny_runs import Result
 TOLERANCE = 1e-5
 STEPS = 3
 SOFTMAX = {
-    "model.head.kind": "softmax", "model.block_size": 1, "train.steps": STEPS, "train.global_batch_size": 4,
+    "model.head.kind": "softmax", "model.block_size": 1, "model.memory.rows": 50, "train.steps": STEPS, "train.global_batch_size": 4,
     "train.micro_batch_size": 2, "evaluate.every": STEPS, "evaluate.samples": 4,
 }  # fmt: skip
 

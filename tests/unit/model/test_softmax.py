@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
@@ -92,19 +93,34 @@ class Peer:
                 out[f"{theirs}{other}.weight"] = w[f"{ours}{name}.weight"]
         return out
 
+    def remembered(self, tokens):
+        """[b, S, D]: the hashed n-grams that end before each token."""
+        m, out = self.m, torch.zeros(*tokens.shape, self.m.hidden_size)
+        keys = [[reference.hash_values([token]) for token in row] for row in tokens.tolist()]
+        for i, order in enumerate(m.memory.orders if m.memory.rows else ()):
+            for b, row in enumerate(keys):
+                for p in range(order, len(row)):
+                    key = sum(row[p - 1 - j] * reference.hash_factor(1, j) for j in range(order))
+                    place = (reference.splitmix(key + reference.hash_factor(2, i)) % 2**63) % m.memory.rows
+                    out[b, p] = out[b, p] + self.weights["embedding.memory.table"][i * m.memory.rows + place]
+        return out
+
     def nats(self, tokens):
         """[b, S]"""
         ids = torch.cat((torch.full_like(tokens[:, :1], EOS), tokens[:, :-1]), dim=1)
         named = self.named()
         assert named.keys() == dict(self.model.named_parameters()).keys()
-        logits = functional_call(self.model, named, (ids,), {"use_cache": False}).logits
+        x = named["model.embed_tokens.weight"][ids] + self.remembered(tokens)
+        logits = functional_call(self.model, named, (), {"inputs_embeds": x, "use_cache": False}).logits
         return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("attention", ["causal", "block_causal"])
-def test_loss_bound_and_every_gradient(groups, make_config, qk_norm, attention):
-    config = make_config(1, 13, SOFTMAX, f"model.qk_norm={qk_norm}", f"model.attention={attention}")
+@pytest.mark.parametrize("rows", [0, 9])
+def test_loss_bound_and_every_gradient(groups, make_config, rows, qk_norm, attention):
+    switches = (f"model.qk_norm={qk_norm}", f"model.attention={attention}", f"model.memory.rows={rows}")
+    config = make_config(1, 13, SOFTMAX, *switches)
     model = build(config, groups)
     peer = Peer(config, logical(model, groups, dict(model.named_parameters())))
     data = batch(13)
