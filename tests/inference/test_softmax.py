@@ -110,6 +110,15 @@ def test_generate_says_what_to_do(peer: Peer) -> None:
         Generator(peer.folder)
 
 
+def test_a_peer_with_memory_is_not_a_model_of_transformers(tiny_data: Path, tmp_path: Path) -> None:
+    settings = {**SOFTMAX, "model.memory.rows": 64, "evaluate.every": 1, "evaluate.samples": 4}
+    run_ranks(tiny_runs.train, 1, tiny_runs.overrides(tmp_path / "run", tiny_data, settings))
+    assert (tmp_path / "run" / "validation.jsonl").read_text()  # which is where its figures are
+    with pytest.raises(UserError, match=r"softmax peer with model.memory.* validation.jsonl"):
+        to_hf(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def _start(run: Path, data: Path, peer: Peer, world: int = 1, **settings: Any) -> dict[str, torch.Tensor]:
     tree = {
         **SOFTMAX, "model.qk_norm": peer.model.config.model_type == "qwen3", "train.init_from": peer.folder,
