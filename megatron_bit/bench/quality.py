@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_bit.bench import curves
 from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder, other_parameters, select
 from megatron_bit.config import Config, load_config
 from megatron_bit.data.manifest import load_manifest
@@ -63,9 +64,10 @@ class Result:
     parameters: dict[str, int]
     text: str = ""
     settings: list[str] = field(default_factory=list)
+    tokens: int = 0  # trained on
 
     def to_json(self) -> dict[str, Any]:
-        keys = ("seed", "nats", "standard_error", "seconds", "flops", "parameters", "text", "settings")
+        keys = ("seed", "tokens", "nats", "standard_error", "seconds", "flops", "parameters", "text", "settings")
         return {"rung": self.rung.name, **{key: getattr(self, key) for key in keys}}
 
 
@@ -80,6 +82,7 @@ def main(
     all_rungs: bool,
     settings: Sequence[str],
     as_json: bool,
+    tokens: Sequence[str] = (),
 ) -> int:
     """Train what is not there yet, and write OUT/quality.md and OUT/quality.json."""
     out.mkdir(parents=True, exist_ok=True)
@@ -88,24 +91,25 @@ def main(
     manifest.need_vocabulary("`bench quality`")
     bits = max(1, (manifest.vocab_size - 1).bit_length())
     common = (*SIZES[budget], f"data.path={folder}", f"model.bits={bits}", f"train.steps={steps or STEPS[budget]}")
-    common = (*common, *settings)
+    common = (*common, *(curves.SETTINGS if tokens else ()), *settings)
     target = load_config(preset="laptop", overrides=[*common, *REFERENCE]).with_vocab_size(manifest.vocab_size)
     every = ladder(bits, target.model.num_layers + target.model.head.num_layers)
     rungs = select(every, only, all_rungs)
+    per_step = target.train.global_batch_size * target.data.seq_length
+    budgets = curves.budgets(tokens, per_step, target.optim.warmup_steps) if tokens else []
     if any("model.code=semantic" in rung.overrides for rung in rungs):
         _learn_code(folder, bits)
     work = [(rung, seed) for rung in rungs for seed in range(seeds if rung.headline else 1)]
     begin = time.monotonic()
     results: list[Result] = []
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_run, rung, seed, common, target, out, jobs) for rung, seed in work]
+        futures = [pool.submit(_run, rung, seed, common, target, out, jobs, budgets) for rung, seed in work]
         try:
-            for future in futures:
-                result = future.result()
-                results.append(result)
-                left = (time.monotonic() - begin) / len(results) * (len(work) - len(results))
+            for done, future in enumerate(futures, 1):
+                results += future.result()
+                result, left = results[-1], (time.monotonic() - begin) / done * (len(work) - done)
                 print(
-                    f"{len(results)}/{len(work)}  {result.rung.name}, seed {result.seed}: {result.nats:.3f} +- "
+                    f"{done}/{len(work)}  {result.rung.name}, seed {result.seed}: {result.nats:.3f} +- "
                     f"{result.standard_error:.3f} nats/token, {result.seconds:.0f} s; ETA {left / 60:.0f} min",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
@@ -116,7 +120,7 @@ def main(
         "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time",
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "tokens": target.train.steps * target.train.global_batch_size * target.data.seq_length,
+        "tokens": (max(budgets) if budgets else target.train.steps) * per_step,
         "vocabulary": manifest.vocab_size,
         "results": [result.to_json() for result in results],
     }
@@ -129,8 +133,9 @@ def main(
 
 def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The table as Markdown; several seeds of a rung are a mean and the range."""
+    last = [result for result in results if result.tokens in (0, report["tokens"])]
     by_rung: dict[str, list[Result]] = {}
-    for result in results:
+    for result in last:
         by_rung.setdefault(result.rung.name, []).append(result)
     peer = by_rung.get("AR softmax")
     base = statistics.mean(r.nats for r in peer) if peer else None
@@ -152,13 +157,21 @@ def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
             f"{first.parameters['tables']:,} | {first.flops / 1e6:.1f} | "
             f"{statistics.mean(r.seconds for r in runs):.0f} |"
         )
+    if len(last) < len(results):
+        points: dict[str, dict[int, list[float]]] = {}
+        for result in results:
+            points.setdefault(result.rung.name, {}).setdefault(result.tokens, []).append(result.nats)
+        lines += ["", *curves.table(points, {name: runs[0].flops for name, runs in by_rung.items()}, "AR softmax")]
     lines += ["", "Texts, after `The `:", ""]
     lines += [f"- {runs[0].rung.name}: {' '.join(runs[0].text.split())}" for runs in by_rung.values() if runs[0].text]
     return "\n".join(lines) + "\n"
 
 
-def _run(rung: Rung, seed: int, common: Sequence[str], target: Config, out: Path, jobs: int) -> Result:
-    """Train a rung, at the size of `target`, unless it has finished already, and read what it left."""
+def _run(
+    rung: Rung, seed: int, common: Sequence[str], target: Config, out: Path, jobs: int, budgets: Sequence[int]
+) -> list[Result]:
+    """Train a rung, at the size of `target`, unless it has finished already, and read what it left: a result for each
+    of `budgets` (steps, ascending), or if there are none one for the configuration's own steps."""
     settings = [*common, *rung.overrides, f"train.seed={1234 + seed}"]
     vocab_size = target.model.vocab_size
     assert vocab_size is not None
@@ -166,19 +179,28 @@ def _run(rung: Rung, seed: int, common: Sequence[str], target: Config, out: Path
     settings += [f"model.ffn_hidden_size={config.model.ffn_hidden_size}"]
     run = out / "runs" / f"{rung.slug}-{seed}"
     arguments = [
-        *settings, f"run={run}", "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false", "evaluate.initial=false",
-        f"evaluate.every={config.train.steps}", f"checkpoint.every={config.train.steps}", "checkpoint.keep=1",
+        "--preset", "laptop", *settings, "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false",
+        "evaluate.initial=false",
     ]  # fmt: skip
-    if not (run / "FINISHED").exists():
-        _megatron_bit(["train", "--preset", "laptop", *arguments], run, jobs)
+    if budgets:
+        runs = curves.train(arguments, budgets, run, lambda words, of: _megatron_bit(words, of, jobs))
+    else:
+        steps, runs = config.train.steps, {config.train.steps: run}
+        how = [f"run={run}", f"evaluate.every={steps}", f"checkpoint.every={steps}", "checkpoint.keep=1"]
+        if not (run / "FINISHED").exists():
+            _megatron_bit(["train", *arguments, *how], run, jobs)
+    return [_read(rung, seed, config, steps, settings, run, jobs) for steps, run in runs.items()]
+
+
+def _read(rung: Rung, seed: int, config: Config, steps: int, settings: list[str], run: Path, jobs: int) -> Result:
     last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     parameters = {"rest": other_parameters(config), "tables": table_parameters(config)}
     text = _text(run, jobs) if rung.text and seed == 0 else ""
     return Result(
         rung, seed, number(last["nats_per_token_bound"]), number(last["standard_error"]),
-        sum(r["seconds"] for r in log),
-        train_flops(config), parameters, text, settings,
+        sum(r["seconds"] for r in log), train_flops(config), parameters, text, settings,
+        steps * config.train.global_batch_size * config.data.seq_length,
     )  # fmt: skip
 
 

@@ -161,6 +161,7 @@ def bench_quality(
     data: Path | None = None,
     out: Path = Path("quality"),
     steps: int | None = None,
+    tokens: tuple[str, ...] = (),
     seeds: int = 1,
     jobs: int | None = None,
     only: tuple[str, ...] = (),
@@ -178,6 +179,8 @@ def bench_quality(
         data: a data folder; without it Python's standard library is prepared (gpu: give your own).
         out: folder for runs and tables.
         steps: training steps of a rung; default 400 (small) or 3000 (gpu).
+        tokens: budgets such as 0.4M 2M 8M instead of --steps: every rung is trained once with a constant rate, and has
+            a short decay at each of them, of which the table shows the curve and a law.
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
         only: rungs of this whole name, or whose name contains this.
@@ -189,8 +192,12 @@ def bench_quality(
     for option, value in (("--steps", steps), ("--seeds", seeds), ("--jobs", jobs)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value} has to be at least 1")
+    if tokens and steps is not None:
+        raise UserError(
+            f"--steps {steps} and --tokens {' '.join(tokens)} both say how long a rung is; give one of them"
+        )
     jobs = jobs or (os.cpu_count() or 1 if budget == "small" else 1)
-    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json)
+    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens)
 
 
 def demo(

@@ -85,7 +85,7 @@ def test_which_rungs_run():
 def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Two rungs through the real command; the second start finds them finished."""
     extra = ["evaluate.samples=8", "data.seq_length=32", "model.bits=9"]
-    arguments = ("small", tmp_path / "q", tiny_data, 2, 1, 2, ["AR", "g=8 binary"], False, extra, True)
+    arguments = ("small", tmp_path / "q", tiny_data, 2, 1, 2, ["AR softmax", "g=8 binary"], False, extra, True)
     main(*arguments)
     first = json.loads(capsys.readouterr().out)
     assert [r["rung"] for r in first["results"]] == ["AR softmax", "chain K=4 g=8 binary"]
