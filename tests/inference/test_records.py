@@ -28,10 +28,12 @@ from megatron_bit.run.folder import newest_checkpoint
 
 BITS = 21  # three bytes, of which the last has three bits that mean nothing; groups of 7, 7 and 7, or 5 to 6
 KINDS: dict[str, dict[str, Any]] = {
-    "chain": {"model.head.kind": "chain", "model.group_bits": 8, "diffusion.condition_drop": 0.3},
+    "chain": {
+        "model.head.kind": "chain", "model.group_bits": 8, "diffusion.condition_drop": 0.3, "model.memory.rows": 40,
+    },
     "groups": {"model.group_bits": 6},
-    "bits": {"diffusion.self_condition": 0.5},
-}
+    "bits": {"diffusion.self_condition": 0.5, "model.memory.rows": 40, "model.memory.orders": [1, 2]},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +140,10 @@ def test_a_chain_draws_what_the_head_that_trains_says(
             for stage, size in enumerate(sizes):
                 tried = values.repeat(1, 2**size, 1)
                 tried[at, :, stage] = torch.arange(2**size)
-                known = (torch.arange(len(tried)) > 0)[:, None]
+                known = torch.arange(len(tried))[:, None].expand(tried.shape[:2])
                 with torch.no_grad():
-                    nats = model.head(tried, tried.roll(1, 0), known, hidden.expand(-1, 2**size, -1))
+                    states, remembered = hidden.expand(-1, 2**size, -1), model.head.remember(tried, known)
+                    nats = model.head(tried, tried.roll(1, 0), known > 0, states, None, remembered)
                 log_p, noise = -nats[at, :, stage], gumbel[at - len(rows), stage, : 2**size]
                 values[at, 0, stage] = (log_p / temperature + noise if temperature else log_p).argmax()
         for at in range(len(rows), len(rows) + k):
