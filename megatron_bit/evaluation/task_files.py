@@ -12,6 +12,8 @@ from megatron_bit.errors import UserError
 from megatron_bit.io.files import lines_of
 from megatron_bit.io.strict_json import tree
 
+MOST = 256 << 20  # bytes of an archive, unpacked
+
 
 @dataclass(frozen=True)
 class Item:
@@ -52,8 +54,8 @@ def thin(items: list[Item], limit: int | None) -> list[Item]:
 
 def _lambada(path: Path) -> Iterator[Item]:
     """OpenAI's files: a passage, whose last word is to be told."""
-    for line in _json_lines(path.read_bytes()):
-        context, _, word = line["text"].strip().rpartition(" ")
+    for (text,) in _json_lines(path.read_bytes(), "text"):
+        context, _, word = text.strip().rpartition(" ")
         yield Item(context, (f" {word}",), 0)
 
 
@@ -70,10 +72,9 @@ def _hellaswag(path: Path) -> Iterator[Item]:
 def _piqa(path: Path) -> Iterator[Item]:
     """Two solutions of a goal, and a file of labels beside it; asked as GPT-3 was (arXiv 2005.14165)."""
     labels = (path.parent / "valid-labels.lst").read_text(encoding="utf-8-sig").split()
-    lines = list(_json_lines(path.read_bytes()))
-    for line, label in zip(lines, labels, strict=True):
-        choices = tuple(f" {line[key].strip()}" for key in ("sol1", "sol2"))
-        yield Item(f"Question: {line['goal'].strip()}\nAnswer:", choices, int(label))
+    lines = list(_json_lines(path.read_bytes(), "goal", "sol1", "sol2"))
+    for (goal, *solutions), label in zip(lines, labels, strict=True):
+        yield Item(f"Question: {goal.strip()}\nAnswer:", tuple(f" {text.strip()}" for text in solutions), int(label))
 
 
 def _blimp(path: Path) -> Iterator[Item]:
@@ -84,16 +85,25 @@ def _blimp(path: Path) -> Iterator[Item]:
     else:
         with tarfile.open(path) as tar:
             members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jsonl")]
+            if sum(m.size for m in members) > MOST:  # unpacked; the 67 paradigms are 20 MiB
+                raise ValueError(f"more than {MOST >> 20} MiB in it")
             files = [(m.name, tar.extractfile(m).read()) for m in members]  # type: ignore[union-attr]
     for _, data in sorted(files):
-        for line in _json_lines(data):
-            yield Item("", (line["sentence_good"], line["sentence_bad"]), 0)
+        for good, bad in _json_lines(data, "sentence_good", "sentence_bad"):
+            yield Item("", (good, bad), 0)
 
 
-def _json_lines(content: bytes) -> Iterator[dict[str, Any]]:
-    for line in lines_of(content):
+def _json_lines(content: bytes, *keys: str) -> Iterator[list[str]]:
+    """Of each line that is not empty the texts under these keys. ValueError or KeyError if they are none."""
+    for number, line in enumerate(lines_of(content), 1):
         if line.strip():
-            yield tree(line)
+            values: Any = tree(line)
+            if not isinstance(values, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            for key in keys:
+                if not isinstance(values[key], str):
+                    raise ValueError(f"line {number} has {key} {str(values[key])[:60]!r}, which is no text")
+            yield [values[key] for key in keys]
 
 
 TASKS: dict[str, tuple[str, Callable[[Path], Iterator[Item]]]] = {

@@ -12,6 +12,7 @@ import pytest
 from known import Known
 
 from megatron_bit.errors import UserError
+from megatron_bit.evaluation import task_files
 from megatron_bit.evaluation.task_files import Item, read, thin
 from megatron_bit.evaluation.tasks import last_word, rank
 
@@ -71,6 +72,10 @@ def test_the_formats(folder: Path) -> None:
         ("hellaswag", "hellaswag/hellaswag_val_full.txt", "a\n4\nb\nc\nd\ne\n", "no choice 4"),
         ("piqa", "piqa/valid-labels.lst", "0\n", "ValueError"),
         ("piqa", "piqa/valid.jsonl", '{"goal": ""}\n{}', "KeyError"),
+        ("lambada", "lambada/lambada_test.jsonl", '{"text": ["a b"]}', r"line 1 has text .* which is no text"),
+        ("lambada", "lambada/lambada_test.jsonl", '\n["text"]', "line 2 is no JSON object"),
+        ("piqa", "piqa/valid.jsonl", '{"goal": 7, "sol1": "a", "sol2": "b"}', "line 1 has goal '7'"),
+        ("piqa", "piqa/valid.jsonl", '{"goal": "g", "sol1": "a", "sol2": 0.5}', "line 1 has sol2 '0.5'"),
         ("blimp", "blimp.tar.xz", "no tar", "ReadError"),
     ],
 )
@@ -80,6 +85,12 @@ def test_bad_files(task: str, file: str, text: str | None, said: str, folder: Pa
         (folder / file).write_text(text)
     with pytest.raises(UserError, match=said):
         read(task, folder)
+
+
+def test_an_archive_that_unpacks_without_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_files, "MOST", 10)
+    with pytest.raises(UserError, match=r"blimp.tar.xz cannot be read: ValueError more than 0 MiB in it"):
+        read("blimp", folder)
 
 
 def test_thin_is_spread_evenly() -> None:
