@@ -114,8 +114,9 @@ class HuggingFaceWeights:
         return self.kind != BITLM and not self.has_tokens
 
     def has(self, name: str) -> bool:
-        """Whether a logical tensor is to be found here."""
-        return not self.partial or name.startswith("backbone.")
+        """Whether a logical tensor is to be found here. A memory that a softmax peer has beside is not: it begins at
+        zero, where it changes nothing."""
+        return name in self._parts and (not self.partial or name.startswith("backbone."))
 
     def read(self, name: str, full_shape: tuple[int, ...], box: Rectangle) -> Tensor:
         """float32 tensor of box.shape; UserError if the folder's tensor has another shape or is missing."""

@@ -7,12 +7,15 @@ import os
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
 from as_user import TORCHRUN, Running, run
+
+from megatron_bit.run.checkpoints import complete
 
 STEPS = 24
 SETTINGS = (
@@ -153,6 +156,9 @@ def test_a_rank_that_stops_answering(victim: int, train_args: Any, tmp_path: Pat
     settings = (*SETTINGS, "train.steps=100000", "checkpoint.keep=2", "parallel.timeout_minutes=0.1")
     job = Running(*train_args(tmp_path / "run", *settings), "--nproc", "2")
     job.wait_for("step 6/")
+    while not complete(tmp_path / "run" / "checkpoints"):  # on a busy machine a save takes longer than a step
+        assert job.process.poll() is None, "".join(job.lines)
+        time.sleep(0.05)
     os.kill(job.ranks()[victim], signal.SIGSTOP)
     assert job.end() == 87, "".join(job.lines)
     assert job.seconds < 6 + 30

@@ -136,6 +136,9 @@ def test_a_new_run_begins_where_the_folder_is(peer: Peer, tiny_data: Path, tmp_p
     weights = _start(tmp_path / "run", tiny_data, peer, 2, **{"parallel.tp": 2})
     assert tiny_runs.worst(weights, trained)[0] == 0.0
     assert f"from all of {peer.folder}" in (tmp_path / "run.txt").read_text()
+    remembers = _start(tmp_path / "memory", tiny_data, peer, **{"model.memory.rows": 8})
+    assert len(remembers.pop("embedding.memory.table")) == 16  # keeps what it began with, which is zero but in tests
+    assert tiny_runs.worst(remembers, trained)[0] == 0.0
     diffusion = {"model.head.kind": "diffusion", "model.block_size": 3}
     weights = _start(tmp_path / "bitlm", tiny_data, peer, **diffusion)
     same = {name: trained[name] for name in weights if name.startswith("backbone.")}
