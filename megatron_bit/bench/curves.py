@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bit.errors import UserError
+from megatron_bit.optim.schedule import decay_begin
 
 DECAY = 0.2  # of a budget, over which its learning rate falls
 SETTINGS = ("optim.schedule=wsd", f"optim.decay_fraction={DECAY}")
@@ -42,18 +43,13 @@ def budgets(tokens: Sequence[str], per_step: int, warmup: int) -> list[int]:
     steps = sorted(round(parse_tokens(text) / per_step) for text in tokens)
     if len({*steps}) < len(steps):
         raise UserError(f"--tokens {' '.join(tokens)} are of {steps} steps of {per_step:,} tokens; two are the same")
-    if branch(steps[0]) <= warmup:
+    if decay_begin(steps[0], DECAY) <= warmup:
         least = math.ceil((warmup + 1) / (1 - DECAY)) + 1
         raise UserError(
             f"--tokens: {steps[0]} steps of {per_step:,} tokens end in their warm-up of {warmup}; take at least "
             f"{least * per_step:,} tokens"
         )
     return steps
-
-
-def branch(steps: int) -> int:
-    """The step at which the decay of a budget begins (optim/schedule.py)."""
-    return steps - max(1, round(steps * DECAY))
 
 
 def train(arguments: Sequence[str], steps: Sequence[int], folder: Path, call: Command) -> dict[int, Path]:
@@ -68,13 +64,12 @@ def train(arguments: Sequence[str], steps: Sequence[int], folder: Path, call: Co
         the finished run of each budget.
     """
     runs = {budget: folder.with_name(f"{folder.name}-{budget}") for budget in steps}
-    most, here = steps[-1], (f"evaluate.every={steps[-1]}", "checkpoint.keep=1")
+    most = steps[-1]
     for budget, run in runs.items():
         if not run.exists():
-            stop = f"train.stop_at={branch(budget)}"
-            # saved now and then as well: what is killed goes on
-            how = (f"run={folder}", f"train.steps={most}", f"checkpoint.every={max(1, most // 20)}", *here, stop)
-            call(["train", *arguments, *how], folder)
+            stop = f"train.stop_at={decay_begin(budget, DECAY)}"
+            every = (f"evaluate.every={most}", f"checkpoint.every={max(1, most // 20)}", "checkpoint.keep=1")
+            call(["train", *arguments, f"run={folder}", f"train.steps={most}", *every, stop], folder)
             _copy(folder, run)
         if not (run / "FINISHED").exists():
             ends = (f"train.steps={budget}", f"evaluate.every={budget}", f"checkpoint.every={budget}")

@@ -133,7 +133,8 @@ def main(
 
 def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The table as Markdown; several seeds of a rung are a mean and the range."""
-    last = [result for result in results if result.tokens in (0, report["tokens"])]
+    most = max(result.tokens for result in results)
+    last = [result for result in results if result.tokens == most]
     by_rung: dict[str, list[Result]] = {}
     for result in last:
         by_rung.setdefault(result.rung.name, []).append(result)

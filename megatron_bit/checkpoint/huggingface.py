@@ -165,10 +165,7 @@ class HuggingFaceWeights:
 
     def _file(self, file: str) -> Any:
         if file not in self._files:
-            try:
-                self._files[file] = safe_open(str(self.folder / file), framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"weights {self.folder / file} cannot be read: {error}") from None
+            self._files[file] = _opened(self.folder / file)
         return self._files[file]
 
 
@@ -184,11 +181,8 @@ def check_shapes(folder: Path, there: Mapping[str, Any]) -> None:
     config = config_from_dict(hf_config.settings(folder, there, "binary" if there.get("vocab_size") else "raw"))
     index, shapes = folder / "model.safetensors.index.json", {}
     for file in sorted({*_weight_map(index).values()} if index.exists() else {"model.safetensors"}):
-        try:
-            with safe_open(str(folder / file), framework="pt") as held:
-                shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"weights {folder / file} cannot be read: {error}") from None
+        held = _opened(folder / file)
+        shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
     for part in parts(config):
         if shapes.get(part.name) != part.shape:
             has = f"of shape {shapes[part.name]}" if part.name in shapes else "missing"
@@ -196,6 +190,14 @@ def check_shapes(folder: Path, there: Mapping[str, Any]) -> None:
                 f"converted folder {folder}: tensor {part.name} is {has}, and config.json makes it {part.shape}; copy "
                 "the folder again"
             )
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file; UserError if it is none or not there."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights {path} cannot be read: {error}") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:

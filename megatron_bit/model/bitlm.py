@@ -27,7 +27,7 @@ from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place,
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.embedding import BitEmbedding
 from megatron_bit.model.head import DenoisingHead
-from megatron_bit.model.memory import ngram_rows, token_keys
+from megatron_bit.model.memory import ngram_rows, token_keys, tokens_before
 from megatron_bit.model.recompute import again
 
 
@@ -63,20 +63,19 @@ class BitInput(ModelChunk):
         if most and sample is not None:
             seed, blocks = self.settings.train.seed, (end - begin) // k
             bits = torch.where(bit_flips(seed, sample, begin // k, blocks, k, bits.shape[-1], most), -bits, bits)
-        begins = start.t() if start is not None and self.masked else None
-        remembered = self._remember(bits, begins) if remembers else None
+        start = start if self.masked else None
+        remembered = self._remember(bits, start) if remembers else None
         rows = bits[first - begin : last - begin]
-        return self.embedding(rows, first, None if begins is None else begins[first:last], remembered)
+        return self.embedding(rows, first, None if start is None else start[:, first:last].t(), remembered)
 
-    def _remember(self, bits: Tensor, begins: Tensor | None) -> Tensor:
+    def _remember(self, bits: Tensor, start: Tensor | None) -> Tensor:
         """What the memory has of the input's n-grams, [s, b, D].
 
-        bits: int8 [S, b, B], at the input positions; begins: int64 [S, b], where their documents begin; None: at 0.
+        bits: int8 [S, b, B], at the input positions; start: int64 [b, S], where their documents begin; None: at 0.
         """
         assert self.embedding is not None and self.embedding.memory is not None
         m = self.settings.model
-        position = torch.arange(len(bits), device=bits.device)[:, None].expand(bits.shape[:2])
-        known = (position if begins is None else position - begins) - m.block_size + 1
+        known = tokens_before(bits, start) - m.block_size + 1
         return self.embedding.memory(ngram_rows(m.memory, token_keys(self.bit_groups.index(bits)), known))
 
     def condition(self, hidden: Tensor, batch: TokenBatch) -> Tensor:

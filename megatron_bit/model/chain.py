@@ -26,7 +26,7 @@ from megatron_bit.model.chunk import BoundOutput, LossOutput, Place, TokenBatch
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.head import BlockHead
 from megatron_bit.model.layers import PARTIAL, earlier, init_device, linear, look_up, make_pairs, name_of, value_table
-from megatron_bit.model.memory import begun_keys, make_memory, ngram_rows, token_keys
+from megatron_bit.model.memory import begun_keys, make_memory, ngram_rows, token_keys, tokens_before
 from megatron_bit.model.recompute import again
 
 
@@ -156,7 +156,6 @@ class ChainLM(BitInput):
         tokens, start = batch.tokens, batch.start if self.masked else None
         first, last = self._bounds(tokens.shape[1])
         index = self.bit_groups.index(self.codec.encode(tokens.transpose(0, 1)))
-        position = torch.arange(tokens.shape[1], device=tokens.device)[:, None].expand(index.shape[:2])
-        known = position if start is None else position - start.t()  # tokens of its document before each
+        known = tokens_before(index, start)
         own, previous, before = (t[first:last] for t in (index, index.roll(1, 0), known > 0))
         return self.head(own, previous, before, hidden, start, self.head.remember(index, known)).sum(-1)

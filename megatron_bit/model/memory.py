@@ -38,6 +38,15 @@ def _factors(kind: int, count: int, device: torch.device) -> Tensor:
     return _mix((torch.arange(1, count + 1, device=device) + (kind << 32)) * GOLDEN) | 1
 
 
+def tokens_before(like: Tensor, start: Tensor | None) -> Tensor:
+    """int64 [S, b], how many tokens of its document are before each position of `like` [S, b, ...].
+
+    start: int64 [b, S], where documents begin; None: all at 0.
+    """
+    position = torch.arange(len(like), device=like.device)[:, None].expand(like.shape[:2])
+    return position if start is None else position - start.t()
+
+
 def token_keys(values: Tensor) -> Tensor:
     """Values of groups int64 [..., G] to the tokens' keys int64 [...]."""
     return _mix(((values + 1) * _factors(_GROUP, values.shape[-1], values.device)).sum(-1))

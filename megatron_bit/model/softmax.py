@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
-from megatron_bit.model.memory import make_memory, ngram_rows, token_keys
+from megatron_bit.model.memory import make_memory, ngram_rows, token_keys, tokens_before
 
 
 class TokenEmbedding(nn.Module):
@@ -44,8 +44,7 @@ class TokenEmbedding(nn.Module):
         x = self.table(ids if self.scatter else ids.t())  # megatron-core turns it around before it scatters
         if self.memory is None:
             return x
-        position = torch.arange(ids.shape[1], device=ids.device)[:, None].expand(ids.t().shape)
-        known = position if start is None else position - start.t()  # the end of a document before it is none of it
+        known = tokens_before(ids.t(), start)  # the end of a document before it is none of it
         return x + self.memory(ngram_rows(self.remembers, token_keys(ids.t()[..., None]), known))
 
 

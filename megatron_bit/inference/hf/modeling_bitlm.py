@@ -1601,7 +1601,7 @@ class _Context:
         config = model.config
         self.model, self.lead = model.model, lead
         self.k, self.most = config.block_size, config.max_position_embeddings // config.block_size
-        self.reach = max(config.memory_orders) - 1 if config.memory_rows else 0
+        self.reach = _reach(config) - 1
         self.begin: list[int] | None = None
         size = min(blocks, self.most)  # the start vectors and all blocks but the last: as many as there are blocks
         self.cache = BlockCache(config, len(lead), size, model.model.norm.weight)
