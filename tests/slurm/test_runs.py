@@ -176,15 +176,18 @@ def a_stop_file_stops_it(stage: Stage) -> None:
 
 
 @background
-def a_time_limit_met_twice(stage: Stage) -> None:
-    """SLURM looks at limits every 30 s: USR1 comes 60 to 90 s after the start, so that the first two attempts have less
-    than 20 steps each, and the third does the rest."""
+def time_limits_met(stage: Stage) -> None:
+    """SLURM looks at limits every 30 s: USR1 comes 60 to 90 s after the start, and at 5 s a step no attempt can end the
+    run before it. How far each comes, none included, is the machine's affair; the third and later ones do not wait."""
     long = {"train.steps": LONG, "checkpoint.every": 1000}
     limited = stage.real("limited", long, pace="5,5,0", time="2", save_seconds=30, exclude=all_but("n1", "n2"))
     limited.submit()
-    assert limited.wait_until_over(450) == ["asked", "asked", "finished"], limited.everything()
+    outcomes = limited.wait_until_over(550)
+    assert outcomes[:2] == ["asked", "asked"] and outcomes[-1] == "finished", limited.everything()
+    assert set(outcomes[2:-1]) <= {"asked"}, limited.everything()
     for before, after in zip(limited.attempts(), limited.attempts()[1:], strict=False):
-        assert before["step"] > before["from_step"] and after["from_step"] == before["step"]
+        assert before["step"] >= before["from_step"] and after["from_step"] == before["step"]
+    assert limited.attempts()[-1]["from_step"] > 0  # something was saved when it was asked, and gone on from
     every_sample_once(limited, LONG)
     assert [step for step, *_ in log(limited)] == list(range(1, LONG + 1))
 
