@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 from pathlib import Path
@@ -45,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest is handed out first."""
     rank = {name: number for number, name in enumerate(TOGETHER)}
     items.sort(key=lambda item: rank.get(_group(item.nodeid), len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has imported is not looked through again by every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or triton tells at the end what of it is left
 
 
 @pytest.fixture(scope="session", autouse=True)

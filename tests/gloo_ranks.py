@@ -61,10 +61,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def end_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0, enough: int | None = None
 ) -> tuple[list[int | None], float]:
-    """The same for ranks that end their process themselves: exit codes by rank (None: killed after `timeout`), and the
-    seconds from the first one's end to the last one's."""
+    """The same for ranks that end their process themselves: exit codes by rank (None: killed after `timeout`, or when
+    `enough` of them have ended), and the seconds from the first one's end to the last one's."""
     port = choose_port()
     ranks = [
         fork_server().Process(target=_enter, args=(function, rank, world_size, port, args), daemon=True)
@@ -73,8 +73,10 @@ def end_ranks(
     for process in ranks:
         process.start()
     begin, first = time.monotonic(), 0.0
-    while any(process.exitcode is None for process in ranks) and time.monotonic() < begin + timeout:
-        if not first and any(process.exitcode is not None for process in ranks):
+    while (ended := sum(process.exitcode is not None for process in ranks)) < (enough or world_size):
+        if time.monotonic() > begin + timeout:
+            break
+        if not first and ended:
             first = time.monotonic()
         time.sleep(0.02)
     seconds = time.monotonic() - first if first else 0.0

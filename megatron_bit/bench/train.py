@@ -26,6 +26,7 @@ from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.optim.build import build_optimizer
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel import groups as process_groups
+from megatron_bit.parallel import mcore
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.planning.hardware import peak_flops
@@ -58,6 +59,7 @@ class Contestant:
 
 def main(configs: Sequence[Config], vocab_sizes: Sequence[int], steps: int, repeats: int, as_json: bool) -> int:
     """Time all contestants of every configuration (which differ in `train.precision`); print medians and ratios."""
+    mcore.prepare(fused=True)
     groups = process_groups.init(configs[0])
     try:
         contestants, left_out = _contestants(configs, vocab_sizes, groups)

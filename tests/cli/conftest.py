@@ -24,7 +24,7 @@ from as_user import Outcome
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML file of a tiny run, without data and run folder."""
     tree: dict[str, Any] = {}
-    for key, value in tiny_runs.SETTINGS.items():
+    for key, value in {**tiny_runs.SETTINGS, "train.global_batch_size": 8}.items():
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:

@@ -16,7 +16,7 @@ OURS = {**LOG, "training/trainer.py:settle _local_scalar_dense": 1}  # and wheth
 ZERO = {**LOG, "runtime/utils.py:is_invalid_grad_norm _local_scalar_dense": 1}
 BF16_ZERO = {**ZERO, "zero/stage_1_and_2.py:has_overflow _local_scalar_dense": 1}
 # megatron-core's cross-entropy assigns by a mask: index_put_ of one value for all, which waits for nothing
-SOFTMAX = {**OURS, "tensor_parallel/cross_entropy.py:calculate_predicted_logits index_put_": 16}
+SOFTMAX = {**OURS, "tensor_parallel/cross_entropy.py:calculate_predicted_logits index_put_": 8}
 
 CHAIN = {
     "model.head.kind": "chain", "model.group_bits": 5, "data.document_boundaries": "mask", "data.align_blocks": True,

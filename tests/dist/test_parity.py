@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -28,7 +29,7 @@ LAYOUTS = {
     "dp2_zero1": (2, {"parallel.zero_stage": 1}),
     "dp2_zero2": (2, {"parallel.zero_stage": 2}),
     "dp2_zero3": (2, {"parallel.zero_stage": 3}),
-    "dp4_zero1": (4, {"parallel.zero_stage": 1, "train.micro_batch_size": 2}),
+    "dp4_zero1": (4, {"parallel.zero_stage": 1, "train.micro_batch_size": 2, "train.global_batch_size": 8}),
     "tp2_dp2_zero2": (4, {"parallel.tp": 2, "parallel.zero_stage": 2}),
     "tp2_dp2_zero3": (4, {"parallel.tp": 2, "parallel.zero_stage": 3}),
     "pp2_dp2": (4, {"parallel.pp": 2}),
@@ -58,13 +59,18 @@ def single(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return run
 
 
+def _batch(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is one process's affair too."""
+    return {key: value for key, value in settings.items() if key == "train.global_batch_size"}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_single_process(
     name: str, single: Callable[..., Result], tiny_data: Path, tmp_path: Path
 ) -> None:
     world, settings = LAYOUTS[name]
     assert set(run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, settings))) == {0}
-    result, reference = tiny_runs.read(tmp_path / "run"), single()
+    result, reference = tiny_runs.read(tmp_path / "run"), single(**_batch(settings))
     assert len(result.loss) == tiny_runs.STEPS
     assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
     assert result.bound == pytest.approx(reference.bound, rel=TOLERANCE)
@@ -88,7 +94,7 @@ def test_variants_under_tp_and_pp(
 
 
 # many variants, and DeepSpeed's ZeRO-3 takes its time for each module and micro-batch
-FEWER = {"train.steps": 3, "train.global_batch_size": 4}
+FEWER = {"train.steps": 3, "model.num_layers": 3}
 NAMES = {
     "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
 }  # fmt: skip
@@ -141,11 +147,11 @@ def test_measured_noise_levels(layout: str, single: Callable[..., Result], tiny_
     world, settings = LAYOUTS[layout]
     measured = {"diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 1}
     run_ranks(tiny_runs.train, world, tiny_runs.overrides(tmp_path / "run", tiny_data, {**settings, **measured}))
-    result, reference = tiny_runs.read(tmp_path / "run"), single(**measured)
+    result, reference = tiny_runs.read(tmp_path / "run"), single(**measured, **_batch(settings))
     assert result.loss == pytest.approx(reference.loss, abs=TOLERANCE)
     assert result.bound == pytest.approx(reference.bound, rel=TOLERANCE)
     assert tiny_runs.worst(result.weights, reference.weights)[0] < TOLERANCE
-    warm = single(**{**measured, "diffusion.noise_warmup": 100})
+    warm = single(**{**measured, **_batch(settings), "diffusion.noise_warmup": 100})
     assert reference.loss[:2] == warm.loss[:2] and reference.loss[3] != warm.loss[3]
 
 

@@ -22,7 +22,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp 2": (2, {"train.micro_batch_size": 2}),
     "dp 3, ZeRO-3": (3, {"train.micro_batch_size": 2, "train.global_batch_size": 12, "parallel.zero_stage": 3}),
     "tp 2 x pp 2": (4, {"parallel.tp": 2, "parallel.pp": 2, "train.micro_batch_size": 4}),
-    "interleaved, dp 2": (4, {"parallel.pp": 2, "parallel.vpp": 2, "train.micro_batch_size": 2}),
+    "interleaved, dp 2": (
+        4,
+        {"parallel.pp": 2, "parallel.vpp": 2, "train.micro_batch_size": 2, "train.global_batch_size": 8},
+    ),
 }
 
 

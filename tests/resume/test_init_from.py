@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+import world
 from gloo_ranks import run_ranks
 
 from megatron_bit.run.checkpoints import complete
@@ -83,17 +84,16 @@ def test_the_layers_of_an_ar_model(kind: str, tiny_data: Path, tmp_path: Path) -
     """The backbone, given the same input, gives what transformers' model gives."""
     from megatron_bit.config import load_config
     from megatron_bit.model.build import build_model
-    from megatron_bit.parallel import groups as process_groups
 
     model = _llama(tmp_path / "hf", kind)
     settings = {"train.init_from": tmp_path / "hf", "model.qk_norm": kind == "qwen3"}
     settings |= {"model.head_dim": HEAD_DIM[kind]}
     weights = _start(tmp_path / "run", tiny_data, 2, **settings, **{"parallel.tp": 2})
     config = load_config(None, tiny_runs.overrides(tmp_path / "x", tiny_data, {**GQA, **settings}))
-    chunk = build_model(config, 421, process_groups.init(config))[0]
+    chunk = build_model(config, 421, world.of_one())[0]
     from megatron_bit.checkpoint.load import load_weights
 
-    load_weights(complete(tmp_path / "run" / "checkpoints")[0], [chunk], process_groups.init(config))
+    load_weights(complete(tmp_path / "run" / "checkpoints")[0], [chunk], world.of_one())
     x = torch.randn(2, 36, 48, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         ours = chunk.backbone(x.transpose(0, 1).contiguous()).transpose(0, 1)
@@ -223,10 +223,10 @@ def test_a_run_to_a_folder_and_back_to_a_run(kind: str, tiny_data: Path, tmp_pat
     if kind == "chain":
         assert tiny_runs.worst(*(tiny_runs.read_state(checkpoint, state) for state in ("ema", "param")))[0] == 0.0
     losses = {}
-    for name, world, layout in (("one", 1, {}), ("four", 4, {"parallel.tp": 2, "parallel.pp": 2})):
+    for name, ranks, layout in (("one", 1, {}), ("four", 4, {"parallel.tp": 2, "parallel.pp": 2})):
         shutil.copytree(tmp_path / "again", tmp_path / name)
         arguments = [f"run={tmp_path / name}", *(f"{key}={value}" for key, value in layout.items())]
-        assert set(run_ranks(tiny_runs.train_file, world, tmp_path / name / "config.yaml", arguments)) == {0}
+        assert set(run_ranks(tiny_runs.train_file, ranks, tmp_path / name / "config.yaml", arguments)) == {0}
         losses[name] = tiny_runs.read(tmp_path / name).loss
         assert len(losses[name]) == GQA["train.steps"]
     assert losses["four"] == pytest.approx(losses["one"], abs=1e-5)

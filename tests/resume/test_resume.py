@@ -131,8 +131,8 @@ def test_counters_and_kept_checkpoints(tiny_data: Path, tmp_path: Path) -> None:
     assert folders == ["step-00000004", "step-00000005"]
     meta = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "meta.json").read_text())
     assert meta["state"]["step"] == 4
-    assert meta["state"]["samples"] == 32
-    assert meta["state"]["tokens"] == 32 * 36
+    assert meta["state"]["samples"] == 16
+    assert meta["state"]["tokens"] == 16 * 36
     assert meta["updates"] == 4
 
 

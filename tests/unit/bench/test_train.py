@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import world
 
 from megatron_bit.bench import train
 from megatron_bit.bench.gpt_peer import GPTPeer
@@ -15,7 +16,6 @@ from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.split import train_flops
 
 TINY = [
@@ -34,7 +34,7 @@ def test_the_gpt_model_is_the_softmax_model(qk_norm: bool) -> None:
     """With the same weights both give the same loss and gradients, so they do the same work."""
     config = load_config(preset="laptop", overrides=[*TINY, f"model.qk_norm={str(qk_norm).lower()}"])
     config = train._softmax(config, 384)
-    groups = process_groups.init(config)
+    groups = world.of_one()
     ours, theirs = build_model(config, 384, groups, train.EOS)[0], GPTPeer(config, groups)
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     pairs = {name: next(new + name[len(old) :] for old, new in NAMES.items() if name.startswith(old)) for name in mine}
@@ -81,7 +81,7 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_precision_that_the_peer_has_not_is_said() -> None:
     config = load_config(preset="laptop", overrides=TINY)
     narrow = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp8"})})
-    groups = process_groups.init(config)
+    groups = world.of_one()
     with pytest.raises(UserError, match=r"GPTModel does not have train\.precision fp8"):
         GPTPeer(train._softmax(narrow, 100), groups)
 

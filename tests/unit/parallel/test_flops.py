@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import world
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bit.config import load_config
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.split import train_flops
 
 aten: Any = torch.ops.aten
@@ -74,7 +74,7 @@ ODD = [
 @pytest.mark.parametrize("shape", [[], ODD], ids=["laptop", "odd"])
 def test_counts_of_a_real_step(head: list[str], shape: list[str]) -> None:
     config = load_config(preset="laptop", overrides=["model.bits=12", *shape, *head]).with_vocab_size(VOCABULARY)
-    model = build_model(config, VOCABULARY, process_groups.init(config), eos_id=2)[0]
+    model = build_model(config, VOCABULARY, world.of_one(), eos_id=2)[0]
     size, length = 2, config.data.seq_length
     batch = TokenBatch(torch.randint(0, VOCABULARY, (size, length)), torch.arange(size))
     counter: Any = FlopCounterMode(display=False, custom_mapping=ATTENTION)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import world
 
 from megatron_bit.bench.saved import Saved
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
-from megatron_bit.parallel import groups as process_groups
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.planning.dry_run import describe, render
 from megatron_bit.planning.memory import memory_per_rank
@@ -58,7 +58,7 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
 )
 def test_parameters_and_activations(preset: str, extra: list[str]) -> None:
     config = load_config(preset=preset, overrides=[*SMALL, *extra])
-    model = build_model(config, 4096, process_groups.init(config), eos_id=2)[0]
+    model = build_model(config, 4096, world.of_one(), eos_id=2)[0]
     if config.train.precision == "bf16":
         model.bfloat16()
     named = dict(model.named_parameters())
