@@ -163,7 +163,7 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             shapes["head.prior_last.weight"] = (outputs, d)
     if h.kind == "chain":
         shapes |= {"head.previous": (rows, w), "head.values": (rows, w), "head.stage": (len(groups), w)}
-        if rank := h.prior_rank:
+        if rank := m.prior_rank:
             shapes |= {"head.told": (rows, rank), "head.tied": (rows, rank), "head.tie.weight": (rank, d)}
             if m.block_size > 1:
                 shapes["head.tie_last.weight"] = (rank, d)
@@ -183,7 +183,7 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes["embedding.values"] = (rows, d)
     else:
         shapes |= {"embedding.fc1.weight": (d, m.bits), "embedding.fc2.weight": (d, d)}
-    if m.names == "pairs":
+    if m.pairs:
         shapes |= {"embedding.pairs.factors": (rows, 2 * d), "embedding.pairs.mix.weight": (d, 2 * d)}
         shapes |= {"head.pairs.factors": (rows, 2 * w), "head.pairs.mix.weight": (w, 2 * w)}
     if m.memory.rows:
@@ -402,7 +402,7 @@ class ReferenceModel:
         and with names=pairs the products of every two of them in a second table, through a map."""
         rows = self.weights[table].unflatten(0, (len(weights), -1))
         out = sum(p @ rows[i] for i, p in enumerate(weights))
-        if self.config.model.names == "pairs":
+        if self.config.model.pairs:
             factors = self.weights[f"{pairs}.factors"].unflatten(0, (len(weights), -1))
             u = [p @ factors[i] for i, p in enumerate(weights)]
             every_two = list(itertools.combinations(u, 2))
@@ -627,7 +627,7 @@ class ReferenceModel:
             if self.config.model.head.prior:
                 prior = self._of_block("prior", hidden, kept).flatten(1, 2)
                 logits = logits + prior.unflatten(-1, (len(values), -1))[..., i, :]
-            if self.config.model.head.prior_rank:  # the groups before, times the states, onto this group's values
+            if self.config.model.prior_rank:  # the groups before, times the states, onto this group's values
                 ties = self._of_block("tie", hidden, kept).flatten(1, 2) * told
                 logits = logits + ties @ w["head.tied"].unflatten(0, (len(values), -1))[i].T
                 told = told + self._look_up("head.told", values)[i]

@@ -13,6 +13,7 @@ from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.chunk import LossOutput, TokenBatch
+from megatron_bit.model.memory import make_memory, ngram_rows, token_keys, tokens_before
 from megatron_bit.parallel.groups import Groups
 
 
@@ -22,7 +23,10 @@ def with_transformer_engine() -> bool:
 
 
 class GPTPeer(nn.Module):
-    """GPTModel in its own layer spec and with its own loss, called as our models are; untied, with RoPE and SwiGLU."""
+    """GPTModel in its own layer spec and with its own loss, called as our models are; untied, with RoPE and SwiGLU.
+
+    With `model.memory.rows` its input has the same memory as a softmax model's here.
+    """
 
     def __init__(self, config: Config, groups: Groups) -> None:
         """UserError if the precision needs Transformer Engine and there is none."""
@@ -63,6 +67,7 @@ class GPTPeer(nn.Module):
             rotary_base=round(m.rope_base),
             pg_collection=groups.collection,
         ).to(groups.device, mcore.params_dtype)  # all of it, as Megatron's Float16Module makes it
+        self.memory, self.remembers = make_memory(config, mcore, groups.tp, m.hidden_size), m.memory
         self.mask: Tensor | None = None  # causal by the spec
         if not engine:  # whose plain attention wants it, and would make its own on CUDA wherever it runs
             length = config.data.seq_length
@@ -73,6 +78,11 @@ class GPTPeer(nn.Module):
         ids = batch.tokens.roll(1, 1)  # position p holds token p - 1: as much work as any other first token
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         mask: Any = self.mask
-        nats: Tensor = self.model(ids, position, mask, labels=batch.tokens)
+        embedded: Tensor | None = None
+        if self.memory is not None:
+            keys = token_keys(ids.t()[..., None])
+            found = self.memory(ngram_rows(self.remembers, keys, tokens_before(ids.t(), None)))
+            embedded = self.model.embedding(ids, position) + found
+        nats: Tensor = self.model(ids, position, mask, decoder_input=embedded, labels=batch.tokens)
         loss = nats.mean()
         return LossOutput(loss, torch.stack((loss.detach(), loss.detach())))

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ from megatron_bit.planning.hardware import peak_flops
 from megatron_bit.training.step import forward_backward
 
 EOS = 0
-PEER = "GPTModel"
+OURS, PEER = "BitLM", "GPTModel"
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Contestant:
 
     name: str
     config: Config
+    variant: bool
     optimizer: Optimizer
     batches: list[TokenBatch]
     parameters: int
@@ -57,12 +58,22 @@ class Contestant:
             torch.cuda.synchronize()
 
 
-def main(configs: Sequence[Config], vocab_sizes: Sequence[int], steps: int, repeats: int, as_json: bool) -> int:
-    """Time all contestants of every configuration (which differ in `train.precision`); print medians and ratios."""
+def main(
+    configs: Sequence[Config],
+    variants: Sequence[Mapping[str, Config]],
+    vocab_sizes: Sequence[int],
+    steps: int,
+    repeats: int,
+    as_json: bool,
+) -> int:
+    """Time all contestants of every configuration (which differ in `train.precision`); print medians and ratios.
+
+    variants: of each configuration, others of a BitLM by what they are called.
+    """
     mcore.prepare(fused=True)
     groups = process_groups.init(configs[0])
     try:
-        contestants, left_out = _contestants(configs, vocab_sizes, groups)
+        contestants, left_out = _contestants(configs, variants, vocab_sizes, groups)
         for contestant in contestants:
             _measure_memory(contestant, groups)
         for repeat in range(repeats + 1):
@@ -79,13 +90,14 @@ def main(configs: Sequence[Config], vocab_sizes: Sequence[int], steps: int, repe
 
 
 def _contestants(
-    configs: Sequence[Config], vocab_sizes: Sequence[int], groups: Groups
+    configs: Sequence[Config], variants: Sequence[Mapping[str, Config]], vocab_sizes: Sequence[int], groups: Groups
 ) -> tuple[list[Contestant], list[str]]:
     """Those that can be built, and why others cannot."""
     contestants, left_out = [], []
-    for config in configs:
-        codes = 2**config.model.bits
-        contestants.append(build_contestant("BitLM", config, min(codes, 2**20), groups))
+    for config, others in zip(configs, variants, strict=True):
+        for name, bitlm in {OURS: config, **others}.items():
+            codes = min(2**bitlm.model.bits, 2**20)
+            contestants.append(build_contestant(name, bitlm, codes, groups, variant=bitlm is not config))
         for vocab_size in vocab_sizes:
             peer = _softmax(config, vocab_size)
             contestants.append(build_contestant(f"softmax {vocab_size:,}", peer, vocab_size, groups))
@@ -105,7 +117,9 @@ def _softmax(config: Config, vocab_size: int) -> Config:
     return config.model_copy(update={"model": model, "diffusion": diffusion})
 
 
-def build_contestant(name: str, config: Config, vocab_size: int, groups: Groups, gpt: bool = False) -> Contestant:
+def build_contestant(
+    name: str, config: Config, vocab_size: int, groups: Groups, gpt: bool = False, variant: bool = False
+) -> Contestant:
     """A model with optimizer and random batches; UserError if it cannot be built."""
     before = _allocated(groups)
     model: nn.Module = GPTPeer(config, groups) if gpt else build_model(config, vocab_size, groups, EOS)[0]
@@ -118,7 +132,7 @@ def build_contestant(name: str, config: Config, vocab_size: int, groups: Groups,
         for _ in range(groups.dims.micro_batches(config))
     ]
     parameters = sum(p.numel() for p in model.parameters())
-    return Contestant(name, config, optimizer, batches, parameters, _allocated(groups) - before)
+    return Contestant(name, config, variant, optimizer, batches, parameters, _allocated(groups) - before)
 
 
 def _allocated(groups: Groups) -> int:
@@ -147,10 +161,10 @@ def _result(
     peak = peak_flops(device) if gpu else None
     tokens = config.train.global_batch_size * config.data.seq_length
     peers = {c.config.train.precision: c for c in contestants if c.name.startswith(PEER)}
+    ours = {c.config.train.precision: c for c in contestants if c.name == OURS}
     rows = []
     for c in contestants:
         flops, peer = train_flops(c.config), peers.get(c.config.train.precision)
-        ratios = [theirs / ours for ours, theirs in zip(c.seconds, peer.seconds, strict=True)] if peer else None
         rows.append(
             {
                 "precision": c.config.train.precision,
@@ -160,7 +174,8 @@ def _result(
                 "tokens_per_second": spread([tokens / s for s in c.seconds]),
                 "model_flops_per_second": spread([flops * tokens / s for s in c.seconds]),
                 "mfu": spread([flops * tokens / s / peak for s in c.seconds]) if peak else None,
-                f"times {PEER}": spread(ratios) if ratios else None,
+                f"times {PEER}": _times(c, peer) if peer else None,
+                f"times {OURS}": _times(c, ours[c.config.train.precision]),
                 "peak_memory_bytes" if gpu else "kept_by_autograd_bytes": c.peak,
             }
         )
@@ -172,28 +187,35 @@ def _result(
         f"random tokens; {steps} steps a stretch",
         "peer": f"{PEER} with " + ("Transformer Engine's layers" if with_transformer_engine() else "its local spec"),
         "left_out": left_out,
+        "variants": sorted({c.name for c in contestants if c.variant}),
         "rows": rows,
     }
+
+
+def _times(one: Contestant, other: Contestant) -> dict[str, float]:
+    """How many times as fast `one` is, stretch by stretch."""
+    return spread([theirs / mine for mine, theirs in zip(one.seconds, other.seconds, strict=True)])
 
 
 def _table(result: dict[str, Any]) -> str:
     gpu = "peak_memory_bytes" in result["rows"][0]
     speed, memory = ("MFU, %", "peak, MiB") if gpu else ("GFLOP/s", "kept, MiB")
     lines = [result["machine"], result["model"], result["peer"], *result["left_out"], ""]
-    lines.append(
-        f"{'':12} {'model':18} {'parameters':>14} {'tokens/s':>26} {f'times {PEER}':>20} {speed:>9} {memory:>10}"
-    )
+    wide = max(18, *(len(row["model"]) for row in result["rows"]))
+    others = [PEER, OURS] if result["variants"] else [PEER]
+    times = "".join(f" {f'times {other}':>20}" for other in others)
+    lines.append(f"{'':12} {'model':{wide}} {'parameters':>14} {'tokens/s':>26}{times} {speed:>9} {memory:>10}")
     for row in result["rows"]:
-        rate, ratio = row["tokens_per_second"], row[f"times {PEER}"]
+        rate, ratios = row["tokens_per_second"], [row[f"times {other}"] for other in others]
         rates = f"{rate['median']:.0f} ({rate['min']:.0f}-{rate['max']:.0f})"
-        ratios = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "n/a"
+        told = [f"{r['median']:.3f} ({r['min']:.3f}-{r['max']:.3f})" if r else "n/a" for r in ratios]
         if gpu:
             used = f"{100 * row['mfu']['median']:.1f}" if row["mfu"] else "n/a"
         else:
             used = f"{row['model_flops_per_second']['median'] / 1e9:.1f}"
         size = row["peak_memory_bytes" if gpu else "kept_by_autograd_bytes"] / 2**20
         lines.append(
-            f"{row['precision']:12} {row['model']:18} {row['parameters']:14,} {rates:>26} {ratios:>20} {used:>9} "
-            f"{size:10.1f}"
+            f"{row['precision']:12} {row['model']:{wide}} {row['parameters']:14,} {rates:>26}"
+            f"{''.join(f' {text:>20}' for text in told)} {used:>9} {size:10.1f}"
         )
     return "\n".join(lines)

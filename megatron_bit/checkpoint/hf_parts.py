@@ -68,7 +68,7 @@ def parts(config: Config) -> Iterator[Part]:
         yield _same("model.embed_tokens.start", "embedding.start", m.block_size, d)
         if m.group_bits > 1:
             yield _same("model.embed_tokens.values", "embedding.values", m.group_values, d)
-            if m.names == "pairs":
+            if m.pairs:
                 yield from _pairs("model.embed_tokens.pairs.", "embedding.pairs.", m.group_values, d)
         else:
             yield _same("model.embed_tokens.fc1.weight", "embedding.fc1.weight", d, m.bits)
@@ -112,7 +112,7 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
     if h.kind == "chain":
         yield same("head.previous", "head.previous", m.group_values, w)
         yield same("head.stages", "head.stage", len(m.group_sizes), w)
-        if rank := h.prior_rank:
+        if rank := m.prior_rank:
             yield same("head.told", "head.told", m.group_values, rank)
             for end in ends:
                 yield same(f"head.tie{end}_proj.weight", f"head.tie{end}.weight", rank, d)
@@ -129,7 +129,7 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
             yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
     if h.kind == "chain" or m.group_bits > 1:
         yield same("head.values", "head.values", m.group_values, w)
-    if m.names == "pairs":
+    if m.pairs:
         yield from _pairs("head.pairs.", "head.pairs.", m.group_values, w)
     for name, count in (("modulation", 6), ("final_modulation", 2)):
         yield same(f"head.{name}.weight", f"head.{name}.weight", count * w, w)

@@ -122,6 +122,7 @@ def bench_train(
     preset: str = "laptop",
     vocab_size: tuple[int, ...] = (32_768, 131_072, 256_000),
     precision: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
     steps: int = 5,
     repeats: int = 5,
     json: bool = False,
@@ -138,6 +139,8 @@ def bench_train(
         preset: the model to time.
         vocab_size: vocabularies of the softmax heads.
         precision: values of train.precision to time, in the same run; default the configuration's.
+        also: time BitLM with these settings as well, and say how fast it is without them; in quotes, several key=value
+            pairs are one variant: --also "model.names=sum model.head.prior_rank=0" model.memory.rows=16384.
         steps: steps of one timed stretch.
         repeats: stretches of each, in turn.
         json: print JSON.
@@ -145,13 +148,19 @@ def bench_train(
     if min(*vocab_size, steps, repeats, len(vocab_size)) < 1:
         raise UserError("bench train: --vocab-size, --steps and --repeats need numbers of at least 1")
     one_rank = ("parallel.tp=1", "parallel.pp=1", "parallel.vpp=1", "parallel.zero_stage=0")
-    configs = [
-        bitlm_configuration((*args, *one_rank, *extra), preset)
-        for extra in ([(f"train.precision={name}",) for name in precision] or [()])
+    precisions = [(f"train.precision={name}",) for name in precision] or [()]
+    configs = [bitlm_configuration((*args, *one_rank, *extra), preset) for extra in precisions]
+    variants = [
+        {text: bitlm_configuration((*args, *one_rank, *extra, *text.split()), preset) for text in also}
+        for extra in precisions
     ]
+    for config, others in zip(configs, variants, strict=True):
+        for text, other in others.items():
+            if other.model_copy(update={"model": config.model, "diffusion": config.diffusion}) != config:
+                raise UserError(f"bench train: --also {text!r} has to keep to the keys of model and diffusion")
     from megatron_bit.bench import train as job
 
-    return job.main(configs, vocab_size, steps, repeats, json)
+    return job.main(configs, variants, vocab_size, steps, repeats, json)
 
 
 def bench_quality(

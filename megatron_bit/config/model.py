@@ -21,9 +21,10 @@ class HeadConfig(Section):
     """Tokens, its own among them, that a token of a chain head's attention reaches back to, also across blocks."""
     prior: bool = True
     """Add to the head's logits a linear map of the backbone's states, the same at every noise level."""
-    prior_rank: int = Field(default=0, ge=0, le=2**20)
+    prior_rank: int | None = Field(default=0, ge=0, le=2**20)
     """Of a `chain`: the prior of a group is told the groups before it, by a product of this rank with the backbone's
-    states. 0: it is not, and cannot tie the groups of a token together. 96 was tried (docs/quality.md)."""
+    states. 0: it is not, and cannot tie the groups of a token together. null: the width of the head where a token
+    has several groups and the head a prior, else 0."""
     num_layers: int = Field(default=2, ge=1, le=4096)
     """Layers of the head, a light transformer over the K tokens of one block."""
     hidden_size: int = Field(default=256, ge=8, le=2**20)
@@ -81,10 +82,11 @@ class ModelConfig(Section):
     group_bits: int = Field(default=1, ge=1, le=10)
     """Bits decided together, g: the groups of a token's bits are as even as they can be, and have 2^g values. 1: every
     bit by itself; B: a softmax over all codes. Above 1 bits enter the model as embeddings of their groups' values."""
-    names: Literal["sum", "pairs"] = "sum"
+    names: Literal["auto", "sum", "pairs"] = "sum"
     """What a token is called where it enters the backbone and the head: the `sum` of the embeddings of its groups'
     values, which cannot tell all tokens apart; `pairs` adds the products of a second set over all pairs of groups,
-    through a linear map. Tables of fixed size, whatever the vocabulary. For several groups of several bits."""
+    through a linear map. Tables of fixed size, whatever the vocabulary. `auto`: pairs where a token has several groups
+    of several bits, else sum."""
     vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary, V. The data says it, and has to agree if it is set; a softmax head planned without
     data (`--dry-run`) needs it."""
@@ -126,16 +128,15 @@ class ModelConfig(Section):
             raise ValueError(f"bits {self.bits} is more than the 62 of a token id; only code=raw has up to 256")
         if self.group_bits > self.bits:
             raise ValueError(f"group_bits {self.group_bits} is more than the bits {self.bits} of a token")
-        several = self.group_bits > 1 and len(self.group_sizes) > 1
-        if self.names == "pairs" and not several:
+        if self.names == "pairs" and not self._several:
             raise ValueError(
                 f"names pairs needs several groups of several bits, and group_bits {self.group_bits} makes "
-                f"{len(self.group_sizes)} of {self.bits} bits; leave it at sum"
+                f"{len(self.group_sizes)} of {self.bits} bits; leave it at sum, or at auto"
             )
-        if self.head.prior_rank and not (several and self.head.kind == "chain" and self.head.prior):
+        if self.head.prior_rank and not self._ties:
             raise ValueError(
                 f"head.prior_rank {self.head.prior_rank} needs head.kind chain with head.prior and several groups of "
-                f"several bits; leave it at 0"
+                f"several bits; leave it at 0, or at null"
             )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
@@ -147,6 +148,26 @@ class ModelConfig(Section):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} has to be a multiple of num_kv_heads {self.num_kv_heads}")
         return self
+
+    @property
+    def _several(self) -> bool:
+        return self.group_bits > 1 and len(self.group_sizes) > 1
+
+    @property
+    def _ties(self) -> bool:
+        return self._several and self.head.kind == "chain" and self.head.prior
+
+    @property
+    def pairs(self) -> bool:
+        """Whether `names`, resolved, are pairs."""
+        return self.names == "pairs" or (self.names == "auto" and self._several)
+
+    @property
+    def prior_rank(self) -> int:
+        """`head.prior_rank`, resolved."""
+        if self.head.prior_rank is None:
+            return self.head.hidden_size if self._ties else 0
+        return self.head.prior_rank
 
     @property
     def attention_head_dim(self) -> int:

@@ -46,7 +46,7 @@ class ChainHead(BlockHead):
         setattr(self.stage, PARTIAL, mcore.sequence_parallel)
         self.memory = make_memory(config, mcore, tp_group, w)  # of the tokens before
         self.inner_memory = make_memory(config, mcore, tp_group, w) if groups.count > 1 else None  # and groups before
-        m, rank = config.model, config.model.head.prior_rank
+        m, rank = config.model, config.model.prior_rank
         self.told = value_table(mcore, groups, rank) if rank else None  # what the prior of a group hears of others
         if rank:
             self.tie = linear(mcore, m.hidden_size, rank)

@@ -149,7 +149,7 @@ class Pairs(nn.Module):
 
 def make_pairs(config: Config, mcore: Any, groups: BitGroups, width: int) -> Pairs | None:
     """With `model.names=pairs`."""
-    return Pairs(mcore, groups, width) if config.model.names == "pairs" else None
+    return Pairs(mcore, groups, width) if config.model.pairs else None
 
 
 def name_of(table: Tensor, pairs: Pairs | None, index: Tensor, groups: BitGroups) -> Tensor:

@@ -30,8 +30,8 @@ def head_flops(config: Config) -> float:
         each += 2.0 * (FREQUENCIES * w + w * w) / m.block_size + 2.0 * w * (m.bits + outputs)  # one level a block
         if m.group_bits > 1:
             each += 2.0 * outputs * w + 4.0 * outputs * m.group_sizes[0]  # embedding of likely values; evidence, mean
-    once = 2.0 * m.hidden_size * rows * (w + outputs * h.prior + h.prior_rank) + 2.0 * outputs * h.prior_rank
-    if m.names == "pairs":  # a chain names the token before once, joint diffusion each evaluation's likely values
+    once = 2.0 * m.hidden_size * rows * (w + outputs * h.prior + m.prior_rank) + 2.0 * outputs * m.prior_rank
+    if m.pairs:  # a chain names the token before once, joint diffusion each evaluation's likely values
         mix = 4.0 * w * w
         once, each = (once + mix, each) if h.kind == "chain" else (once, each + mix + 4.0 * outputs * w)
     return n * each + once
@@ -43,7 +43,7 @@ def embedding_flops(config: Config) -> float:
     if m.head.kind == "softmax":
         return 0.0
     if m.group_bits > 1:
-        return 4.0 * m.hidden_size**2 * (m.names == "pairs")
+        return 4.0 * m.hidden_size**2 * m.pairs
     return 2.0 * (m.bits * m.hidden_size + m.hidden_size * m.hidden_size)
 
 
@@ -53,7 +53,7 @@ def train_flops(config: Config) -> float:
     layers, head = m.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
     constant = 0.0  # products of what needs no gradient: the values that noisy bits allow
     if h.kind == "diffusion" and m.group_bits > 1:
-        constant = config.head_evaluations * 2.0 * m.head_outputs * h.hidden_size * (3 if m.names == "pairs" else 1)
+        constant = config.head_evaluations * 2.0 * m.head_outputs * h.hidden_size * (3 if m.pairs else 1)
     return 3.0 * (layers + head + embedding_flops(config)) - constant
 
 

@@ -115,14 +115,14 @@ def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
         ends = 12 * h.hidden_size + m.bits * (1 + 4 / width) + values
     once, names, remembered = 0.0, _pairs(config, h.hidden_size), 0.0
     if h.kind == "chain":
-        once, names = names + (2 * len(m.group_sizes) + 1) * h.prior_rank, 0.0
+        once, names = names + (2 * len(m.group_sizes) + 1) * m.prior_rank, 0.0
         remembered = len(m.group_sizes) * _remembered(config, width)
     return config.head_evaluations * (h.num_layers * layer + (ends + names) / shared) + once / shared + remembered
 
 
 def _pairs(config: Config, width: int) -> float:
     """Elements kept of the products over pairs of groups for one token: factors, their sums, the map's input."""
-    return 2 * width * (2 * len(config.model.group_sizes) + 1) if config.model.names == "pairs" else 0.0
+    return 2 * width * (2 * len(config.model.group_sizes) + 1) if config.model.pairs else 0.0
 
 
 def _remembered(config: Config, width: int) -> float:

@@ -81,7 +81,7 @@ def embedding_work(config: Config, dims: ParallelDims) -> Work:
         work.collective_elements = tokens * m.hidden_size
     if m.head.kind != "softmax" and m.group_bits == 1:
         work.products = [Product(rows, m.hidden_size, m.bits), Product(rows, m.hidden_size, m.hidden_size)]
-    if m.head.kind != "softmax" and m.names == "pairs":
+    if m.head.kind != "softmax" and m.pairs:
         work.products = [Product(rows, m.hidden_size, 2 * m.hidden_size)]
     return work
 
@@ -115,10 +115,10 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
     ]
     if h.kind == "chain":  # a stage decides its own group
         products.append(Product(own, outputs / len(m.group_sizes), w, len(m.group_sizes)))
-        if h.prior_rank:
-            products.append(Product(own + last, h.prior_rank, m.hidden_size))
-            products.append(Product(own, outputs / len(m.group_sizes), h.prior_rank, len(m.group_sizes)))
-        if m.names == "pairs":
+        if m.prior_rank:
+            products.append(Product(own + last, m.prior_rank, m.hidden_size))
+            products.append(Product(own, outputs / len(m.group_sizes), m.prior_rank, len(m.group_sizes)))
+        if m.pairs:
             products.append(Product(own, w, 2 * w))
     else:
         levels = mine / m.block_size  # one noise level a block
@@ -126,7 +126,7 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
         products += [Product(mine, w, m.bits), Product(mine, outputs, w)]
         if m.group_bits > 1:  # embedding of likely values; evidence, mean
             products += [Product(mine, w, outputs), Product(mine, outputs, m.group_sizes[0], 2)]
-        if m.names == "pairs":
+        if m.pairs:
             products += [Product(mine, w, 2 * w), Product(mine, 2 * w, outputs)]
     keys = 2 * h.window if h.kind == "chain" else m.block_size
     remembers = h.kind == "chain" and m.memory.rows > 0  # before each token, and inside it before each group but one

@@ -20,12 +20,12 @@ def parameter_counts(config: Config) -> dict[str, int]:
     head += w * 6 * w + 6 * w + w * 2 * w + 2 * w  # modulation
     head += (w + rows * d * h.prior) * m.head_outputs
     if h.kind == "chain":
-        head += 2 * m.group_values * w + len(m.group_sizes) * w + h.prior_rank * (2 * m.group_values + rows * d)
+        head += 2 * m.group_values * w + len(m.group_sizes) * w + m.prior_rank * (2 * m.group_values + rows * d)
     else:
         head += m.bits * w * (2 if config.diffusion.self_condition else 1)
         head += FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
     read = m.group_values * d if m.group_bits > 1 else m.bits * d + d * d
-    if m.names == "pairs":
+    if m.pairs:
         read += 2 * m.group_values * d + 2 * d * d
         head += 2 * m.group_values * w + 2 * w * w
     input_memory, head_memory = memory_parameters(config)
@@ -50,8 +50,8 @@ def table_parameters(config: Config) -> int:
     if h.kind == "diffusion" and m.group_bits == 1:
         return remembered
     projections = (w + (1 + (m.block_size > 1)) * d * h.prior) * m.head_outputs
-    tables = (m.group_bits > 1) * d + (2 if h.kind == "chain" else 1) * w + 2 * h.prior_rank
-    return remembered + projections + m.group_values * (tables + (2 * (d + w) if m.names == "pairs" else 0))
+    tables = (m.group_bits > 1) * d + (2 if h.kind == "chain" else 1) * w + 2 * m.prior_rank
+    return remembered + projections + m.group_values * (tables + (2 * (d + w) if m.pairs else 0))
 
 
 def local_parameters(config: Config, tp: int) -> dict[str, float]:

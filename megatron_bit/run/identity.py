@@ -95,7 +95,7 @@ def meaning(config: Config) -> dict[str, Any]:
         "model.bits": m.bits,
         "model.code": m.code,
         "model.group_bits": m.group_sizes[0],  # makes the same groups
-        "model.names": m.names,
+        "model.names": "pairs" if m.pairs else "sum",
         "model.head.prior": head.prior,
         "model.head.num_layers": head.num_layers,
         "model.head.hidden_size": head.hidden_size,
@@ -103,7 +103,7 @@ def meaning(config: Config) -> dict[str, Any]:
         "model.head.ffn_hidden_size": head.ffn_hidden_size,
     }
     if head.kind == "chain":
-        return {**values, "model.head.window": head.window, "model.head.prior_rank": head.prior_rank}
+        return {**values, "model.head.window": head.window, "model.head.prior_rank": m.prior_rank}
     return {**values, "diffusion.parameterization": d.parameterization, SHOWN: d.self_condition > 0}
 
 

@@ -67,6 +67,7 @@ def test_values_of_the_command_line():
     assert config.log.tensorboard is False and config.run == "a=b"
 
 
+NO_TRUTH = "(command line): is yes or no, in YAML, and this key takes neither"
 MESSAGES = {
     "model.num_layer=3": "model.num_layer (command line) is not a configuration key; did you mean model.num_layers?",
     "train.step=3": "train.step (command line) is not a configuration key; did you mean train.steps?",
@@ -95,9 +96,46 @@ MESSAGES = {
     "model.head_dim=15": "model: head_dim 15 has to be even for RoPE",
     "model.num_kv_heads=3": "model: num_heads 4 has to be a multiple of num_kv_heads 3",
     "model.head.num_heads=3": "model.head: hidden_size 256 has to be a multiple of num_heads 3",
+    "model.names=pairs": "model: names pairs needs several groups of several bits, and group_bits 1 makes 16 of 16 "
+    "bits; leave it at sum, or at auto",
+    "model.head.prior_rank=8": "model: head.prior_rank 8 needs head.kind chain with head.prior and several groups of "
+    "several bits; leave it at 0, or at null",
+    "model.head.window=true": f"model.head.window = True {NO_TRUTH}",
+    "optim.lr=on": f"optim.lr = True {NO_TRUTH}",
+    "optim.betas=[no,0.9]": f"optim.betas = [False, 0.9] {NO_TRUTH}",
+    "parallel.zero_stage=true": f"parallel.zero_stage = True {NO_TRUTH}",
     "diffusion.sigma_min=200": "diffusion: sigma_min 200.0 has to be smaller than sigma_max 160.0",
     "parallel.vpp=2": "parallel: vpp 2 needs pp > 1; use vpp=1, or pp=2 and more",
 }
+
+
+# what is asked for beside `model.names=auto model.head.prior_rank=null` with 16 bits: pairs, prior_rank
+FOLLOWING = {
+    ("model.head.kind=chain", "model.group_bits=8"): (True, 256),
+    ("model.head.kind=chain", "model.group_bits=8", "model.head.hidden_size=64"): (True, 64),
+    ("model.head.kind=chain", "model.group_bits=8", "model.head.prior=false"): (True, 0),
+    ("model.head.kind=chain", "model.group_bits=1"): (False, 0),
+    ("model.head.kind=chain", "model.bits=8", "model.group_bits=8"): (False, 0),
+    ("model.head.kind=diffusion", "model.group_bits=8"): (True, 0),
+    ("model.head.kind=diffusion", "model.group_bits=1"): (False, 0),
+    ("model.head.kind=softmax", "model.block_size=1", "model.group_bits=1"): (False, 0),
+}
+
+
+@pytest.mark.parametrize("given", FOLLOWING)
+def test_names_and_the_prior_follow_the_head(given):
+    model = load_config(overrides=["model.names=auto", "model.head.prior_rank=null", *given]).model
+    assert (model.pairs, model.prior_rank) == FOLLOWING[given]
+    told = ["model.names=sum", "model.head.prior_rank=0", *given]
+    assert not load_config(overrides=told).model.pairs and load_config(overrides=told).model.prior_rank == 0
+
+
+@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("given", FOLLOWING)
+def test_a_preset_goes_with_every_head(name, given):
+    model = load_config(preset=name).model
+    assert model.pairs and model.prior_rank == model.head.hidden_size
+    load_config(preset=name, overrides=given)
 
 
 @pytest.mark.parametrize("override", MESSAGES)

@@ -17,22 +17,24 @@ from megatron_bit.errors import UserError
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chunk import TokenBatch
 from megatron_bit.parallel.split import train_flops
+from megatron_bit.planning.parameters import parameter_counts
 
 TINY = [
     "model.num_layers=2", "data.seq_length=24", "train.global_batch_size=4", "train.micro_batch_size=2",
     "model.bits=7", "model.group_bits=4",
 ]  # fmt: skip
 NAMES = {
+    "embedding.memory.": "memory.",
     "embedding.table.": "model.embedding.word_embeddings.",
     "backbone.block.": "model.decoder.",
     "head.logits.": "model.output_layer.",
 }
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_the_gpt_model_is_the_softmax_model(qk_norm: bool) -> None:
+@pytest.mark.parametrize("more", ["model.qk_norm=true", "model.qk_norm=false", "model.memory.rows=40"])
+def test_the_gpt_model_is_the_softmax_model(more: str) -> None:
     """With the same weights both give the same loss and gradients, so they do the same work."""
-    config = load_config(preset="laptop", overrides=[*TINY, f"model.qk_norm={str(qk_norm).lower()}"])
+    config = load_config(preset="laptop", overrides=[*TINY, more])
     config = train._softmax(config, 384)
     groups = world.of_one()
     ours, theirs = build_model(config, 384, groups, train.EOS)[0], GPTPeer(config, groups)
@@ -78,6 +80,21 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "times GPTModel" in train._table(result)
 
 
+def test_variants(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is a BitLM of its own, timed against the one that they differ from."""
+    plain, memory = "model.names=sum model.head.prior_rank=0", "model.memory.rows=64"
+    bench_train(tuple(TINY), vocab_size=(100,), also=(plain, memory), steps=1, repeats=2, json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert [r["model"] for r in result["rows"]] == ["BitLM", plain, memory, "softmax 100", "GPTModel 100"]
+    rows = {r["model"]: r for r in result["rows"]}
+    for name, more in {"BitLM": [], plain: plain.split(), memory: [memory]}.items():
+        config = load_config(preset="laptop", overrides=[*TINY, *more])
+        assert rows[name]["parameters"] == sum(parameter_counts(config).values())
+        assert rows[name]["flops_per_token"] == train_flops(config)
+    assert rows["BitLM"]["times BitLM"]["median"] == 1 and rows[plain]["times BitLM"]["median"] > 0
+    assert "times BitLM" in train._table(result) and plain in train._table(result)
+
+
 def test_a_precision_that_the_peer_has_not_is_said() -> None:
     config = load_config(preset="laptop", overrides=TINY)
     narrow = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp8"})})
@@ -89,5 +106,7 @@ def test_a_precision_that_the_peer_has_not_is_said() -> None:
 def test_bad_input() -> None:
     with pytest.raises(UserError, match=r"--vocab-size, --steps and --repeats need numbers of at least 1"):
         bench_train(vocab_size=(0,))
+    with pytest.raises(UserError, match=r"--also 'train.micro_batch_size=1' has to keep to the keys of model and diff"):
+        bench_train(also=("train.micro_batch_size=1",))
     with pytest.raises(UserError, match=r"train.precision = 'fp9'"):
         bench_train(precision=("fp9",))

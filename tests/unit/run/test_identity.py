@@ -172,6 +172,11 @@ def test_the_same_in_other_words() -> None:
     peer = ["model.head.kind=softmax", "model.block_size=1"]
     assert of(*peer, "model.bits=9", "model.head.num_layers=7", "model.attention=block_causal") == of(*peer)
     assert of(*CHAIN, "diffusion.parameterization=direct") == of(*CHAIN)  # a chain never sees a noisy bit
+    follows = ["model.names=auto", "model.head.prior_rank=null"]
+    assert of(*CHAIN, *follows) == of(*CHAIN, "model.names=pairs", "model.head.prior_rank=256") != of(*CHAIN)
+    assert of(*DIFFUSION, *follows) == of(*DIFFUSION, "model.names=pairs") != of(*DIFFUSION)
+    for single in (["model.group_bits=1"], ["model.bits=4"]):
+        assert of(*CHAIN, *single, *follows) == of(*CHAIN, *single)
 
 
 def test_self_conditioning_is_part_of_a_run() -> None:
