@@ -203,6 +203,32 @@ finish() {
     exit "$verdict"
 }
 
+# Runs a function beside this script, in a process group of its own, whose number is in $!.
+helper() {
+    set -m
+    "$@" &
+    set +m
+}
+
+# Ends a helper with all that it has started. By process group: one that is just starting something would leave that
+# behind, which then holds this job's output open. More than once: a shell that has just begun still has our traps.
+end_helper() {
+    local i
+    for (( i = 0; i < 20; i++ )); do
+        kill -TERM -- "-$1" 2>/dev/null
+        (( ! i )) || kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL -- "-$1" 2>/dev/null
+}
+
+# If the ranks hang, the job has to be back in the queue before SLURM ends it at its limit.
+end_at_last_call() {
+    sleep "$last_call"
+    say "the ranks have not stopped in $last_call s"
+    kill -KILL "$step" 2>/dev/null
+}
+
 stopping=0 step='' patience='' guard='' state=''
 stop() {
     (( stopping )) && return
@@ -210,8 +236,7 @@ stop() {
     say "asked to stop: the ranks save"
     [[ -n $step ]] || return
     kill -USR1 "$step" 2>/dev/null  # srun passes USR1 on to its tasks
-    # If they hang, the job has to be back in the queue before SLURM ends it at its limit.
-    { sleep "$last_call"; say "the ranks have not stopped in $last_call s"; kill -KILL "$step" 2>/dev/null; } &
+    helper end_at_last_call
     patience=$!
 }
 trap stop USR1
@@ -259,14 +284,12 @@ while (( status == SILENT && ! stopping )); do
     srun "${each_node[@]}" "${srun_options[@]}" "--output=${logs//%/%%}/node-%N.log" \
         bash -c "set -uo pipefail; $(declare -f wait_for on_node); on_node" 2>"$logs/srun.err" &
     step=$!
-    watchdog &
+    helper watchdog
     guard=$!
     status=0
     wait_for "$step" || status=$?
     step=''
-    for helper in $guard $patience; do
-        pkill -P "$helper"; kill "$helper" 2>/dev/null
-    done
+    for group in $guard $patience; do end_helper "$group"; done
     answered srun "$status" "$logs/srun.err" || status=$?
     if (( status == SILENT )); then rest; else cat "$logs/srun.err" >&2; fi
 done

@@ -386,6 +386,31 @@ def test_job(name: str, config: Config, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(logs.glob(".said-*"))
 
 
+# Helpers that begin a child at once, as the watchdog does, and are ended before, while and after they do.
+BEGUN_AND_ENDED = """
+child() { "$0"; }
+for (( n = 0; n < 30; n++ )); do
+    helper child
+    (( n % 3 )) && for (( i = 0; i < 40 * (n % 50); i++ )); do :; done
+    end_helper $!
+done
+true
+"""
+
+
+def test_a_helper_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What is left would hold the job's output open."""
+    text = Path(render.__code__.co_filename).with_name("job.sh").read_text()
+    functions = text[text.index("helper() {") : text.index("# If the ranks hang")]
+    child = tmp_path / "child"
+    child.write_text("#!/bin/bash\nexec sleep 60\n")
+    child.chmod(0o755)
+    script = f"trap : TERM USR1\n{functions}{BEGUN_AND_ENDED}"
+    # `run` waits for whoever holds the pipe
+    done = subprocess.run(["bash", "-uc", script, str(child)], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_in_a_container_the_launcher_itself_has_to_wait(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
