@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,29 +20,31 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bit.bench import curves
+from megatron_bit.bench.commands import Commands, Paused
 from megatron_bit.bench.ladder import REFERENCE, Rung, fit_width, ladder, other_parameters, select
 from megatron_bit.config import Config, load_config
 from megatron_bit.data.manifest import load_manifest
-from megatron_bit.errors import UserError
+from megatron_bit.errors import EXIT_PREEMPTED
 from megatron_bit.io.files import write_atomic
 from megatron_bit.io.measured import json_of, number
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.planning.parameters import table_parameters
 
+PLAIN = ("model.names=sum", "model.head.prior_rank=0")  # what a rung does not say it has not, whatever the preset has
 SIZES: dict[str, tuple[str, ...]] = {
     "small": (
         "model.hidden_size=96", "model.num_heads=4", "model.num_kv_heads=4", "model.num_layers=3",
         "model.ffn_hidden_size=256", "model.init_std=0.04", "model.head.num_layers=3", "model.head.hidden_size=96",
         "model.head.num_heads=4", "model.head.ffn_hidden_size=256", "data.seq_length=256",
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.precision=fp32", "optim.lr=6.0e-3",
-        "optim.warmup_steps=50", "evaluate.samples=128", "evaluate.noise_samples=16",
+        "optim.warmup_steps=50", "evaluate.samples=128", "evaluate.noise_samples=16", *PLAIN,
     ),
     "gpu": (
         "model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=8", "model.num_layers=8",
         "model.ffn_hidden_size=1408", "model.init_std=0.02", "model.head.num_layers=3", "model.head.hidden_size=512",
         "model.head.num_heads=8", "model.head.ffn_hidden_size=1408", "data.seq_length=1024",
         "train.global_batch_size=64", "train.micro_batch_size=32", "train.precision=bf16", "optim.lr=6.0e-4",
-        "optim.warmup_steps=200", "evaluate.samples=512", "evaluate.noise_samples=32",
+        "optim.warmup_steps=200", "evaluate.samples=512", "evaluate.noise_samples=32", *PLAIN,
     ),
 }  # fmt: skip
 STEPS = {"small": 400, "gpu": 3000}
@@ -83,8 +84,14 @@ def main(
     settings: Sequence[str],
     as_json: bool,
     tokens: Sequence[str] = (),
+    minutes: float | None = None,
 ) -> int:
-    """Train what is not there yet, and write OUT/quality.md and OUT/quality.json."""
+    """Train what is not there yet, and write OUT/quality.md and OUT/quality.json of what has finished.
+
+    Args:
+        minutes: after these, runs save and end, for the same command to go on with; the exit code is EXIT_PREEMPTED.
+    """
+    command = Commands(jobs, minutes)
     out.mkdir(parents=True, exist_ok=True)
     folder = data if data is not None else _own_data(out, VOCABULARY[budget])
     manifest = load_manifest(folder, check_files=False)
@@ -102,11 +109,16 @@ def main(
     work = [(rung, seed) for rung in rungs for seed in range(seeds if rung.headline else 1)]
     begin = time.monotonic()
     results: list[Result] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_run, rung, seed, common, target, out, jobs, budgets) for rung, seed in work]
+    unfinished = 0
+    with command.until_told(), ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_run, rung, seed, common, target, out, command, budgets) for rung, seed in work]
         try:
             for done, future in enumerate(futures, 1):
-                results += future.result()
+                try:
+                    results += future.result()
+                except Paused:
+                    unfinished += 1
+                    continue
                 result, left = results[-1], (time.monotonic() - begin) / done * (len(work) - done)
                 print(
                     f"{done}/{len(work)}  {result.rung.name}, seed {result.seed}: {result.nats:.3f} +- "
@@ -116,6 +128,10 @@ def main(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if unfinished:
+        print(f"{unfinished} of {len(work)} runs are unfinished; the same command goes on with them", file=sys.stderr)
+    if not results:
+        return EXIT_PREEMPTED
     report = {
         "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time",
@@ -128,7 +144,7 @@ def main(
     table = render(report, results)
     write_atomic(out / "quality.md", table.encode())
     print(json_of(report, indent=1) if as_json else table)
-    return 0
+    return EXIT_PREEMPTED if unfinished else 0
 
 
 def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
@@ -169,7 +185,13 @@ def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 
 def _run(
-    rung: Rung, seed: int, common: Sequence[str], target: Config, out: Path, jobs: int, budgets: Sequence[int]
+    rung: Rung,
+    seed: int,
+    common: Sequence[str],
+    target: Config,
+    out: Path,
+    command: Commands,
+    budgets: Sequence[int],
 ) -> list[Result]:
     """Train a rung, at the size of `target`, unless it has finished already, and read what it left: a result for each
     of `budgets` (steps, ascending), or if there are none one for the configuration's own steps."""
@@ -184,20 +206,22 @@ def _run(
         "evaluate.initial=false",
     ]  # fmt: skip
     if budgets:
-        runs = curves.train(arguments, budgets, run, lambda words, of: _megatron_bit(words, of, jobs))
+        runs = curves.train(arguments, budgets, run, command)
     else:
         steps, runs = config.train.steps, {config.train.steps: run}
         how = [f"run={run}", f"evaluate.every={steps}", f"checkpoint.every={steps}", "checkpoint.keep=1"]
         if not (run / "FINISHED").exists():
-            _megatron_bit(["train", *arguments, *how], run, jobs)
-    return [_read(rung, seed, config, steps, settings, run, jobs) for steps, run in runs.items()]
+            command(["train", *arguments, *how], run)
+    return [_read(rung, seed, config, steps, settings, run, command) for steps, run in runs.items()]
 
 
-def _read(rung: Rung, seed: int, config: Config, steps: int, settings: list[str], run: Path, jobs: int) -> Result:
+def _read(
+    rung: Rung, seed: int, config: Config, steps: int, settings: list[str], run: Path, command: Commands
+) -> Result:
     last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     parameters = {"rest": other_parameters(config), "tables": table_parameters(config)}
-    text = _text(run, jobs) if rung.text and seed == 0 else ""
+    text = _text(run, command) if rung.text and seed == 0 else ""
     return Result(
         rung, seed, number(last["nats_per_token_bound"]), number(last["standard_error"]),
         sum(r["seconds"] for r in log), train_flops(config), parameters, text, settings,
@@ -205,21 +229,9 @@ def _read(rung: Rung, seed: int, config: Config, steps: int, settings: list[str]
     )  # fmt: skip
 
 
-def _text(run: Path, jobs: int) -> str:
+def _text(run: Path, command: Commands) -> str:
     arguments = ["generate", str(run), "--prompt", *PROMPTS, "--max-tokens", "40", "--json"]
-    return str(json.loads(_megatron_bit(arguments, run, jobs).splitlines()[-1])["text"])
-
-
-def _megatron_bit(arguments: Sequence[str], run: Path, jobs: int) -> str:
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_bit", *arguments],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        tail = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise UserError(f"bench quality: {run.name} ended with {done.returncode}: {' '.join(tail)}")
-    return done.stdout
+    return str(json.loads(command(arguments, run).splitlines()[-1])["text"])
 
 
 def _own_data(out: Path, vocab_size: int) -> Path:

@@ -175,12 +175,14 @@ def bench_quality(
     jobs: int | None = None,
     only: tuple[str, ...] = (),
     all_rungs: bool = False,
+    minutes: float | None = None,
     json: bool = False,
 ) -> int:
     """Train a ladder of small models that differ in one switch each, and compare them with the softmax peer.
 
     All see the same data in the same order, and have the same number of parameters outside of tables. Writes
-    OUT/quality.md and OUT/quality.json; interrupted, the same command goes on with the runs that have not finished.
+    OUT/quality.md and OUT/quality.json; interrupted, the same command goes on with the runs that have not finished,
+    each from where it saved.
 
     Args:
         args: key=value pairs that hold for every rung.
@@ -194,6 +196,8 @@ def bench_quality(
         jobs: runs at a time; default the number of cores (small), or 1.
         only: rungs of this whole name, or whose name contains this.
         all_rungs: also the rungs that say little more than others; half an hour is too short for them on two cores.
+        minutes: save and end after these, with exit code 85 if runs are left, for the same command to go on: for a
+            machine that is lent for some minutes at a time. The tables are of what has finished.
         json: print JSON.
     """
     from megatron_bit.bench import quality
@@ -201,12 +205,14 @@ def bench_quality(
     for option, value in (("--steps", steps), ("--seeds", seeds), ("--jobs", jobs)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value} has to be at least 1")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UserError(f"--minutes {minutes} has to be above 0")
     if tokens and steps is not None:
         raise UserError(
             f"--steps {steps} and --tokens {' '.join(tokens)} both say how long a rung is; give one of them"
         )
     jobs = jobs or (os.cpu_count() or 1 if budget == "small" else 1)
-    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens)
+    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens, minutes)
 
 
 def demo(

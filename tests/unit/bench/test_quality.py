@@ -8,7 +8,7 @@ import pytest
 from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, select
 from megatron_bit.bench.quality import SIZES, Result, main, render
 from megatron_bit.config import load_config
-from megatron_bit.errors import UserError
+from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.planning.parameters import parameter_counts, table_parameters
 
 
@@ -28,6 +28,14 @@ def test_every_rung_has_the_same_parameters_without_tables(budget, bits):
         assert rung.slug not in seen
         seen.add(rung.slug)
     assert {"ar-softmax", "chain-k-4-g-8-semantic", "diffusion-k-4-g-1-binary"} <= seen
+
+
+@pytest.mark.parametrize("budget", SIZES)
+def test_a_rung_has_of_names_and_prior_what_its_name_says(budget):
+    """Whatever the preset has that it begins from."""
+    for rung in ladder(10, 6):
+        model = load_config(preset="laptop", overrides=[*SIZES[budget], "model.bits=10", *rung.overrides]).model
+        assert (model.pairs, model.prior_rank) == ("names" in rung.name, 96 * ("tied prior" in rung.name)), rung.name
 
 
 def test_rungs_differ_in_what_their_names_say():
@@ -97,3 +105,19 @@ def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, c
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "q" / "runs").rglob("*.jsonl")}
     with pytest.raises(UserError, match="is no rung of the ladder"):
         main("small", tmp_path / "q", tiny_data, 2, 1, 2, ["nothing"], False, extra, True)
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_over_goes_on(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    extra = ["evaluate.samples=8", "data.seq_length=32", "model.bits=9", "log.every=1"]
+    arguments = ("small", tmp_path / "q", tiny_data, 400, 1, 2, ["AR softmax"], False, extra, True)
+    (run,) = (tmp_path / "q" / "runs" / name for name in ["ar-softmax-0"])
+    assert main(*arguments, minutes=0.08) == EXIT_PREEMPTED  # a start alone takes seconds
+    said = capsys.readouterr()
+    assert said.out == "" and "1 of 1 runs are unfinished; the same command goes on" in said.err
+    before = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+    assert main(*arguments) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["tokens"] == 400 * 4 * 32
+    after = (run / "log.jsonl").read_text().splitlines()
+    assert len(before) < 400 and after[: len(before)] == before  # what was saved is not trained again
+    assert [json.loads(line)["step"] for line in after] == list(range(1, 401))
