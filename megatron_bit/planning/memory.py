@@ -113,11 +113,20 @@ def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
     else:  # log-probabilities and two kinds of probabilities in float32; which values the noisy bits allow
         values = m.head_outputs * (3 * 4 / width + 1) if m.group_bits > 1 else 0
         ends = 12 * h.hidden_size + m.bits * (1 + 4 / width) + values
-    once, names, remembered = 0.0, _pairs(config, h.hidden_size), 0.0
+    names, remembered = _pairs(config, h.hidden_size), 0.0
     if h.kind == "chain":
-        once, names = names + (2 * len(m.group_sizes) + 1) * m.prior_rank, 0.0
-        remembered = len(m.group_sizes) * _remembered(config, width)
-    return config.head_evaluations * (h.num_layers * layer + (ends + names) / shared) + once / shared + remembered
+        names, remembered = 0.0, len(m.group_sizes) * _remembered(config, width)
+    each = h.num_layers * layer + (ends + names) / shared
+    return config.head_evaluations * each + _once(config, dims) + remembered
+
+
+def _once(config: Config, dims: ParallelDims) -> float:
+    """Of a chain what is not for each evaluation, and is not computed again: names of the tokens before, ties."""
+    m = config.model
+    if m.head.kind != "chain":
+        return 0.0
+    ties = (2 * len(m.group_sizes) + 1) * m.prior_rank
+    return (_pairs(config, m.head.hidden_size) + ties) / (dims.tp if dims.sequence_parallel else 1)
 
 
 def _pairs(config: Config, width: int) -> float:
@@ -156,7 +165,8 @@ def _activations(config: Config, dims: ParallelDims, stage: int, layers: list[in
     head = head_activations(config, dims, width) if stage == dims.pp - 1 else 0.0
     stays, passes = head, 0.0  # of the head: with its micro-batch; for one evaluation, in the backward pass
     if head and config.recompute_head:
-        stays, passes = head_inputs(config, dims, width), head / config.head_evaluations
+        once = _once(config, dims)
+        stays, passes = head_inputs(config, dims, width) + once, (head - once) / config.head_evaluations
     if dims.vpp > 1:
         chunks[-1] += stays
         kept = _most_kept(dims, stage, tuple(chunks), dims.micro_batches(config))
