@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,17 +16,19 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-_worlds: list[Groups] = []
+_made: list[tuple[object, Groups]] = []  # the world of now, and torch's default group when it was made
 
 
 def of_one() -> Groups:
     """A world of one, made once: each has 54 threads, of which 18 look for work a hundred times a second."""
-    if not (_worlds and dist.is_initialized()):  # what a benchmark has begun it also ends
-        _worlds[:] = [parallel_groups.init(load_config(preset="laptop"))]
-    return _worlds[0]
+    world = dist.group.WORLD if dist.is_initialized() else None
+    if world is None or not _made or _made[0][0] is not world:  # what a benchmark has begun it also ends
+        groups = parallel_groups.init(load_config(preset="laptop"))
+        _made[:] = [(dist.group.WORLD, groups)]
+    return _made[0][1]
 
 
-@pytest.fixture(scope="session")
-def groups() -> Iterator[Groups]:
-    yield of_one()
-    parallel_groups.shutdown()
+@pytest.fixture
+def groups() -> Groups:
+    """For each test anew: one before it may have ended the world. The last one ends with the process."""
+    return of_one()
