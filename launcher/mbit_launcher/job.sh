@@ -205,9 +205,10 @@ finish() {
 
 # Runs a function beside this script, in a process group of its own, whose number is in $!.
 helper() {
+    local before=$-
     set -m
     "$@" &
-    set +m
+    [[ $before == *m* ]] || set +m  # a signal's trap that starts a helper may have come in between
 }
 
 # Ends a helper with all that it has started. By process group: one that is just starting something would leave that
