@@ -13,7 +13,7 @@ from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.model.backbone import transformer_config
 from megatron_bit.model.chunk import LossOutput, TokenBatch
-from megatron_bit.model.memory import make_memory, ngram_rows, token_keys, tokens_before
+from megatron_bit.model.memory import make_memory
 from megatron_bit.parallel.groups import Groups
 
 
@@ -67,7 +67,7 @@ class GPTPeer(nn.Module):
             rotary_base=round(m.rope_base),
             pg_collection=groups.collection,
         ).to(groups.device, mcore.params_dtype)  # all of it, as Megatron's Float16Module makes it
-        self.memory, self.remembers = make_memory(config, mcore, groups.tp, m.hidden_size), m.memory
+        self.memory = make_memory(config, mcore, groups.tp, m.hidden_size)
         self.mask: Tensor | None = None  # causal by the spec
         if not engine:  # whose plain attention wants it, and would make its own on CUDA wherever it runs
             length = config.data.seq_length
@@ -80,9 +80,7 @@ class GPTPeer(nn.Module):
         mask: Any = self.mask
         embedded: Tensor | None = None
         if self.memory is not None:
-            keys = token_keys(ids.t()[..., None])
-            found = self.memory(ngram_rows(self.remembers, keys, tokens_before(ids.t(), None)))
-            embedded = self.model.embedding(ids, position) + found
+            embedded = self.model.embedding(ids, position) + self.memory.of_ids(ids, None)
         nats: Tensor = self.model(ids, position, mask, decoder_input=embedded, labels=batch.tokens)
         loss = nats.mean()
         return LossOutput(loss, torch.stack((loss.detach(), loss.detach())))

@@ -42,7 +42,6 @@ class Contestant:
 
     name: str
     config: Config
-    variant: bool
     optimizer: Optimizer
     batches: list[TokenBatch]
     parameters: int
@@ -96,8 +95,7 @@ def _contestants(
     contestants, left_out = [], []
     for config, others in zip(configs, variants, strict=True):
         for name, bitlm in {OURS: config, **others}.items():
-            codes = min(2**bitlm.model.bits, 2**20)
-            contestants.append(build_contestant(name, bitlm, codes, groups, variant=bitlm is not config))
+            contestants.append(build_contestant(name, bitlm, min(2**bitlm.model.bits, 2**20), groups))
         for vocab_size in vocab_sizes:
             peer = _softmax(config, vocab_size)
             contestants.append(build_contestant(f"softmax {vocab_size:,}", peer, vocab_size, groups))
@@ -117,9 +115,7 @@ def _softmax(config: Config, vocab_size: int) -> Config:
     return config.model_copy(update={"model": model, "diffusion": diffusion})
 
 
-def build_contestant(
-    name: str, config: Config, vocab_size: int, groups: Groups, gpt: bool = False, variant: bool = False
-) -> Contestant:
+def build_contestant(name: str, config: Config, vocab_size: int, groups: Groups, gpt: bool = False) -> Contestant:
     """A model with optimizer and random batches; UserError if it cannot be built."""
     before = _allocated(groups)
     model: nn.Module = GPTPeer(config, groups) if gpt else build_model(config, vocab_size, groups, EOS)[0]
@@ -132,7 +128,7 @@ def build_contestant(
         for _ in range(groups.dims.micro_batches(config))
     ]
     parameters = sum(p.numel() for p in model.parameters())
-    return Contestant(name, config, variant, optimizer, batches, parameters, _allocated(groups) - before)
+    return Contestant(name, config, optimizer, batches, parameters, _allocated(groups) - before)
 
 
 def _allocated(groups: Groups) -> int:
@@ -187,7 +183,7 @@ def _result(
         f"random tokens; {steps} steps a stretch",
         "peer": f"{PEER} with " + ("Transformer Engine's layers" if with_transformer_engine() else "its local spec"),
         "left_out": left_out,
-        "variants": sorted({c.name for c in contestants if c.variant}),
+        "variants": sorted({c.name for c in contestants if c.config.model.head.kind != "softmax"} - {OURS}),
         "rows": rows,
     }
 

@@ -148,7 +148,7 @@ class Pairs(nn.Module):
 
 
 def make_pairs(config: Config, mcore: Any, groups: BitGroups, width: int) -> Pairs | None:
-    """With `model.names=pairs`."""
+    """Where `model.names` are pairs."""
     return Pairs(mcore, groups, width) if config.model.pairs else None
 
 

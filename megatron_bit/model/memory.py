@@ -93,6 +93,7 @@ class Memory(nn.Module):
         super().__init__()
         from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+        self.settings = config.model.memory
         size = dist.get_world_size(tp_group)
         self.rows = config.model.memory.total_rows // size
         self.first = dist.get_rank(tp_group) * self.rows
@@ -114,6 +115,14 @@ class Memory(nn.Module):
         if self.scatter:
             return reduce_scatter_to_sequence_parallel_region(total, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(total, group=self.tp_group) if self.split else total
+
+    def of_ids(self, ids: Tensor, start: Tensor | None) -> Tensor:
+        """Ids int64 [b, S], of which those before each position are known, to [s, b, width].
+
+        start: int64 [b, S], where documents begin: the end of the one before is none of it; None: all at 0.
+        """
+        keys, known = token_keys(ids.t()[..., None]), tokens_before(ids.t(), start)
+        return self(ngram_rows(self.settings, keys, known))
 
 
 def make_memory(config: Config, mcore: Any, tp_group: dist.ProcessGroup, width: int) -> Memory | None:

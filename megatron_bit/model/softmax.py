@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_bit.config import Config
 from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
-from megatron_bit.model.memory import make_memory, ngram_rows, token_keys, tokens_before
+from megatron_bit.model.memory import make_memory
 
 
 class TokenEmbedding(nn.Module):
@@ -37,15 +37,12 @@ class TokenEmbedding(nn.Module):
             config=mcore,
             tp_group=tp_group,
         )
-        self.memory, self.remembers = make_memory(config, mcore, tp_group, m.hidden_size), m.memory
+        self.memory = make_memory(config, mcore, tp_group, m.hidden_size)
 
     def forward(self, ids: Tensor, start: Tensor | None = None) -> Tensor:
         """int64 [b, S] to [s, b, D]; start: int64 [b, S], where documents begin, for the memory; None: all at 0."""
         x = self.table(ids if self.scatter else ids.t())  # megatron-core turns it around before it scatters
-        if self.memory is None:
-            return x
-        known = tokens_before(ids.t(), start)  # the end of a document before it is none of it
-        return x + self.memory(ngram_rows(self.remembers, token_keys(ids.t()[..., None]), known))
+        return x if self.memory is None else x + self.memory.of_ids(ids, start)
 
 
 class SoftmaxHead(nn.Module):

@@ -111,7 +111,7 @@ def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, c
 def test_a_run_whose_time_is_over_goes_on(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     extra = ["evaluate.samples=8", "data.seq_length=32", "model.bits=9", "log.every=1"]
     arguments = ("small", tmp_path / "q", tiny_data, 400, 1, 2, ["AR softmax"], False, extra, True)
-    (run,) = (tmp_path / "q" / "runs" / name for name in ["ar-softmax-0"])
+    run = tmp_path / "q" / "runs" / "ar-softmax-0"
     assert main(*arguments, minutes=0.08) == EXIT_PREEMPTED  # a start alone takes seconds
     said = capsys.readouterr()
     assert said.out == "" and "1 of 1 runs are unfinished; the same command goes on" in said.err
