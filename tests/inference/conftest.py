@@ -25,7 +25,6 @@ from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.model.bitlm import BitLM
 from megatron_bit.model.build import build_model
-from megatron_bit.parallel.groups import Groups
 
 one_thread, groups = world.one_thread, world.groups
 
@@ -139,7 +138,7 @@ class Trainer:
 
 
 @pytest.fixture(scope="session")
-def trainer(converted: dict[str, Converted], groups: Groups) -> Callable[[str], Trainer]:
+def trainer(converted: dict[str, Converted]) -> Callable[[str], Trainer]:
     made: dict[str, Trainer] = {}
 
     def make(name: str) -> Trainer:
@@ -150,6 +149,7 @@ def trainer(converted: dict[str, Converted], groups: Groups) -> Callable[[str], 
             run = converted[name].run
             overrides = ["parallel.tp=1", "parallel.pp=1", "parallel.zero_stage=0", "train.seed=11"]
             config = load_config(run / "config.yaml", overrides)
+            groups = world.of_one()
             (model,) = build_model(config, 421, groups)
             load_weights(newest_checkpoint(run), [model], groups)
             made[name] = Trainer(model.eval(), config)
