@@ -7,11 +7,11 @@ one costs. A copy that has decayed is to the bit the run of that budget alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 import shutil
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +29,18 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 Command = Callable[[Sequence[str], Path], object]  # (words of `megatron-bit`, the run whose failure it would be)
 
 
-def parse_tokens(text: str) -> int:
-    """'0.4M' to 400,000. UserError if it is no number of tokens."""
+def parse_count(text: str, option: str) -> int:
+    """'0.4M' to 400,000. UserError, which names the option, if it is no number."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([kMG]?)", text, re.ASCII)
-    tokens = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if not tokens:
-        raise UserError(f"--tokens {text} is no number of tokens; write for example 400k, 2M or 8200000")
-    return tokens
+    count = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not count:
+        raise UserError(f"{option} {text} is no number; write for example 400k, 2M or 8200000")
+    return count
 
 
 def budgets(tokens: Sequence[str], per_step: int, warmup: int) -> list[int]:
     """Steps of each budget, ascending. UserError: one too short to warm up before it decays, or two that are one."""
-    steps = sorted(round(parse_tokens(text) / per_step) for text in tokens)
+    steps = sorted(round(parse_count(text, "--tokens") / per_step) for text in tokens)
     if len({*steps}) < len(steps):
         raise UserError(f"--tokens {' '.join(tokens)} are of {steps} steps of {per_step:,} tokens; two are the same")
     if decay_begin(steps[0], DECAY) <= warmup:
@@ -87,48 +87,41 @@ def _copy(run: Path, to: Path) -> None:
 
 @dataclass(frozen=True)
 class Law:
-    """nats = limit + scale * (tokens / 1e6) ** -power."""
+    """nats = limit + sum over x of scale * x ** -power, where x are millions of tokens and perhaps of parameters."""
 
     limit: float
-    scale: float
-    power: float
+    terms: dict[str, tuple[float, float]]  # of T, and perhaps N: scale and power
     error: float  # root of the mean square of what it leaves, nats
+
+    def __str__(self) -> str:
+        terms = "".join(f" + {scale:.2f} {x}^-{power:.2f}" for x, (scale, power) in self.terms.items())
+        return f"{self.limit:.2f}{terms} (+- {self.error:.3f})"
 
 
 def fit(tokens: Sequence[float], nats: Sequence[float]) -> Law | None:
     """Least squares, the limit not below 0; None for fewer than LEAST_POINTS budgets."""
-    if len(tokens) < LEAST_POINTS:
-        return None
-    x, y, best = np.asarray(tokens, float) / 1e6, np.asarray(nats, float), None
-    for power in np.linspace(0.02, 1.5, 149):
-        basis = np.stack((np.ones_like(x), x**-power), axis=1)
-        limit, scale = np.linalg.lstsq(basis, y, rcond=None)[0]
-        if limit < 0.0:
-            limit, scale = 0.0, float(basis[:, 1] @ y / (basis[:, 1] @ basis[:, 1]))
-        error = float(np.sqrt(np.mean((limit + scale * basis[:, 1] - y) ** 2)))
+    return _fit({"T": tokens}, nats) if len({*tokens}) >= LEAST_POINTS else None
+
+
+def fit_sizes(parameters: Sequence[float], tokens: Sequence[float], nats: Sequence[float]) -> Law | None:
+    """The law of both (Hoffmann et al., arXiv 2203.15556, equation 2); None for fewer than three sizes or budgets."""
+    enough = len({*parameters}) >= 3 and len({*tokens}) >= 3
+    return _fit({"N": parameters, "T": tokens}, nats) if enough else None
+
+
+def _fit(variables: dict[str, Sequence[float]], nats: Sequence[float]) -> Law:
+    """All powers of a grid are tried; the scales are linear then."""
+    y, best = np.asarray(nats, float), None
+    columns = [np.asarray(values, float) / 1e6 for values in variables.values()]
+    for powers in itertools.product(np.linspace(0.02, 1.5, 149 if len(columns) == 1 else 75), repeat=len(columns)):
+        falling = np.stack([x**-power for x, power in zip(columns, powers, strict=True)], axis=1)
+        basis = np.concatenate((np.ones((len(y), 1)), falling), axis=1)
+        found = np.linalg.lstsq(basis, y, rcond=None)[0]
+        if found[0] < 0.0:
+            found = np.concatenate(([0.0], np.linalg.lstsq(falling, y, rcond=None)[0]))
+        error = float(np.sqrt(np.mean((basis @ found - y) ** 2)))
         if best is None or error < best.error:
-            best = Law(float(limit), float(scale), float(power), error)
+            terms = {x: (float(a), float(p)) for x, a, p in zip(variables, found[1:], powers, strict=True)}
+            best = Law(float(found[0]), terms, error)
+    assert best is not None
     return best
-
-
-def table(points: dict[str, dict[int, list[float]]], flops: dict[str, float], peer: str) -> list[str]:
-    """Markdown: nats of every rung at every budget, and how far it is from the peer there.
-
-    Args:
-        points: of a rung and a budget in tokens the nats of each seed.
-        flops: of training, of a rung for a token.
-    """
-    every = sorted({tokens for of_rung in points.values() for tokens in of_rung})
-    means = {name: {t: statistics.mean(v) for t, v in of_rung.items()} for name, of_rung in points.items()}
-    heads = [f"{tokens / 1e6:g} M | minus AR" for tokens in every]
-    lines = [f"| rung | {' | '.join(heads)} | PFLOP of the last | law |", "|---" * (2 * len(every) + 3) + "|"]
-    for name, of_rung in means.items():
-        cells = []
-        for tokens in every:
-            value, base = of_rung.get(tokens), means.get(peer, {}).get(tokens)
-            gap = "" if value is None or base is None or name == peer else f"{value - base:+.3f}"
-            cells.append(f"{'' if value is None else f'{value:.3f}'} | {gap}")
-        law = fit([*of_rung], [*of_rung.values()])
-        said = "" if law is None else f"{law.limit:.2f} + {law.scale:.2f} T^-{law.power:.2f} (+- {law.error:.3f})"
-        lines.append(f"| {name} | {' | '.join(cells)} | {max(of_rung) * flops[name] / 1e15:.3g} | {said} |")
-    return [*lines, "", "Law: nats of T million tokens, with the root of the mean square that it leaves."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.planning.parameters import parameter_counts, table_parameters
 
+PEER, PEER_WITH_MEMORY = "AR softmax", "AR softmax, memory"
 # the rung whose parameters all others match
 REFERENCE = ("model.head.kind=chain", "model.group_bits=8", "model.block_size=4")
 
@@ -43,8 +45,8 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     peer = ("model.head.kind=softmax", "model.block_size=1", "model.code=binary", f"model.num_layers={peer_layers}")
     four, eight = chain(4, 8, *semantic), joint(4, 8, *semantic)
     memory = "model.memory.rows=16384"
-    rungs = [Rung("AR softmax", peer, headline=True), Rung("AR softmax, memory", (*peer, memory))]
-    if most > 8:
+    rungs = [Rung(PEER, peer, headline=True), Rung(PEER_WITH_MEMORY, (*peer, memory), headline=True)]
+    if math.ceil(bits / most) < math.ceil(bits / 8):  # else they are the groups of the rungs below
         rungs += [
             Rung(f"chain K=1 g={most} semantic", chain(1, most, *semantic), headline=True),
             Rung(f"chain K=4 g={most} semantic", chain(4, most, *semantic), headline=True, text=True),
@@ -53,7 +55,7 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     rungs += [
         Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
     ]
-    names, tied = "model.names=pairs", "model.head.prior_rank=96"
+    names, tied = "model.names=pairs", "model.head.prior_rank=null"
     if bits > 8:  # several groups
         deeper = (
             f"model.num_layers={peer_layers // 2 - 1}",
@@ -69,6 +71,7 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
             Rung(
                 "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head, memory",
                 (*four, names, tied, *deeper, memory),
+                headline=True,
             ),
             Rung("chain K=8 g=8 semantic, names, tied prior", chain(8, 8, *semantic, names, tied), extra=True),
             Rung(
@@ -109,16 +112,24 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
     return rungs
 
 
+def peer_of(name: str) -> str:
+    """The rung that one of this name is compared with: with a memory if it has one."""
+    return PEER_WITH_MEMORY if name.endswith(", memory") else PEER
+
+
 def select(rungs: Sequence[Rung], only: Sequence[str], all_rungs: bool) -> list[Rung]:
     """Those that `only` names, by their whole name or else by a part of it; without it all but the extra ones.
-    UserError if there is none."""
+    UserError if one of `only` is none."""
     if not only:
         return [rung for rung in rungs if all_rungs or not rung.extra]
-    names = {rung.name for rung in rungs}
-    found = [r for r in rungs if any(part == r.name or (part not in names and part in r.name) for part in only)]
-    if not found:
-        raise UserError(f"--only {' '.join(only)} is no rung of the ladder: {', '.join(r.name for r in rungs)}")
-    return found
+    names, wanted = {rung.name for rung in rungs}, set[str]()
+    for part in only:
+        found = {part} & names or {name for name in names if part in name}
+        if not found:
+            pairs = "; key=value pairs go before the options" * ("=" in part and "." in part)
+            raise UserError(f"--only {part!r} is no rung of the ladder{pairs}: {', '.join(r.name for r in rungs)}")
+        wanted |= found
+    return [rung for rung in rungs if rung.name in wanted]
 
 
 def fit_width(config: Config, target: Config) -> Config:

@@ -171,6 +171,7 @@ def bench_quality(
     out: Path = Path("quality"),
     steps: int | None = None,
     tokens: tuple[str, ...] = (),
+    sizes: tuple[str, ...] = (),
     seeds: int = 1,
     jobs: int | None = None,
     only: tuple[str, ...] = (),
@@ -192,6 +193,8 @@ def bench_quality(
         steps: training steps of a rung; default 400 (small) or 3000 (gpu).
         tokens: budgets such as 0.4M 2M 8M instead of --steps: every rung is trained once with a constant rate, and has
             a short decay at each of them, of which the table shows the curve and a law.
+        sizes: parameters outside of tables such as 0.3M 0.8M 3M: the ladder at each of the widths that have about so
+            many, with the learning rate that a fitted rule gives.
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
         only: rungs of this whole name, or whose name contains this.
@@ -212,7 +215,7 @@ def bench_quality(
             f"--steps {steps} and --tokens {' '.join(tokens)} both say how long a rung is; give one of them"
         )
     jobs = jobs or (os.cpu_count() or 1 if budget == "small" else 1)
-    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens, minutes)
+    return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens, minutes, sizes)
 
 
 def demo(

@@ -16,12 +16,12 @@ from megatron_bit.errors import UserError
 
 
 def test_tokens_and_budgets() -> None:
-    found = [curves.parse_tokens(text) for text in ("400k", "0.4M", "8.2M", "1G", "12345")]
+    found = [curves.parse_count(text, "--tokens") for text in ("400k", "0.4M", "8.2M", "1G", "12345")]
     assert found == [400_000, 400_000, 8_200_000, 10**9, 12_345]
     assert curves.budgets(["2M", "0.4M"], 1024, 50) == [391, 1953]
     for text in ("", "0", "2 M", "-1M", "1e6", "2T", "1.M"):
-        with pytest.raises(UserError, match="is no number of tokens"):
-            curves.parse_tokens(text)
+        with pytest.raises(UserError, match=r"--tokens .*is no number"):
+            curves.parse_count(text, "--tokens")
     with pytest.raises(UserError, match="two are the same"):
         curves.budgets(["0.4M", "400k"], 1024, 50)
     with pytest.raises(UserError, match=r"40 steps .* end in their warm-up of 50; take at least 66,560 tokens"):
@@ -59,13 +59,28 @@ def test_a_branch_is_to_the_bit_the_run_of_its_budget_alone(tiny_data: Path, tmp
 def test_a_law_is_found_again() -> None:
     tokens = [0.2e6, 0.4e6, 1e6, 2e6, 8e6]
     law = curves.fit(tokens, [2.5 + 1.1 * (t / 1e6) ** -0.4 for t in tokens])
-    assert law is not None and law.power == pytest.approx(0.4, abs=0.01)
-    assert law.limit == pytest.approx(2.5, abs=0.05) and law.scale == pytest.approx(1.1, abs=0.05) and law.error < 1e-3
+    assert law is not None
+    assert (
+        law.limit == pytest.approx(2.5, abs=0.05)
+        and law.terms["T"][0] == pytest.approx(1.1, abs=0.05)
+        and law.error < 1e-3
+    )
     assert curves.fit(tokens[:3], [4.0, 3.5, 3.2]) is None
     falling = curves.fit(tokens, [(t / 1e6) ** -0.5 for t in tokens])
     assert falling is not None and falling.limit == pytest.approx(0.0, abs=1e-6)
     noisy = curves.fit(tokens, [5.0, 4.0, 4.5, 3.0, 3.5])
     assert noisy is not None and noisy.error > 0.1
+    assert str(law).startswith("2.50 + 1.10 T^-0.40 (+- 0.00")
+
+
+def test_a_law_of_sizes_is_found_again() -> None:
+    grid = [(n * 1e6, t * 1e6) for n in (0.3, 0.8, 3.0) for t in (0.4, 0.8, 2.0)]
+    nats = [2.0 + 0.5 * (n / 1e6) ** -0.3 + 0.9 * (t / 1e6) ** -0.5 for n, t in grid]
+    law = curves.fit_sizes(*zip(*grid, strict=True), nats)
+    assert law is not None and law.error < 1e-3 and law.limit == pytest.approx(2.0, abs=0.1)
+    assert law.terms["N"] == pytest.approx((0.5, 0.3), abs=0.06)
+    assert law.terms["T"] == pytest.approx((0.9, 0.5), abs=0.06)
+    assert curves.fit_sizes(*zip(*grid[:6], strict=True), nats[:6]) is None  # two sizes
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, select
-from megatron_bit.bench.quality import SIZES, Result, main, render
+from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, peer_of, select
+from megatron_bit.bench.quality import main
+from megatron_bit.bench.report import Result, render
+from megatron_bit.bench.sizes import SIZES
 from megatron_bit.config import load_config
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.planning.parameters import parameter_counts, table_parameters
@@ -35,7 +37,8 @@ def test_a_rung_has_of_names_and_prior_what_its_name_says(budget):
     """Whatever the preset has that it begins from."""
     for rung in ladder(10, 6):
         model = load_config(preset="laptop", overrides=[*SIZES[budget], "model.bits=10", *rung.overrides]).model
-        assert (model.pairs, model.prior_rank) == ("names" in rung.name, 96 * ("tied prior" in rung.name)), rung.name
+        tied = model.head.hidden_size if "tied prior" in rung.name else 0
+        assert (model.pairs, model.prior_rank) == ("names" in rung.name, tied), rung.name
 
 
 def test_rungs_differ_in_what_their_names_say():
@@ -77,6 +80,21 @@ def test_table_holds_mean_range_and_distance():
     assert f"- {chain}: one two" in table
 
 
+def test_a_memory_has_a_peer_of_its_own():
+    rungs = {rung.name: rung for rung in ladder(10, 6)}
+    ours = "chain K=4 g=8 semantic, names, tied prior, memory"
+    assert peer_of(ours) == "AR softmax, memory" and peer_of(ours[: -len(", memory")]) == "AR softmax"
+    nats = {"AR softmax": 4.0, "AR softmax, memory": 3.7, ours: 3.75}
+    results = [
+        Result(rungs[name], 0, value + less, 0.01, 60.0, 5e6, {"rest": 7, "tables": 3}, tokens=tokens)
+        for name, value in nats.items() for tokens, less in ((10, 1.0), (20, 0.0))
+    ]  # fmt: skip
+    table = render({"command": "x", "machine": "y", "minutes": 1, "tokens": 20, "vocabulary": 4}, results)
+    assert "| seeds | minus AR | minus AR, memory | parameters" in table
+    assert f"| {ours} | 3.750 | 0.010 | 1 | -0.250 | +0.050 | 7 |" in table
+    assert f"| {ours} | 4.750 | +0.050 | 3.750 | +0.050 |" in table  # of the curves, like against like
+
+
 def test_which_rungs_run():
     rungs = ladder(10, 6)
     default = select(rungs, (), False)
@@ -86,8 +104,14 @@ def test_which_rungs_run():
     }
     (alone,) = select(rungs, ("chain K=4 g=8 semantic",), False)
     assert alone.name == "chain K=4 g=8 semantic"  # and not all whose names begin so
+    assert not [r for r in ladder(13, 6) if "g=10" in r.name]  # its groups would be those of g=8
     windows = select(rungs, ("window",), False)
     assert [rung.name.split()[-1] for rung in windows] == ["1", "4", "16"] and not set(windows) & set(default)
+    assert set(select(rungs, ("window", "mse"), False)) > set(windows)
+    for only in (("window", "widow"), ("window", "train.seed=3")):  # such a pair behind the option is one of its values
+        with pytest.raises(UserError, match=f"--only '{only[1]}' is no rung of the ladder") as said:
+            select(rungs, only, False)
+        assert ("key=value pairs go before the options" in str(said.value)) == ("=" in only[1])
 
 
 def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
