@@ -179,6 +179,8 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             shapes["head.estimate.weight"] = (w, m.bits)
         if m.group_bits > 1:
             shapes["head.values"] = (rows, w)
+        if m.token_before:
+            shapes["head.before.weight"] = (w, w)
     if m.group_bits > 1:
         shapes["embedding.values"] = (rows, d)
     else:
@@ -502,10 +504,12 @@ class ReferenceModel:
         hidden: Tensor,
         kept: Tensor | None = None,
         estimate: Tensor | float = 0.0,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to head outputs [b, n, M, K, outputs].
 
         estimate [b, n, M, K, B]: what is shown of the head's own estimate of the clean bits.
+        tokens [b, S]: for the token before each.
         """
         m, w = self.config.model, self.weights
         half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
@@ -523,10 +527,29 @@ class ReferenceModel:
         if m.group_bits > 1:
             odds = (2 * z / (2 * log_sigma).exp()[..., None, None]).clamp(-30, 30)
             widest = 2 ** max(b - a for a, b in group_slices(self.config))
-            likely = [F.pad(e.softmax(-1), (0, widest - e.shape[-1])) for _, e in self._evidence(odds)]
-            x = x + self._name("head.values", "head.pairs", likely)
+            said = [e for _, e in self._evidence(odds)]
+            if m.soft_prior:
+                prior = self._of_block("prior", hidden, kept)[:, :, None].unflatten(-1, (len(said), -1))
+                said = [e + prior[..., i, : e.shape[-1]] for i, e in enumerate(said)]
+            likely = [F.pad(e.softmax(-1), (0, widest - e.shape[-1])) for e in said]
+            name = self._name("head.values", "head.pairs", likely)
+            x = x + name
+            if m.token_before:
+                x = x + self._names_before(name, tokens) @ w["head.before.weight"].T
         out = self._head_layers(x + context, condition) @ w["head.output.weight"].T
         return out + self._of_block("prior", hidden, kept)[:, :, None] if m.head.prior else out
+
+    def _names_before(self, name: Tensor, tokens: Tensor | None) -> Tensor:
+        """name [b, n, M, K, W] of each token to those of the tokens before, tokens [b, S] for the first of a block."""
+        assert tokens is not None
+        clean = self._name("head.values", "head.pairs", self._one_hot(self.values(self.encode(tokens))))  # [b, S, W]
+        same, k, out = self.same_document(tokens), self.config.model.block_size, torch.zeros_like(name)
+        for b, n, place in itertools.product(range(name.shape[0]), range(name.shape[1]), range(k)):
+            if place:
+                out[b, n, :, place] = name[b, n, :, place - 1]
+            elif n and (same is None or same[b, n * k, n * k - 1]):
+                out[b, n, :, 0] = clean[b, n * k - 1]
+        return out
 
     def _evidence(self, odds: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Log-odds of bits [..., B] to each group's codes [2^n, n] and unnormalised log-probabilities [..., 2^n]."""
@@ -551,9 +574,9 @@ class ReferenceModel:
         if d.self_condition:
             u = _words(self.config, 6, sample, tokens.shape[1] // k, np.array([LEVEL_ELEMENT]))[0][..., 0]
             with torch.no_grad():
-                first = self._mean(self.head(z, log_sigma, hidden, kept), z, sigma)
+                first = self._mean(self.head(z, log_sigma, hidden, kept, tokens=tokens), z, sigma)
             estimate = first * (u < d.self_condition).float()[..., None, None]
-        out = self.head(z, log_sigma, hidden, kept, estimate)
+        out = self.head(z, log_sigma, hidden, kept, estimate, tokens)
         odds = (2 * z / sigma**2).clamp(-30, 30) if d.parameterization == "matched_filter" else torch.zeros_like(z)
         if m.group_bits == 1:
             logits = out + odds

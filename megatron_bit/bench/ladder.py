@@ -56,6 +56,7 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         Rung(f"chain K={k} g=8 semantic", chain(k, 8, *semantic), headline=k == 4, text=k == 4) for k in (1, 2, 4, 8)
     ]
     names, tied = "model.names=pairs", "model.head.prior_rank=null"
+    before, soft = "model.head.token_before=true", "model.head.soft_prior=true"
     if bits > 8:  # several groups
         deeper = (
             f"model.num_layers={peer_layers // 2 - 1}",
@@ -94,6 +95,9 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         Rung("chain K=4 g=8 semantic, head of 2 layers", (*four, "model.head.num_layers=2")),
         Rung("chain K=4 g=8 semantic, head of 4 layers", (*four, "model.head.num_layers=4")),
         Rung("diffusion K=4 g=8 semantic", eight, text=True),
+        Rung("diffusion K=4 g=8 semantic, token before", (*eight, before)),
+        Rung("diffusion K=4 g=8 semantic, token before, soft prior", (*eight, before, soft)),
+        Rung("diffusion K=4 g=8 semantic, token before, soft prior, names", (*eight, before, soft, names)),
         Rung("diffusion K=4 g=8 semantic, no prior", (*eight, "model.head.prior=false")),
         Rung("diffusion K=4 g=8 semantic, 1 noise sample", (*eight, "diffusion.noise_samples=1")),
         Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),

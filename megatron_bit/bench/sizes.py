@@ -1,9 +1,9 @@
 """The sizes of `bench quality`: the small model and the one for a GPU, and either at other widths by one rule.
 
 At `--sizes` the width of backbone and head changes, with the number of layers and heads kept, and with it by a rule the
-standard deviation of the initial weights (by the root of the width, as PyTorch's own) and the learning rate: Adam's
-falls with the width (Yang et al., Tensor Programs V, arXiv 2203.03466: by its first power for hidden matrices). The
-power here is fitted, to the peer and to a chain at three widths (docs/quality.md).
+standard deviation of the initial weights (by the root of the width, as PyTorch's own) and the learning rate, by the
+width: what Adam's has to do for hidden matrices (Yang et al., Tensor Programs V, arXiv 2203.03466), and what was found
+for the peer and for a chain at three widths (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from megatron_bit.bench.ladder import REFERENCE, other_parameters
 from megatron_bit.config import Config, load_config
 from megatron_bit.errors import UserError
 
-LR_POWER = 0.5  # of the width, by which the learning rate falls
+LR_POWER = 1.0  # of the width, by which the learning rate falls: as in Tensor Programs V, and as measured
 WIDTHS = 16  # a width is a multiple of these
-PLAIN = ("model.names=sum", "model.head.prior_rank=0")  # what a rung does not say it has not, whatever the preset has
+# what a rung does not say it has not, whatever the preset has
+PLAIN = (
+    "model.names=sum", "model.head.prior_rank=0", "model.head.token_before=false", "model.head.soft_prior=false",
+)  # fmt: skip
 SIZES: dict[str, tuple[str, ...]] = {
     "small": (
         "model.hidden_size=96", "model.num_heads=4", "model.num_kv_heads=4", "model.num_layers=3",

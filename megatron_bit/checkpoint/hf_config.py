@@ -26,9 +26,9 @@ _SIZES = """
 """
 _OURS = """
     bits block_size block_causal max_position_embeddings head_hidden_size head_intermediate_size head_num_layers
-    head_num_attention_heads head_kind head_prior head_window group_sizes names prior_rank memory_rows memory_orders
-    memory_hashes matched_filter sigma_min sigma_max sigma_log_mean sigma_log_std sigma_kind sigma_masses
-    condition_drop self_condition initializer_range
+    head_num_attention_heads head_kind head_prior head_window group_sizes names prior_rank token_before soft_prior
+    memory_rows memory_orders memory_hashes matched_filter sigma_min sigma_max sigma_log_mean sigma_log_std sigma_kind
+    sigma_masses condition_drop self_condition initializer_range
 """
 _NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
@@ -179,7 +179,9 @@ def _bitlm(there: Mapping[str, Any], layers: Mapping[str, Any], code: str) -> di
         "kind": there["head_kind"],
         "prior": there["head_prior"],
         "window": there["head_window"],
-        "prior_rank": there.get("prior_rank", 0),  # younger than the first folders
+        "prior_rank": there.get("prior_rank", 0),  # younger than the first folders, as the two below
+        "token_before": there.get("token_before", False),
+        "soft_prior": there.get("soft_prior", False),
         "num_layers": there["head_num_layers"],
         "hidden_size": there["head_hidden_size"],
         "num_heads": there["head_num_attention_heads"],

@@ -124,6 +124,8 @@ def _block_head(m: ModelConfig, estimate: bool) -> Iterator[Part]:
         yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
         if estimate:
             yield same("head.estimate_proj.weight", "head.estimate.weight", w, m.bits)
+        if m.token_before:
+            yield same("head.before_proj.weight", "head.before.weight", w, w)
         for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
             yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
             yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)

@@ -25,6 +25,12 @@ class HeadConfig(Section):
     """Of a `chain`: the prior of a group is told the groups before it, by a product of this rank with the backbone's
     states. 0: it is not, and cannot tie the groups of a token together. null: the width of the head where a token
     has several groups and the head a prior, else 0."""
+    token_before: bool | None = False
+    """Of `diffusion` over groups of bits: a token of a block also enters as what is known of the token before it, the
+    first one of the newest token that is decided (a chain always has that). null: true where it can be."""
+    soft_prior: bool | None = False
+    """Of the same: what is known of a token is what its noisy bits and the prior say of its groups together, and not
+    the noisy bits alone. null: true where it can be."""
     num_layers: int = Field(default=2, ge=1, le=4096)
     """Layers of the head, a light transformer over the K tokens of one block."""
     hidden_size: int = Field(default=256, ge=8, le=2**20)
@@ -138,6 +144,16 @@ class ModelConfig(Section):
                 f"head.prior_rank {self.head.prior_rank} needs head.kind chain with head.prior and several groups of "
                 f"several bits; leave it at 0, or at null"
             )
+        if self.head.token_before and not self._denoises_groups:
+            raise ValueError(
+                f"head.token_before true needs head.kind diffusion and group_bits above 1, and they are "
+                f"{self.head.kind} and {self.group_bits}; leave it at false, or at null"
+            )
+        if self.head.soft_prior and not (self._denoises_groups and self.head.prior):
+            raise ValueError(
+                f"head.soft_prior true needs head.kind diffusion with head.prior and group_bits above 1, and they are "
+                f"{self.head.kind}, {str(self.head.prior).lower()} and {self.group_bits}; leave it at false, or at null"
+            )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} has to be a multiple of num_heads {self.num_heads}, or head_dim be set"
@@ -156,6 +172,20 @@ class ModelConfig(Section):
     @property
     def _ties(self) -> bool:
         return self._several and self.head.kind == "chain" and self.head.prior
+
+    @property
+    def _denoises_groups(self) -> bool:
+        return self.head.kind == "diffusion" and self.group_bits > 1
+
+    @property
+    def token_before(self) -> bool:
+        """`head.token_before`, resolved."""
+        return self._denoises_groups if self.head.token_before is None else self.head.token_before
+
+    @property
+    def soft_prior(self) -> bool:
+        """`head.soft_prior`, resolved."""
+        return self._denoises_groups and self.head.prior if self.head.soft_prior is None else self.head.soft_prior
 
     @property
     def pairs(self) -> bool:

@@ -85,9 +85,13 @@ class GroupPosterior(nn.Module):
         """What the noisy bits alone say of each value: float32 [..., G, U], unnormalised log-probabilities."""
         return self.groups.evidence((2.0 * z / (sigma * sigma)).clamp(-matched_filter.CLIP, matched_filter.CLIP))
 
-    def likely(self, z: Tensor, sigma: Tensor) -> Tensor:
-        """Probabilities of each value given its own noisy bits alone: float32 [..., G, U]."""
-        return self.groups.log_softmax(self.evidence(z, sigma)).exp()
+    def likely(self, z: Tensor, sigma: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Probabilities of each value given its own noisy bits, float32 [..., G, U]; prior: logits that broadcast to
+        [..., outputs], of what is known of it besides."""
+        evidence = self.evidence(z, sigma)
+        if prior is not None:
+            evidence = evidence + prior.float().unflatten(-1, (self.groups.count, self.groups.values))
+        return self.groups.log_softmax(evidence).exp()
 
     def mean(self, logits: Tensor) -> Tensor:
         return self.groups.probability_of(logits, 1) - self.groups.probability_of(logits, -1)

@@ -172,6 +172,8 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "group_sizes": list(m.group_sizes),
         "names": "pairs" if m.pairs else "sum",
         "prior_rank": m.prior_rank,
+        "token_before": m.token_before,
+        "soft_prior": m.soft_prior,
         "memory_rows": m.memory.rows,
         "memory_orders": list(m.memory.orders),
         "memory_hashes": m.memory.hashes,

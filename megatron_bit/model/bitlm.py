@@ -26,7 +26,7 @@ from megatron_bit.model.backbone import Backbone
 from megatron_bit.model.chunk import BoundOutput, LossOutput, ModelChunk, Place, TokenBatch
 from megatron_bit.model.codec import Codec, RawCodec
 from megatron_bit.model.embedding import BitEmbedding
-from megatron_bit.model.head import DenoisingHead
+from megatron_bit.model.head import DenoisingHead, Newest
 from megatron_bit.model.memory import ngram_rows, token_keys, tokens_before
 from megatron_bit.model.recompute import again
 
@@ -135,7 +135,8 @@ class BitLM(BitInput):
         key = seed_key(seed, TRAIN)
         x, z, projected = self.kernels.noised_bits(ids, table, log_sigma, batch.sample, weight, key, block, k)
         shown = chosen(seed, ESTIMATE, batch.sample, block, blocks, m, d.self_condition) if d.self_condition else None
-        terms = self._terms(z, x[:, :, None], log_sigma, self.condition(hidden, batch), shown, projected)
+        conditions = (self.condition(hidden, batch), self._newest(batch))
+        terms = self._terms(z, x[:, :, None], log_sigma, *conditions, shown, projected)
         loss = terms.loss.mean() / self.shards
         metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))
         if self.noise_table is not None:
@@ -143,12 +144,22 @@ class BitLM(BitInput):
             metrics = torch.cat((metrics, self.noise_table.histogram(log_sigma, rate) / self.shards))
         return LossOutput(loss, metrics)
 
+    def _newest(self, batch: TokenBatch) -> Newest | None:
+        """The tokens before this rank's blocks, for a head that looks at them."""
+        if not self.settings.model.token_before:
+            return None
+        tokens, start = batch.tokens.transpose(0, 1), batch.start if self.masked else None
+        first = torch.arange(*self._bounds(len(tokens)), self.settings.model.block_size, device=tokens.device)
+        index = self.bit_groups.index(self.codec.encode(tokens[(first - 1).clamp(min=0)]))
+        return Newest(index, tokens_before(tokens, start)[first] > 0)
+
     def _terms(
         self,
         z: Tensor,
         x: Tensor,
         log_sigma: Tensor,
         hidden: Tensor,
+        newest: Newest | None,
         shown: Tensor | None,
         projected: Tensor | None,
     ) -> LossTerms:
@@ -157,11 +168,11 @@ class BitLM(BitInput):
         projected: [s, b, M, W], as of the head.
         """
         if not self.settings.recompute_head:
-            return self._evaluate(z, x, log_sigma, hidden, shown, projected)
+            return self._evaluate(z, x, log_sigma, hidden, newest, shown, projected)
         samples = range(log_sigma.shape[-1])
         terms = [
             again(
-                self._evaluate, z[:, :, i : i + 1], x, log_sigma[..., i : i + 1], hidden,
+                self._evaluate, z[:, :, i : i + 1], x, log_sigma[..., i : i + 1], hidden, newest,
                 None if shown is None else shown[..., i : i + 1],
             )
             for i in samples
@@ -174,11 +185,12 @@ class BitLM(BitInput):
         x: Tensor,
         log_sigma: Tensor,
         hidden: Tensor,
+        newest: Newest | None,
         shown: Tensor | None,
         projected: Tensor | None = None,
     ) -> LossTerms:
         assert self.head is not None
-        residual = self.head(z, log_sigma, hidden, shown, projected)
+        residual = self.head(z, log_sigma, hidden, shown, projected, newest)
         per_token = log_sigma.repeat_interleave(self.settings.model.block_size, dim=0)
         return denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
 
@@ -188,8 +200,9 @@ class BitLM(BitInput):
         config, head = self.settings, self.head
         first, last = self._bounds(batch.tokens.shape[1])
         x = self.codec.encode(batch.tokens[:, first:last].transpose(0, 1)).float()[:, :, None, :]
+        newest = self._newest(batch)
         nats = token_bound(
-            lambda z, log_sigma: head(z, log_sigma, hidden),
+            lambda z, log_sigma: head(z, log_sigma, hidden, newest=newest),
             self.posterior,
             x,
             batch.sample,

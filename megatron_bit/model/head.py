@@ -6,7 +6,7 @@ Letters of shapes: model/__init__.py.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,17 @@ from megatron_bit.config import Config
 from megatron_bit.diffusion.noised import network_input, token_sigma
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
 from megatron_bit.model.attention import RotaryEmbedding
-from megatron_bit.model.layers import PARTIAL, column, fp8_linear, init_device, linear, make_pairs, row, value_table
+from megatron_bit.model.layers import (
+    PARTIAL,
+    column,
+    fp8_linear,
+    init_device,
+    linear,
+    make_pairs,
+    name_of,
+    row,
+    value_table,
+)
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -162,6 +172,13 @@ class BlockHead(nn.Module):
         return rows if last is None else rows + last(hidden[self.block_size - 1 :: self.block_size])[:, None, :, None]
 
 
+class Newest(NamedTuple):
+    """The token before each block, which is decided when the block is begun."""
+
+    index: Tensor  # int64 [n, b, G], values of its groups
+    known: Tensor  # bool [n, b], whether there is one
+
+
 class DenoisingHead(BlockHead):
     """Predicts of the noisy bits of a whole block what the matched filter and the prior lack."""
 
@@ -174,6 +191,8 @@ class DenoisingHead(BlockHead):
         if isinstance(posterior, GroupPosterior):
             self.values = value_table(mcore, posterior.groups, w)
             self.pairs = make_pairs(config, mcore, posterior.groups, w)
+        self.before = linear(mcore, w, w) if config.model.token_before else None  # of the name of the token before
+        self.soft_prior = config.model.soft_prior
         self.posterior: BitPosterior | GroupPosterior = posterior
         self.noise_level = NoiseLevelEmbedding(mcore, w)
 
@@ -184,6 +203,7 @@ class DenoisingHead(BlockHead):
         hidden: Tensor,
         shown: Tensor | None = None,
         projected: Tensor | None = None,
+        newest: Newest | None = None,
     ) -> Tensor:
         """
         Args:
@@ -192,22 +212,29 @@ class DenoisingHead(BlockHead):
             hidden: [s, b, D], the backbone's states.
             shown: bool [n, b, M], which evaluations see the head's own estimate; None: all, if it takes one.
             projected: [s, b, M, W], z through the input layer, if that is done.
+            newest: of the blocks, for a head with `token_before`.
 
         Returns:
             [s, b, M, outputs], what `posterior.logits` takes.
         """
         if self.estimate is None:
-            return self.evaluate(z, log_sigma, hidden, None, projected)
+            return self.evaluate(z, log_sigma, hidden, None, projected, newest)
         with torch.no_grad():
-            first = self.evaluate(z, log_sigma, hidden, None, projected)
+            first = self.evaluate(z, log_sigma, hidden, None, projected, newest)
             logits = self.posterior.logits(first, z, token_sigma(log_sigma, self.block_size))
             estimate = self.posterior.mean(logits)
             if shown is not None:
                 estimate = estimate * shown.repeat_interleave(self.block_size, dim=0)[..., None]
-        return self.evaluate(z, log_sigma, hidden, estimate, projected)
+        return self.evaluate(z, log_sigma, hidden, estimate, projected, newest)
 
     def evaluate(
-        self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None, projected: Tensor | None = None
+        self,
+        z: Tensor,
+        log_sigma: Tensor,
+        hidden: Tensor,
+        estimate: Tensor | None,
+        projected: Tensor | None = None,
+        newest: Newest | None = None,
     ) -> Tensor:
         """As `forward`, once; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is known."""
         dtype, sigma = self.input.weight.dtype, token_sigma(log_sigma, self.block_size)
@@ -215,10 +242,27 @@ class DenoisingHead(BlockHead):
         if estimate is not None:
             assert self.estimate is not None
             x = x + self.estimate(estimate.to(dtype))
+        prior = self.prior_logits(hidden)
         if self.values is not None:
-            assert isinstance(self.posterior, GroupPosterior)
-            likely = self.posterior.likely(z, sigma)
-            x = x + likely.flatten(-2).to(dtype) @ self.values  # mean embedding of what the noisy bits allow
-            x = x if self.pairs is None else x + self.pairs.expected(likely.to(dtype))
+            name = self._likely_name(z, sigma, prior)
+            x = x + name
+            if self.before is not None:
+                assert newest is not None
+                x = x + self.before(self._behind(newest, name))
         level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
-        return self.output(self.features(x, level, hidden)) + self.prior_logits(hidden)
+        return self.output(self.features(x, level, hidden)) + prior
+
+    def _likely_name(self, z: Tensor, sigma: Tensor, prior: Tensor | float) -> Tensor:
+        """The mean name of the tokens that the noisy bits allow, [s, b, M, W]."""
+        assert isinstance(self.posterior, GroupPosterior) and self.values is not None
+        weighed = prior if self.soft_prior and isinstance(prior, Tensor) else None
+        likely = self.posterior.likely(z, sigma, weighed).to(self.values.dtype)
+        name = likely.flatten(-2) @ self.values
+        return name if self.pairs is None else name + self.pairs.expected(likely)
+
+    def _behind(self, newest: Newest, name: Tensor) -> Tensor:
+        """The name of the token before each, [s, b, M, W], from their own."""
+        assert isinstance(self.posterior, GroupPosterior) and self.values is not None
+        clean = name_of(self.values, self.pairs, newest.index, self.posterior.groups) * newest.known[..., None]
+        blocks = name.unflatten(0, (-1, self.block_size))
+        return torch.cat((clean[:, None, :, None].expand_as(blocks[:, :1]), blocks[:, :-1]), dim=1).flatten(0, 1)

@@ -30,6 +30,7 @@ def head_flops(config: Config) -> float:
         each += 2.0 * (FREQUENCIES * w + w * w) / m.block_size + 2.0 * w * (m.bits + outputs)  # one level a block
         if m.group_bits > 1:
             each += 2.0 * outputs * w + 4.0 * outputs * m.group_sizes[0]  # embedding of likely values; evidence, mean
+            each += 2.0 * w * w * m.token_before
     once = 2.0 * m.hidden_size * rows * (w + outputs * h.prior + m.prior_rank) + 2.0 * outputs * m.prior_rank
     if m.pairs:  # a chain names the token before once, joint diffusion each evaluation's likely values
         mix = 4.0 * w * w
@@ -52,7 +53,7 @@ def train_flops(config: Config) -> float:
     m, h = config.model, config.model.head
     layers, head = m.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
     constant = 0.0  # products of what needs no gradient: the values that noisy bits allow
-    if h.kind == "diffusion" and m.group_bits > 1:
+    if h.kind == "diffusion" and m.group_bits > 1 and not m.soft_prior:
         constant = config.head_evaluations * 2.0 * m.head_outputs * h.hidden_size * (3 if m.pairs else 1)
     return 3.0 * (layers + head + embedding_flops(config)) - constant
 

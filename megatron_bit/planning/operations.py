@@ -126,6 +126,8 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
         products += [Product(mine, w, m.bits), Product(mine, outputs, w)]
         if m.group_bits > 1:  # embedding of likely values; evidence, mean
             products += [Product(mine, w, outputs), Product(mine, outputs, m.group_sizes[0], 2)]
+        if m.token_before:
+            products.append(Product(mine, w, w))
         if m.pairs:
             products += [Product(mine, w, 2 * w), Product(mine, 2 * w, outputs)]
     keys = 2 * h.window if h.kind == "chain" else m.block_size

@@ -32,7 +32,8 @@ _KINDS: dict[Kind, str] = {
         model.bits model.code model.group_bits model.names model.block_size model.attention model.num_layers
         model.hidden_size model.num_heads model.num_kv_heads model.head_dim model.ffn_hidden_size model.qk_norm
         model.rope_base model.norm_eps model.head.kind model.head.window model.head.prior model.head.prior_rank
-        model.head.num_layers model.head.hidden_size model.head.num_heads model.head.ffn_hidden_size
+        model.head.token_before model.head.soft_prior model.head.num_layers model.head.hidden_size
+        model.head.num_heads model.head.ffn_hidden_size
         model.memory.rows model.memory.orders model.memory.hashes
         diffusion.parameterization diffusion.self_condition
     """,
@@ -104,7 +105,8 @@ def meaning(config: Config) -> dict[str, Any]:
     }
     if head.kind == "chain":
         return {**values, "model.head.window": head.window, "model.head.prior_rank": m.prior_rank}
-    return {**values, "diffusion.parameterization": d.parameterization, SHOWN: d.self_condition > 0}
+    sees = {"model.head.token_before": m.token_before, "model.head.soft_prior": m.soft_prior}
+    return {**values, **sees, "diffusion.parameterization": d.parameterization, SHOWN: d.self_condition > 0}
 
 
 def identity(config: Config, corpus: Corpus, code: str) -> dict[str, Any]:

@@ -99,6 +99,9 @@ NAMES = {
     "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
 }  # fmt: skip
 
+SEEING = {
+    "model.group_bits": 4, "model.names": "pairs", "model.head.token_before": True, "model.head.soft_prior": True,
+}  # fmt: skip
 MEMORY = {
     "model.head.kind": "chain", "model.group_bits": 4, "model.memory.rows": 50, "model.memory.hashes": 2,
 }  # fmt: skip
@@ -114,6 +117,8 @@ MEMORY = {
         NAMES,
         {**NAMES, "parallel.recompute": "head", "diffusion.condition_drop": 0.4},
         {"model.group_bits": 4, "model.names": "pairs"},
+        SEEING,
+        {**SEEING, "parallel.recompute": "head", "diffusion.condition_drop": 0.4, "diffusion.self_condition": 0.5},
         MEMORY,
         {**MEMORY, "parallel.recompute": "head", "diffusion.context_noise": 0.5, "parallel.sequence_parallel": False},
         {"model.memory.rows": 30, "model.memory.orders": [1, 3]},

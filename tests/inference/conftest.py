@@ -83,6 +83,12 @@ VARIANTS = {
     "names_joint": Variant(
         {**_ODD, "model.group_bits": 4, "model.names": "pairs", "model.memory.rows": 5, "model.memory.orders": [1, 4]}
     ),
+    "seeing": Variant(
+        {
+            **_ODD, "model.group_bits": 4, "model.names": "pairs", "model.head.token_before": True,
+            "model.head.soft_prior": True, "diffusion.condition_drop": 0.3, "diffusion.self_condition": 0.5,
+        }
+    ),
     "logistic": Variant({**_ODD, "diffusion.noise": "logistic", "diffusion.log_mean": -0.4, "diffusion.log_std": 0.6}),
     "entropy_rate": Variant({**_ODD, "diffusion.noise": "entropy_rate", "diffusion.noise_warmup": 0}),
     "odd": Variant(_ODD, arguments={"shard_size": "20KB"}),

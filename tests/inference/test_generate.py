@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 import torch
 from mbit_kernels.decode import nearest_token
-from mbit_kernels.matched_filter import posterior_logits
 from transformers import GenerationConfig, TextStreamer
 
 from megatron_bit.diffusion import noise
@@ -18,8 +17,9 @@ from megatron_bit.errors import UserError
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model import kernels
+from megatron_bit.model.head import Newest
 
-NAMES = ["sharded_training", "k1", "k4", "odd"]
+NAMES = ["sharded_training", "k1", "k4", "odd", "seeing"]
 CHAINS = ["chain", "chain_k1", "names", "memory"]
 STEPS = 5
 KEYS = ("prompt", "text", "tokens", "step")
@@ -45,20 +45,33 @@ def by_the_trainer(ours, prompt, count, seed, sequence, guidance=None):
         hidden = ours.hidden(window)[0, -k:, None]
         z = grid[0].exp() * noise.gaussian(seed, noise.SAMPLING, torch.tensor([sequence]), blocks, 1, 1, k, m.bits)
         estimate = torch.zeros_like(z) if ours.config.diffusion.self_condition else None
+        newest = None
+        if m.token_before:  # the one before the block, in whatever context that is read
+            bits = ours.model.codec.encode(torch.tensor([[ids[-1] if ids else 0]]))
+            newest = Newest(ours.model.bit_groups.index(bits), torch.tensor([[blocks > 0]]))
         with torch.no_grad():
             for now, after in zip(grid, [*grid[1:].tolist(), None], strict=True):
                 level = now.expand(1, 1, 1)
-                outputs = ours.model.head.evaluate(z, level, hidden, estimate)
+                outputs = ours.model.head.evaluate(z, level, hidden, estimate, newest=newest)
                 if guidance is not None:
-                    other = ours.model.head.evaluate(z, level, 0 * hidden, estimate)
+                    other = ours.model.head.evaluate(z, level, 0 * hidden, estimate, newest=newest)
                     outputs = (1 - guidance) * other + guidance * outputs
-                odds = posterior_logits(outputs, z, now.exp())
-                x_hat = torch.tanh(odds / 2)
+                odds = ours.model.posterior.logits(outputs, z, now.exp())
+                x_hat = ours.model.posterior.mean(odds)
                 estimate = None if estimate is None else x_hat  # of the step before
                 if after is not None:
                     z = x_hat + (after - now).exp() * (z - x_hat)
-        ids += nearest_token(odds[:, 0, 0], ours.model.codec.table).tolist()
+        ids += likeliest(ours.model, odds[:, 0, 0])
     return ids[begin : begin + count]
+
+
+def likeliest(model, logits):
+    """The likeliest ids of a block, from the log-odds of its bits [K, B] or the values of its groups [K, G, U]."""
+    if logits.dim() == 2:
+        return nearest_token(logits, model.codec.table).tolist()
+    values = model.bit_groups.index(model.codec.table)
+    scores = [sum(float(row[i, value]) for i, value in enumerate(code)) for row in logits for code in values.tolist()]
+    return torch.tensor(scores).view(len(logits), -1).argmax(1).tolist()
 
 
 def generate(generator, prompts, count, **more):
@@ -153,7 +166,7 @@ def test_rows_of_a_chain_are_what_they_are_alone(name, generator):
 
 
 @pytest.mark.parametrize("guidance", [3.0, 0.0])
-@pytest.mark.parametrize(("name", "length"), [("k4", 9), ("chain", 8), ("chain", 0)])
+@pytest.mark.parametrize(("name", "length"), [("k4", 9), ("seeing", 9), ("chain", 8), ("chain", 0)])
 def test_guidance_is_its_formula(name, length, guidance, generator, trainer):
     """With caches, against two evaluations of the head that trains; blocks within and beyond the context."""
     prompt, chain = tokens(1, length), name == "chain"
@@ -166,7 +179,7 @@ def test_guidance_is_its_formula(name, length, guidance, generator, trainer):
     assert guided[0] == expected != plain[0]
 
 
-@pytest.mark.parametrize("name", ["k4", "groups", "chain"])
+@pytest.mark.parametrize("name", ["k4", "groups", "seeing", "chain"])
 def test_guidance_of_the_head_s_outputs_before_they_become_probabilities(name, generator, monkeypatch):
     """One block, its evaluations one by one: 1 is what it is without, and costs nothing; else there are two."""
     it, chain = generator(name), name == "chain"

@@ -10,7 +10,8 @@ from megatron_bit.diffusion import noise
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.chunk import TokenBatch
 
-DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct", "logistic", "entropy_rate", "names_joint"]
+DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct", "logistic", "entropy_rate", "names_joint",
+             "seeing"]  # fmt: skip
 CHAINS = ["chain", "chain_k1", "names"]
 FP32 = [*DIFFUSION, *CHAINS]
 
@@ -37,7 +38,9 @@ def test_states_and_log_odds(name, elsewhere, trainer, inputs):
     states = ours.hidden(torch.cat((tokens, tokens[:, :k]), dim=1))
     z = given["noisy_bits"].permute(1, 3, 0, 2, 4).flatten(0, 1)  # [s, b, M, B]
     with torch.no_grad():
-        residual = ours.model.head(z, given["log_sigma"].transpose(0, 1), states[:, :-k].transpose(0, 1))
+        newest = ours.model._newest(TokenBatch(tokens, given["sample"]))
+        level, rows = given["log_sigma"].transpose(0, 1), states[:, :-k].transpose(0, 1)
+        residual = ours.model.head(z, level, rows, newest=newest)
     residual = residual.unflatten(0, (-1, k)).permute(2, 0, 3, 1, 4)
     assert residual.std() > 0.05, "the head has to say something"
     assert difference(elsewhere[f"{name}/states"], states, f"{name} states") < 1e-5

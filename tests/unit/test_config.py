@@ -100,6 +100,10 @@ MESSAGES = {
     "bits; leave it at sum, or at auto",
     "model.head.prior_rank=8": "model: head.prior_rank 8 needs head.kind chain with head.prior and several groups of "
     "several bits; leave it at 0, or at null",
+    "model.head.token_before=true": "model: head.token_before true needs head.kind diffusion and group_bits above 1, "
+    "and they are diffusion and 1; leave it at false, or at null",
+    "model.head.soft_prior=true": "model: head.soft_prior true needs head.kind diffusion with head.prior and "
+    "group_bits above 1, and they are diffusion, true and 1; leave it at false, or at null",
     "model.head.window=true": f"model.head.window = True {NO_TRUTH}",
     "optim.lr=on": f"optim.lr = True {NO_TRUTH}",
     "optim.betas=[no,0.9]": f"optim.betas = [False, 0.9] {NO_TRUTH}",
@@ -109,25 +113,31 @@ MESSAGES = {
 }
 
 
-# what is asked for beside `model.names=auto model.head.prior_rank=null` with 16 bits: pairs, prior_rank
+# what is asked for beside FOLLOW with 16 bits: pairs, prior_rank, token_before, soft_prior
+OFF = {"names": "sum", "head.prior_rank": "0", "head.token_before": "false", "head.soft_prior": "false"}
+FOLLOW = [f"model.{key}={'auto' if key == 'names' else 'null'}" for key in OFF]
 FOLLOWING = {
-    ("model.head.kind=chain", "model.group_bits=8"): (True, 256),
-    ("model.head.kind=chain", "model.group_bits=8", "model.head.hidden_size=64"): (True, 64),
-    ("model.head.kind=chain", "model.group_bits=8", "model.head.prior=false"): (True, 0),
-    ("model.head.kind=chain", "model.group_bits=1"): (False, 0),
-    ("model.head.kind=chain", "model.bits=8", "model.group_bits=8"): (False, 0),
-    ("model.head.kind=diffusion", "model.group_bits=8"): (True, 0),
-    ("model.head.kind=diffusion", "model.group_bits=1"): (False, 0),
-    ("model.head.kind=softmax", "model.block_size=1", "model.group_bits=1"): (False, 0),
+    ("model.head.kind=chain", "model.group_bits=8"): (True, 256, False, False),
+    ("model.head.kind=chain", "model.group_bits=8", "model.head.hidden_size=64"): (True, 64, False, False),
+    ("model.head.kind=chain", "model.group_bits=8", "model.head.prior=false"): (True, 0, False, False),
+    ("model.head.kind=chain", "model.group_bits=1"): (False, 0, False, False),
+    ("model.head.kind=chain", "model.bits=8", "model.group_bits=8"): (False, 0, False, False),
+    ("model.head.kind=diffusion", "model.group_bits=8"): (True, 0, True, True),
+    ("model.head.kind=diffusion", "model.group_bits=8", "model.head.prior=false"): (True, 0, True, False),
+    ("model.head.kind=diffusion", "model.bits=8", "model.group_bits=8"): (False, 0, True, True),
+    ("model.head.kind=diffusion", "model.group_bits=1"): (False, 0, False, False),
+    ("model.head.kind=softmax", "model.block_size=1", "model.group_bits=1"): (False, 0, False, False),
 }
 
 
 @pytest.mark.parametrize("given", FOLLOWING)
 def test_names_and_the_prior_follow_the_head(given):
-    model = load_config(overrides=["model.names=auto", "model.head.prior_rank=null", *given]).model
-    assert (model.pairs, model.prior_rank) == FOLLOWING[given]
-    told = ["model.names=sum", "model.head.prior_rank=0", *given]
-    assert not load_config(overrides=told).model.pairs and load_config(overrides=told).model.prior_rank == 0
+    model = load_config(overrides=[*FOLLOW, *given]).model
+    assert (model.pairs, model.prior_rank, model.token_before, model.soft_prior) == FOLLOWING[given]
+    told = [f"model.{key}={value}" for key, value in OFF.items()]
+    for overrides in ([*told, *given], [*given]):  # the defaults are those of runs from before the keys
+        model = load_config(overrides=overrides).model
+        assert (model.pairs, model.prior_rank, model.token_before, model.soft_prior) == (False, 0, False, False)
 
 
 @pytest.mark.parametrize("name", preset_names())

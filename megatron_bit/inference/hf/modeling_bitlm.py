@@ -71,6 +71,8 @@ class BitLMConfig(PretrainedConfig):
         group_sizes: Sequence[int] | None = None,
         names: str = "sum",
         prior_rank: int = 0,
+        token_before: bool = False,
+        soft_prior: bool = False,
         memory_rows: int = 0,
         memory_orders: Sequence[int] = (2, 3),
         memory_hashes: int = 1,
@@ -110,6 +112,8 @@ class BitLMConfig(PretrainedConfig):
         self.group_sizes = list(group_sizes or [1] * bits)  # bits that are decided together
         self.names = names  # of tokens: the sum of their groups' embeddings, or also products over pairs of groups
         self.prior_rank = prior_rank  # above 0 the prior of a chain's group is told the groups before it
+        self.token_before = token_before  # enters a diffusion head beside each token: soft, or the newest decided one
+        self.soft_prior = soft_prior  # what noisy bits allow is weighed by the prior
         self.memory_rows = memory_rows  # of each table of hashed n-grams; 0: there are none
         self.memory_orders = list(memory_orders)  # lengths of the n-grams in tokens
         self.memory_hashes = memory_hashes  # tables for each
@@ -404,9 +408,12 @@ class Posterior:
             outputs = outputs + self.evidence(odds)
         return self.log_softmax(outputs)
 
-    def likely(self, z: Tensor, sigma: Tensor) -> Tensor:
-        """Probabilities of values given their own noisy bits alone, [..., G, U]."""
-        return self.log_softmax(self.evidence((2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP))).exp()
+    def likely(self, z: Tensor, sigma: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Probabilities of values given their own noisy bits and the prior's logits [..., outputs], [..., G, U]."""
+        evidence = self.evidence((2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP))
+        if prior is not None:
+            evidence = evidence + prior.float().unflatten(-1, evidence.shape[-2:])
+        return self.log_softmax(evidence).exp()
 
     def evidence(self, odds: Tensor) -> Tensor:
         """Log-odds of bits [..., B] to unnormalised log-probabilities of values [..., G, U]."""
@@ -857,6 +864,8 @@ class BitLMHead(nn.Module):
             self.in_proj = nn.Linear(config.bits, size, bias=False)
             if config.self_condition:
                 self.estimate_proj = nn.Linear(config.bits, size, bias=False)
+            if config.token_before:
+                self.before_proj = nn.Linear(size, size, bias=False)
             self.noise_embed = BitLMNoiseEmbedding(size)
         if grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), size))
@@ -874,10 +883,18 @@ class BitLMHead(nn.Module):
         self.final_modulation = nn.Linear(size, 2 * size)
         self.out_proj = nn.Linear(size, outputs, bias=False)
 
-    def forward(self, z: Tensor, log_sigma: Tensor, hidden: Tensor, estimate: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        log_sigma: Tensor,
+        hidden: Tensor,
+        estimate: Tensor | None = None,
+        newest: Tensor | None = None,
+    ) -> Tensor:
         """z float32 [b, n, M, K, B], noisy bits; log_sigma float32 [b, n, M]; hidden [b, n, K, D].
 
         estimate: float32 [b, n, M, K, B], what an evaluation before took the clean bits for (`self_condition`).
+        newest: int64 [b, n, G], values of the token before each block, -1 where there is none (`token_before`).
 
         Returns:
             [b, n, M, K, outputs]: what context and the other bits add to what a group's own noisy bits say.
@@ -887,16 +904,22 @@ class BitLMHead(nn.Module):
         x = self.in_proj((z * torch.rsqrt(1.0 + sigma * sigma)).to(dtype))
         if estimate is not None:
             x = x + self.estimate_proj(estimate.to(dtype))
+        prior = self.of_block("prior", hidden)[:, :, None] if self.config.head_prior else None
         if self.posterior.groups:
-            likely = self.posterior.likely(z, sigma).to(dtype)
-            x = x + likely.flatten(-2) @ self.values
-            x = x if self.pairs is None else x + self.pairs.expected(likely)
+            likely = self.posterior.likely(z, sigma, prior if self.config.soft_prior else None).to(dtype)
+            name = likely.flatten(-2) @ self.values
+            name = name if self.pairs is None else name + self.pairs.expected(likely)
+            x = x + name
+            if newest is not None:
+                clean = _name_of(self.values, self.pairs, newest.clamp(min=0)) * (newest[..., :1] >= 0)
+                clean = clean[:, :, None, None].expand_as(name[..., :1, :])
+                x = x + self.before_proj(torch.cat((clean, name[..., :-1, :]), dim=-2))
         context = self.of_block("condition", hidden)[:, :, None]  # [b, n, 1, K, W]
         condition = F.silu(self.noise_embed(log_sigma)[:, :, :, None] + context)
         rows = (x + context + self.position).flatten(0, 2)  # [b n M, K, W]
         features = self._layers(rows, self._modulation(condition.flatten(0, 2)))
         out = self.out_proj(features).view(*z.shape[:-1], -1)
-        return out + self.of_block("prior", hidden)[:, :, None] if self.config.head_prior else out
+        return out if prior is None else out + prior
 
     def groups(
         self,
@@ -1025,7 +1048,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         states = self._states(ids, lead)
         logits = None
         if noisy_bits is not None and log_sigma is not None:
-            logits = self._evaluate(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)))
+            newest = self._newest(ids, lead)
+            logits = self._evaluate(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)), newest)
         return BitLMOutput(last_hidden_state=states, logits=logits)
 
     def compile_parts(self, **options: Any) -> None:
@@ -1035,13 +1059,22 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         for part, method in ((self.model, "forward"), (self.head, name)):
             setattr(part, method, torch.compile(getattr(part, method), **options))
 
-    def _evaluate(self, z: Tensor, log_sigma: Tensor, states: Tensor) -> Tensor:
+    def _newest(self, ids: Tensor, lead: Tensor) -> Tensor | None:
+        """Of ids [b, n K] and empty blocks in front [b]: what the head takes of the token before each block."""
+        if not self.config.token_before:
+            return None
+        k = self.config.block_size
+        values = group_values(self.config, self.model.bits(_fill_front(ids, k, 0)[:, k - 1 : -1 : k]))
+        block = torch.arange(values.shape[1], device=ids.device)
+        return values.masked_fill((block <= lead[:, None])[..., None], -1)
+
+    def _evaluate(self, z: Tensor, log_sigma: Tensor, states: Tensor, newest: Tensor | None) -> Tensor:
         """The head's answer to noisy bits alone: what it sees of its own estimate is made of them, as in validation."""
-        outputs = self.head(z, log_sigma, states)
+        outputs = self.head(z, log_sigma, states, None, newest)
         if not self.config.self_condition:
             return outputs
         logits = self.posterior.logits(outputs, z, log_sigma.exp()[..., None, None])
-        return self.head(z, log_sigma, states, self.posterior.mean(logits))
+        return self.head(z, log_sigma, states, self.posterior.mean(logits), newest)
 
     @torch.no_grad()
     def score(
@@ -1080,26 +1113,33 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         if self.config.head_kind == "chain":
             nats = self._chain_nats(ids, states, block)
         else:
-            nats = self._bound(x, states, block, sequence, noise_samples, seed)
+            nats = self._bound(x, states, self._newest(ids, lead), block, sequence, noise_samples, seed)
         nats = nats.masked_fill(block[..., None] < 0, 0.0).flatten(1)
         return BitLMScore(nats=nats.sum(1), nats_per_token=_where_given(nats, input_ids, attention_mask))
 
     def _bound(
-        self, x: Tensor, states: Tensor, block: Tensor, sequence: Tensor, noise_samples: int, seed: int
+        self,
+        x: Tensor,
+        states: Tensor,
+        newest: Tensor | None,
+        block: Tensor,
+        sequence: Tensor,
+        noise_samples: int,
+        seed: int,
     ) -> Tensor:
         """x [b, n, 1, K, B] to each token's share, [b, n, K]."""
         k, bits = self.config.block_size, self.config.bits
         log_sigma = self.noise.log_sigma(stratified_levels(seed, VALIDATION, sequence, block, noise_samples))
         sigma = log_sigma.exp()[..., None, None]
         z = x + sigma * gaussian(seed, VALIDATION, sequence, block, noise_samples, k, bits)
-        logits = self.posterior.logits(self._evaluate(z, log_sigma, states), z, sigma)
+        logits = self.posterior.logits(self._evaluate(z, log_sigma, states, newest), z, sigma)
         error = self.posterior.squared_error(logits, x).sum(-1)  # [b, n, M, K]
         integral = (error / (sigma.square() * self.noise.density(log_sigma)[..., None, None]).squeeze(-1)).mean(2)
 
         lowest = torch.full_like(log_sigma[..., :1], math.log(self.noise.sigma_min))
         sigma = lowest.exp()[..., None, None]
         z = x + sigma * gaussian(seed, RECONSTRUCTION, sequence, block, 1, k, bits)
-        logits = self.posterior.logits(self._evaluate(z, lowest, states), z, sigma)
+        logits = self.posterior.logits(self._evaluate(z, lowest, states, newest), z, sigma)
         reconstruction = self.posterior.cross_entropy(logits, x).sum(-1).squeeze(2)  # [b, n, K]
         return integral + reconstruction + bits / (2.0 * self.noise.sigma_max**2)
 
@@ -1183,7 +1223,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             if chain is not None:
                 block = chain.advance(tokens, states, position, settings, sequence, index)
             else:
-                block = self._denoise(states[:, -k:].contiguous(), settings, sequence, index)  # one layout: one graph
+                own = states[:, -k:].contiguous()  # one layout: one graph
+                block = self._denoise(own, self._newest_of(tokens, index), settings, sequence, index)
             tokens = torch.cat((tokens, block), dim=1)
             for column in block.transpose(0, 1).cpu():
                 if len(made) < settings.max_new_tokens and any(row.open for row in rows):
@@ -1197,7 +1238,16 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             streamer.end()
         return torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1)
 
-    def _denoise(self, hidden: Tensor, settings: _Settings, sequence: Tensor, block: Tensor) -> Tensor:
+    def _newest_of(self, tokens: Tensor, block: Tensor) -> Tensor | None:
+        """`_newest` of the block to come, [b, 1, G]; tokens [b, n K], so many of whose blocks [b] are the text's."""
+        if not self.config.token_before:
+            return None
+        values = group_values(self.config, self.model.bits(_fill_front(tokens, 1, 0)[:, -1:]))
+        return values.masked_fill((block <= 0)[:, None, None], -1)
+
+    def _denoise(
+        self, hidden: Tensor, newest: Tensor | None, settings: _Settings, sequence: Tensor, block: Tensor
+    ) -> Tensor:
         """hidden [b, K, D], sequence and index of the block in its text [b] to ids int64 [b, K]."""
         k, bits = self.config.block_size, self.config.bits
         states, grid = hidden[:, None], self.noise.grid(settings.steps, hidden.device)
@@ -1209,9 +1259,9 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
 
         def logits(z: Tensor, log_sigma: Tensor) -> Tensor:
             level = log_sigma.expand(len(z), 1, 1)
-            outputs = self.head(z, level, states, estimate)
+            outputs = self.head(z, level, states, estimate, newest)
             if settings.guidance != 1.0:
-                other = self.head(z, level, torch.zeros_like(states), estimate)
+                other = self.head(z, level, torch.zeros_like(states), estimate, newest)
                 outputs = _guide(outputs, other, settings.guidance)
             return self.posterior.logits(outputs, z, log_sigma.exp())
 

@@ -42,6 +42,9 @@ def logical(model, groups, values):
     }
 
 
+SEEING = ["model.group_bits=4", "model.head.token_before=true", "model.head.soft_prior=true"]
+
+
 @pytest.mark.parametrize("attention", ["causal", "block_causal"])
 @pytest.mark.parametrize("loss", ["mse", "bce"])
 @pytest.mark.parametrize(("block_size", "blocks"), [(1, 13), (3, 5), (4, 5)])
@@ -64,6 +67,10 @@ def test_loss_bound_and_every_gradient(groups, reference, make_config, make_mode
         ["model.head.kind=chain", "model.group_bits=4", "model.names=pairs"],
         ["model.head.kind=chain", "model.group_bits=6", "model.names=pairs", "model.head.prior_rank=7"],
         ["model.group_bits=4", "model.names=pairs"],
+        ["model.group_bits=4", "model.head.token_before=true"],
+        ["model.group_bits=6", "model.head.soft_prior=true", "diffusion.parameterization=direct"],
+        [*SEEING, "model.names=pairs"],
+        [*SEEING, "data.document_boundaries=mask", "data.align_blocks=true", "diffusion.self_condition=0.4"],
         ["model.memory.rows=6"],
         ["model.group_bits=4", "model.memory.rows=6", "model.memory.orders=[1,3]", "model.memory.hashes=2"],
         ["model.head.kind=chain", "model.group_bits=4", "model.memory.rows=9"],
@@ -148,6 +155,7 @@ def test_self_condition(groups, reference, make_config, make_model, group_bits, 
     [
         ("model.bits=11",),
         ("model.bits=70", "model.group_bits=7", "diffusion.self_condition=0.5"),
+        ("model.bits=70", *SEEING, "model.names=pairs"),
         ("model.bits=256", "model.group_bits=8", "model.head.kind=chain"),
         (
             "model.bits=256",

@@ -24,6 +24,7 @@ JOINT = ["model.head.kind=diffusion", "model.group_bits=6", "diffusion.self_cond
 BITS = ["model.head.kind=diffusion", "model.group_bits=1"]
 MEMORY = ["model.memory.rows=512", "model.memory.hashes=2"]
 NAMES = ["model.names=pairs", "model.head.prior_rank=96"]
+SEEING = ["model.head.token_before=true", "model.head.soft_prior=true"]
 AGAIN = [
     ["parallel.recompute=full"],
     ["parallel.recompute=head"],
@@ -48,6 +49,8 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
         BITS,
         NAMES,
         [*JOINT, "model.names=pairs"],
+        [*JOINT, *SEEING],
+        [*JOINT, *SEEING, "model.names=pairs"],
         MEMORY,
         [*JOINT, *MEMORY],
         [*BITS, *MEMORY],

@@ -21,6 +21,7 @@ HEADS = {
     "names": ["model.names=pairs", "model.head.prior_rank=96"],
     "memory": ["model.memory.rows=4096"],
     "names_joint": ["model.head.kind=diffusion", "model.names=pairs"],
+    "seeing_joint": ["model.head.kind=diffusion", "model.head.token_before=true", "model.head.soft_prior=true"],
     "bits": ["model.head.kind=diffusion", "model.group_bits=1"],
     "joint": ["model.head.kind=diffusion"],
     "alone": ["model.block_size=1", "model.head.prior=false"],

@@ -49,6 +49,8 @@ ANOTHER: dict[str, list[str]] = {
     "model.head.kind": ["model.head.kind=chain"],
     "model.names": ["model.names=pairs"],
     "model.head.prior_rank": ["model.head.prior_rank=8"],
+    "model.head.token_before": ["model.head.token_before=true"],
+    "model.head.soft_prior": ["model.head.soft_prior=true"],
     "model.memory.rows": ["model.memory.rows=64"],
     "model.memory.orders": ["model.memory.orders=[3,1]"],
     "model.memory.hashes": ["model.memory.hashes=2"],
@@ -172,6 +174,9 @@ def test_the_same_in_other_words() -> None:
     peer = ["model.head.kind=softmax", "model.block_size=1"]
     assert of(*peer, "model.bits=9", "model.head.num_layers=7", "model.attention=block_causal") == of(*peer)
     assert of(*CHAIN, "diffusion.parameterization=direct") == of(*CHAIN)  # a chain never sees a noisy bit
+    sees = ["model.head.token_before=null", "model.head.soft_prior=null"]
+    assert of(*DIFFUSION, *sees) == of(*DIFFUSION, *(pair.replace("null", "true") for pair in sees)) != of(*DIFFUSION)
+    assert of(*CHAIN, *sees) == of(*CHAIN)
     follows = ["model.names=auto", "model.head.prior_rank=null"]
     assert of(*CHAIN, *follows) == of(*CHAIN, "model.names=pairs", "model.head.prior_rank=256") != of(*CHAIN)
     assert of(*DIFFUSION, *follows) == of(*DIFFUSION, "model.names=pairs") != of(*DIFFUSION)
