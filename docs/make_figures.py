@@ -7,6 +7,7 @@ Each picture brings its own background and a dark variant (prefers-color-scheme)
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -219,11 +220,58 @@ def quality() -> Picture | None:
     return p
 
 
+def curves() -> Picture:
+    """Every curve of docs/curves.json over tokens: nats, and how far they are from the peer that is alike."""
+    found = json.loads((Path(__file__).parent / "curves.json").read_text())
+    lines = {curve["rung"]: dict(map(tuple, curve["points"])) for curve in found["curves"]}
+    peers = {curve["rung"]: lines[found["peer"][curve["peer"]]] for curve in found["curves"]}
+    gaps = {
+        name: {t: nats - peers[name][t] for t, nats in points.items() if t in peers[name]}
+        for name, points in lines.items() if name not in found["peer"].values()
+    }  # fmt: skip
+    ticks = sorted({t for points in lines.values() for t in points})
+    p, dashes = Picture(900, 400), dict(zip(lines, ("", "7 4", "2 3", "12 3 2 3", "4 2"), strict=True))
+    for left, what, drawn in ((70, "nats per token", lines), (520, "nats per token more than the peer alike", gaps)):
+        values = [v for points in drawn.values() for v in points.values()]
+        low, high = min(values), max(values)
+
+        def place(tokens: float, value: float, left: int = left, low: float = low, high: float = high) -> str:
+            x = left + 330 * math.log(tokens / ticks[0]) / math.log(ticks[-1] / ticks[0])
+            return f"{x:.1f},{40 + 220 * (high - value) / (high - low):.1f}"
+
+        p.label(left + 165, 24, what)
+        for name, points in drawn.items():
+            path = " ".join(place(*point) for point in sorted(points.items()))
+            p.parts.append(
+                f'<polyline points="{path}" class="line" stroke-width="1.8" stroke-dasharray="{dashes[name]}"/>'
+            )
+            for point in points.items():
+                x, y = place(*point).split(",")
+                p.parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" class="tip"/>')
+                if drawn is gaps:
+                    p.label(float(x), float(y) - 6, f"{point[1]:+.2f}", "soft", 10)
+        for value in (0.0,) if drawn is gaps else (3.0, 3.5, 4.0):
+            y = place(ticks[0], value).split(",")[1]
+            p.parts.append(f'<polyline points="{left - 10},{y} {left + 340},{y}" class="line" stroke-width="0.4"/>')
+            p.label(left - 16, float(y) + 4, f"{value:g}", "soft", 11, anchor="end")
+        for tokens in ticks:
+            p.label(float(place(tokens, low).split(",")[0]), 286, f"{tokens:g} M", "soft", 11)
+    p.label(450, 304, f"tokens; {found['parameters'] / 1e6:.2f} M parameters outside of tables", "soft", 11)
+    for number, (name, dash) in enumerate(dashes.items()):
+        x, y = (70, 520)[number % 2], 328 + 20 * (number // 2)
+        p.parts.append(
+            f'<polyline points="{x},{y} {x + 40},{y}" class="line" stroke-width="1.8" stroke-dasharray="{dash}"/>'
+        )
+        p.label(x + 50, y + 4, name, size=12, anchor="start")
+    return p
+
+
 def main() -> None:
     dark = len(sys.argv) == 3 and sys.argv[1] == "--dark"
     folder = Path(sys.argv[2]) if dark else Path(__file__).parent / "img"
     folder.mkdir(exist_ok=True)
-    for name, picture in (("data_flow", data_flow()), ("layout_8_ranks", layout()), ("quality", quality())):
+    for name, picture in (("data_flow", data_flow()), ("layout_8_ranks", layout()), ("quality", quality()),
+                          ("curves", curves())):  # fmt: skip
         if picture is not None:
             (folder / f"{name}.svg").write_text(picture.svg(dark), encoding="utf-8")
 
