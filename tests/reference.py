@@ -63,10 +63,14 @@ def draw_noise(
     config: Config, sample: Tensor, blocks: int, stream: int = 0, table: NoiseTable | None = None
 ) -> tuple[Tensor, Tensor]:
     """Stratified ln sigma [b, n, M] and standard normals [b, n, M, K, B]."""
-    d, k, bits = config.diffusion, config.model.block_size, config.model.bits
-    m, count = d.noise_samples, k * bits
-    first = _words(config, stream, sample, blocks, np.array([LEVEL_ELEMENT]))[0][..., 0]
+    m = config.diffusion.noise_samples - config.diffusion.levels_apart
+    first = _words(config, stream, sample, blocks, np.array([LEVEL_ELEMENT]))[0][:, :, :m, 0]
     u = (torch.arange(m) + first) / m
+    return _log_sigma(config, u, table), _normals(config, stream, sample, blocks)[:, :, :m]
+
+
+def _log_sigma(config: Config, u: Tensor, table: NoiseTable | None) -> Tensor:
+    d = config.diffusion
     low, high = _level_cdf(config, d.sigma_min), _level_cdf(config, d.sigma_max)
     inside = low + u * (high - low)
     standard = (inside / (1 - inside)).log() if d.noise == "logistic" else torch.special.ndtri(inside)
@@ -75,11 +79,30 @@ def draw_noise(
         table = table or NoiseTable(config)
         cumulative = np.concatenate(([0.0], np.cumsum(table.masses())))
         log_sigma = torch.from_numpy(np.interp(u.double().numpy(), cumulative, table.edges)).float()
+    return log_sigma
+
+
+def _normals(config: Config, stream: int, sample: Tensor, blocks: int) -> Tensor:
+    """[b, n, M, K, B]."""
+    k, bits = config.model.block_size, config.model.bits
+    count = k * bits
     u0, u1, u2, u3 = _words(config, stream, sample, blocks, np.arange((count + 3) // 4))
     r0, r1 = (-2.0 * u0.log()).sqrt(), (-2.0 * u2.log()).sqrt()
     a0, a1 = u1 * (2 * math.pi), u3 * (2 * math.pi)
     eps = torch.stack((r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()), dim=-1)
-    return log_sigma, eps.flatten(3)[..., :count].unflatten(3, (k, bits))
+    return eps.flatten(3)[..., :count].unflatten(3, (k, bits))
+
+
+def draw_apart(config: Config, sample: Tensor, blocks: int, table: NoiseTable | None) -> tuple[Tensor, Tensor]:
+    """diffusion.levels_apart: ln sigma of every group [b, n, A, K, G], and standard normals [b, n, A, K, B]."""
+    d, m, groups = config.diffusion, config.model, len(group_slices(config))
+    count, parts = d.levels_apart, m.block_size * groups
+    elements = np.arange(math.ceil(parts / 4))
+    first = torch.stack(_words(config, 7, sample, blocks, elements), -1).flatten(3)[:, :, :count, :parts]
+    turn = torch.stack(_words(config, 7, sample, blocks, elements + count * 65536), -1).flatten(3)[:, :, :1, :parts]
+    place = torch.arange(count)[:, None] + (turn * count).floor()
+    log_sigma = _log_sigma(config, (place.remainder(count) + first) / count, table).unflatten(3, (m.block_size, groups))
+    return log_sigma, _normals(config, 8, sample, blocks)[:, :, :count]
 
 
 def _level_cdf(config: Config, sigma: float) -> float:
@@ -170,7 +193,7 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     else:
         shapes |= {
             "head.input.weight": (w, m.bits),
-            "head.noise_level.fc1.weight": (w, FEATURES),
+            "head.noise_level.fc1.weight": (w, FEATURES * (len(groups) if config.diffusion.levels_apart else 1)),
             "head.noise_level.fc1.bias": (w,),
             "head.noise_level.fc2.weight": (w, w),
             "head.noise_level.fc2.bias": (w,),
@@ -508,24 +531,28 @@ class ReferenceModel:
     ) -> Tensor:
         """Noisy bits [b, n, M, K, B], ln sigma [b, n, M], hidden [b, S, D] to head outputs [b, n, M, K, outputs].
 
+        ln sigma may also be of every group, [b, n, M, K, G].
         estimate [b, n, M, K, B]: what is shown of the head's own estimate of the clean bits.
         tokens [b, S]: for the token before each.
         """
         m, w = self.config.model, self.weights
         half = FEATURES // 2  # rounding matters here: the highest of these multiplies an ulp by 1000
         frequency = (torch.arange(half).double() * (math.log(100.0) / (half - 1))).exp().float()
-        angle = log_sigma[..., None] / 4 * frequency
-        level = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        told = log_sigma if log_sigma.dim() == 5 else log_sigma[..., None, None]
+        told = told.expand(*told.shape[:4], len(group_slices(self.config)) if self.config.diffusion.levels_apart else 1)
+        angle = told[..., None] / 4 * frequency
+        level = torch.cat((angle.cos(), angle.sin()), dim=-1).flatten(-2)
         level = F.linear(level, w["head.noise_level.fc1.weight"], w["head.noise_level.fc1.bias"])
         level = F.linear(F.silu(level), w["head.noise_level.fc2.weight"], w["head.noise_level.fc2.bias"])
         context = self._of_block("condition", hidden, kept)[:, :, None]
-        condition = F.silu(level[:, :, :, None] + context)  # [b, n, M, K, W]
-        scaled = z / (1.0 + (2 * log_sigma).exp()).sqrt()[..., None, None]
+        condition = F.silu(level + context)  # [b, n, M, K, W]
+        sigma = self._sigma(log_sigma)
+        scaled = z / (1.0 + sigma**2).sqrt()
         x = scaled @ w["head.input.weight"].T
         if isinstance(estimate, Tensor):
             x = x + estimate @ w["head.estimate.weight"].T
         if m.group_bits > 1:
-            odds = (2 * z / (2 * log_sigma).exp()[..., None, None]).clamp(-30, 30)
+            odds = (2 * z / sigma**2).clamp(-30, 30)
             widest = 2 ** max(b - a for a, b in group_slices(self.config))
             said = [e for _, e in self._evidence(odds)]
             if m.soft_prior:
@@ -538,6 +565,13 @@ class ReferenceModel:
                 x = x + self._names_before(name, tokens) @ w["head.before.weight"].T
         out = self._head_layers(x + context, condition) @ w["head.output.weight"].T
         return out + self._of_block("prior", hidden, kept)[:, :, None] if m.head.prior else out
+
+    def _sigma(self, log_sigma: Tensor) -> Tensor:
+        """Of the noise on bits, [b, n, M, 1, 1] or [b, n, M, K, B]."""
+        if log_sigma.dim() == 3:
+            return log_sigma.exp()[..., None, None]
+        sizes = torch.tensor([last - first for first, last in group_slices(self.config)])
+        return log_sigma.exp().repeat_interleave(sizes, dim=-1)
 
     def _names_before(self, name: Tensor, tokens: Tensor | None) -> Tensor:
         """name [b, n, M, K, W] of each token to those of the tokens before, tokens [b, S] for the first of a block."""
@@ -565,36 +599,25 @@ class ReferenceModel:
             nats = self.chain(tokens, sample).mean()
             return nats, nats.detach()
         d, m, k = self.config.diffusion, self.config.model, self.config.model.block_size
-        log_sigma, eps = draw_noise(self.config, sample, tokens.shape[1] // k, table=self.table)
-        sigma = log_sigma.exp()[..., None, None]
+        blocks = tokens.shape[1] // k
+        log_sigma, eps = draw_noise(self.config, sample, blocks, table=self.table)
         x = self.encode(tokens).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
-        z = x + sigma * eps
-        hidden, kept = self.hidden(tokens, sample), self._kept(sample, tokens.shape[1] // k)
-        estimate: Tensor | float = 0.0
-        if d.self_condition:
-            u = _words(self.config, 6, sample, tokens.shape[1] // k, np.array([LEVEL_ELEMENT]))[0][..., 0]
-            with torch.no_grad():
-                first = self._mean(self.head(z, log_sigma, hidden, kept, tokens=tokens), z, sigma)
-            estimate = first * (u < d.self_condition).float()[..., None, None]
-        out = self.head(z, log_sigma, hidden, kept, estimate, tokens)
-        odds = (2 * z / sigma**2).clamp(-30, 30) if d.parameterization == "matched_filter" else torch.zeros_like(z)
-        if m.group_bits == 1:
-            logits = out + odds
-            wrong = torch.sigmoid(-x * logits)
-            entropy = F.binary_cross_entropy_with_logits(logits, ((x + 1) / 2).expand_as(logits))
-        else:
-            out, values = out.unflatten(-1, (len(group_slices(self.config)), -1)), self.values(x)
-            parts, crosses = [], []
-            for i, (codes, evidence) in enumerate(self._evidence(odds)):
-                first, last = group_slices(self.config)[i]
-                log_p = (out[..., i, : len(codes)] + evidence).log_softmax(-1)
-                differs = codes[None] != x[..., first:last].unsqueeze(-2)  # [b, n, 1, K, 2^n, bits of the group]
-                parts.append((log_p.exp().unsqueeze(-1) * differs).sum(-2))
-                crosses.append(-log_p.gather(-1, values[i].expand(log_p.shape[:-1])[..., None]))
-            wrong, entropy = torch.cat(parts, dim=-1), torch.cat(crosses, dim=-1).mean()
-        error = (2 * wrong) ** 2  # (x - E x)^2 without cancellation
         mse = d.loss == "mse" or (d.loss == "auto" and m.group_bits == 1)
-        loss = ((sigma**2 + 1) / sigma**2 * error).mean() if mse else entropy
+        u = _words(self.config, 6, sample, blocks, np.array([LEVEL_ELEMENT]))[0][..., 0]
+        shown = (u < d.self_condition).float()[..., None, None]
+        states = (self.hidden(tokens, sample), self._kept(sample, blocks), tokens)
+        wrong, entropy = self._evaluate(
+            x, log_sigma, eps, states, None if shown is None else shown[:, :, : eps.shape[2]]
+        )
+        sigma = log_sigma.exp()[..., None, None]
+        error = (2 * wrong) ** 2  # (x - E x)^2 without cancellation
+        losses = [(sigma**2 + 1) / sigma**2 * error if mse else entropy]
+        if d.levels_apart:
+            levels, eps = draw_apart(self.config, sample, blocks, self.table)
+            missed, entropy = self._evaluate(x, levels, eps, states, shown[:, :, -d.levels_apart :])
+            variance = self._sigma(levels) ** 2
+            losses.append((variance + 1) / variance * (2 * missed) ** 2 if mse else entropy)
+        loss = torch.cat(losses, dim=2).mean()
         mass = _level_cdf(self.config, d.sigma_max) - _level_cdf(self.config, d.sigma_min)
         if d.noise == "lognormal":
             density = torch.distributions.Normal(d.log_mean + math.log(2.0), d.log_std).log_prob(log_sigma).exp() / mass
@@ -607,6 +630,42 @@ class ReferenceModel:
         self.drawn.append((log_sigma, rate))
         integrand = rate / density[..., None]
         return loss, integrand.mean()
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        log_sigma: Tensor,
+        eps: Tensor,
+        states: tuple[Tensor, Tensor | None, Tensor],
+        shown: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """P(wrong) of every bit [b, n, M, K, B], and the cross-entropy of each or, of each group, [b, n, M, K, G].
+
+        states: hidden [b, S, D], which blocks keep it, and tokens [b, S]; shown [b, n, M, 1, 1]: 0 or 1.
+        """
+        m, (hidden, kept, tokens), sigma = self.config.model, states, self._sigma(log_sigma)
+        z = x + sigma * eps
+        estimate: Tensor | float = 0.0
+        if self.config.diffusion.self_condition:
+            with torch.no_grad():
+                first = self._mean(self.head(z, log_sigma, hidden, kept, tokens=tokens), z, sigma)
+            estimate = first * shown
+        out = self.head(z, log_sigma, hidden, kept, estimate, tokens)
+        matched = self.config.diffusion.parameterization == "matched_filter"
+        odds = (2 * z / sigma**2).clamp(-30, 30) if matched else torch.zeros_like(z)
+        if m.group_bits == 1:
+            logits = out + odds
+            entropy = F.binary_cross_entropy_with_logits(logits, ((x + 1) / 2).expand_as(logits), reduction="none")
+            return torch.sigmoid(-x * logits), entropy
+        out, values = out.unflatten(-1, (len(group_slices(self.config)), -1)), self.values(x)
+        parts, crosses = [], []
+        for i, (codes, evidence) in enumerate(self._evidence(odds)):
+            first, last = group_slices(self.config)[i]
+            log_p = (out[..., i, : len(codes)] + evidence).log_softmax(-1)
+            differs = codes[None] != x[..., first:last].unsqueeze(-2)  # [b, n, 1, K, 2^n, bits of the group]
+            parts.append((log_p.exp().unsqueeze(-1) * differs).sum(-2))
+            crosses.append(-log_p.gather(-1, values[i].expand(log_p.shape[:-1])[..., None]))
+        return torch.cat(parts, dim=-1), torch.cat(crosses, dim=-1)
 
     def _mean(self, out: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
         """Head outputs to the expectation of each bit, [b, n, M, K, B]."""

@@ -98,6 +98,11 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
         Rung("diffusion K=4 g=8 semantic, token before", (*eight, before)),
         Rung("diffusion K=4 g=8 semantic, token before, soft prior", (*eight, before, soft)),
         Rung("diffusion K=4 g=8 semantic, token before, soft prior, names", (*eight, before, soft, names)),
+        Rung(
+            "diffusion K=4 g=8 semantic, token before, soft prior, names, levels apart",
+            (*eight, before, soft, names, "diffusion.levels_apart=3"),
+            text=True,
+        ),
         Rung("diffusion K=4 g=8 semantic, no prior", (*eight, "model.head.prior=false")),
         Rung("diffusion K=4 g=8 semantic, 1 noise sample", (*eight, "diffusion.noise_samples=1")),
         Rung("diffusion K=4 g=8 semantic, mse", (*eight, "diffusion.loss=mse")),

@@ -19,6 +19,10 @@ class DiffusionConfig(Section):
     `direct` leaves it to the head."""
     noise_samples: int = Field(default=4, ge=1, le=4096)
     """Independent noise levels that share one backbone state (stratified)."""
+    levels_apart: int = Field(default=0, ge=0, le=4095)
+    """So many of the noise samples give every group of bits of the block (`model.group_bits` above 1) a level of its
+    own: a neighbour that is clean enough to tell something is learned from while the group itself is not decided yet.
+    The others have one level for the block, as validation and generation have; from them alone the log's bound is."""
     sigma_min: float = Field(default=0.1, gt=0)
     """Smallest noise level (on bits of -1, +1)."""
     sigma_max: float = Field(default=160.0, gt=0)
@@ -51,6 +55,11 @@ class DiffusionConfig(Section):
     def _check(self) -> DiffusionConfig:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} has to be smaller than sigma_max {self.sigma_max}")
+        if self.levels_apart >= self.noise_samples:
+            raise ValueError(
+                f"levels_apart {self.levels_apart} has to be smaller than noise_samples {self.noise_samples}: one "
+                f"evaluation of a block at least has one level for all"
+            )
         low, high = ((math.log(s / 2) - self.log_mean) / self.log_std for s in (self.sigma_min, self.sigma_max))
         if self.noise == "logistic":
             mass = 0.5 * (math.tanh(0.5 * high) - math.tanh(0.5 * low))

@@ -38,6 +38,12 @@ class Config(Section):
                 f"model.head.kind softmax predicts one token at a time, and model.block_size is {k}; set "
                 "model.block_size=1"
             )
+        if self.diffusion.levels_apart and not (self.model.head.kind == "diffusion" and self.model.group_bits > 1):
+            raise ValueError(
+                f"diffusion.levels_apart {self.diffusion.levels_apart} needs model.head.kind diffusion and "
+                f"model.group_bits above 1, and they are {self.model.head.kind} and {self.model.group_bits}; set it "
+                f"to 0"
+            )
         if self.diffusion.self_condition and self.model.head.kind != "diffusion":
             raise ValueError(
                 f"diffusion.self_condition {self.diffusion.self_condition} needs a head that denoises, and "
@@ -99,6 +105,11 @@ class Config(Section):
     def recompute_head(self) -> bool:
         """Whether the head's evaluations are made one by one, and again in the backward pass; not of a softmax head."""
         return self.parallel.recompute in ("head", "full") and self.model.head.kind != "softmax"
+
+    @property
+    def noise_levels(self) -> int:
+        """Noise levels that a diffusion head is told of a token: one for each group of its bits, or one."""
+        return len(self.model.group_sizes) if self.diffusion.levels_apart else 1
 
     @property
     def head_evaluations(self) -> int:

@@ -42,6 +42,10 @@ class BitGroups(nn.Module):
         self.register_buffer("places", (weights > 0).flatten().nonzero().squeeze(-1), persistent=False)
         self.register_buffer("invalid", value.t() >= 2 ** torch.tensor(sizes)[:, None], persistent=False)
 
+    def spread(self, x: Tensor) -> Tensor:
+        """What groups have, [..., G], to each of their bits, [..., B]."""
+        return x[..., self.places // self.columns.shape[1]]
+
     def index(self, x: Tensor) -> Tensor:
         """Bits [..., B] to the values of their groups, int64 [..., G]."""
         return ((self._split(x) > 0) * self.weights).sum(-1)

@@ -15,7 +15,7 @@ from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
 
 # streams: the same indices never share noise
-TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION, ESTIMATE = 0, 1, 2, 3, 4, 5, 6
+TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION, ESTIMATE, LEVELS, APART = range(9)
 _LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count up from 0
 
 
@@ -105,6 +105,24 @@ def stratified_levels(
     words = philox(seed_key(seed, stream), (level * 65536 + _LEVEL, block, low, high))
     # float32 cannot hold the last values below a stratum's upper edge: stay inside it
     return (level + uniform(words[0]).clamp(max=1.0 - 2.0**-12)) / noise_samples
+
+
+def levels_apart(seed: int, sample: Tensor, first_block: int, num_blocks: int, count: int, parts: int) -> Tensor:
+    """Uniforms for every part of a block, such as its groups of bits: those of a part lie in as many equal strata of
+    (0, 1) as there are, in an order of its own, so that the levels of two parts have nothing to do with each other.
+
+    Returns:
+        float32 [num_blocks, b, count, parts]; a function of (seed, sample, block, part, which of them) alone.
+    """
+    level, block, low, high = (c[..., None] for c in _counters(sample, first_block, num_blocks, count))
+    element, key = torch.arange(-(-parts // 4), device=sample.device), seed_key(seed, LEVELS)
+
+    def drawn(level: Tensor) -> Tensor:
+        words = philox(key, (level * 65536 + element, block, low, high))
+        return uniform(torch.stack(words, dim=-1)).flatten(-2)[..., :parts]
+
+    turned = level + (drawn(level[..., :1, :] + count) * count).long()
+    return (turned % count + drawn(level).clamp(max=1.0 - 2.0**-12)) / count
 
 
 def gaussian(

@@ -70,7 +70,8 @@ class GroupPosterior(nn.Module):
     def token_loss(
         self, residual: Tensor, z: Tensor, x: Tensor, log_sigma: Tensor, kind: Literal["mse", "bce"]
     ) -> tuple[Tensor, Tensor]:
-        sigma = log_sigma.exp()[..., None]
+        sigma = log_sigma.exp()
+        sigma = sigma[..., None] if sigma.dim() < z.dim() else sigma  # of a token, or of each of its bits
         logits = self.logits(residual, z, sigma)
         error = self.squared_error(logits, x)
         loss = matched_filter.edm_weight(sigma) * error if kind == "mse" else self.cross_entropy(logits, x)

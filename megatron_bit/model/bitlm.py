@@ -12,12 +12,15 @@ from megatron_bit.diffusion.entropy_rate import EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.loss import LossTerms, denoising_loss
 from megatron_bit.diffusion.noise import (
+    APART,
     CONDITION,
     ESTIMATE,
     TRAIN,
     bit_flips,
     build_noise,
     chosen,
+    gaussian,
+    levels_apart,
     stratified_levels,
 )
 from megatron_bit.diffusion.philox import seed_key
@@ -126,23 +129,38 @@ class BitLM(BitInput):
         """Draw noise for this rank's blocks, denoise, and average over the tokens of the whole sequence."""
         assert isinstance(self.head, DenoisingHead)
         d, k, seed = self.settings.diffusion, self.settings.model.block_size, self.settings.train.seed
+        apart = d.levels_apart
         length = batch.tokens.shape[1]
         first, last = self._bounds(length)
-        block, blocks, m = first // k, (last - first) // k, d.noise_samples
+        block, blocks, m = first // k, (last - first) // k, d.noise_samples - apart
         log_sigma = self.noise.log_sigma(stratified_levels(seed, TRAIN, batch.sample, block, blocks, m))
         ids, table = self.codec.rows(batch.tokens[:, first:last].transpose(0, 1))
         weight = None if self.settings.recompute_head else self.head.input.weight  # then it is projected in parts
         key = seed_key(seed, TRAIN)
         x, z, projected = self.kernels.noised_bits(ids, table, log_sigma, batch.sample, weight, key, block, k)
-        shown = chosen(seed, ESTIMATE, batch.sample, block, blocks, m, d.self_condition) if d.self_condition else None
+        share, x = d.self_condition, x[:, :, None]
+        shown = chosen(seed, ESTIMATE, batch.sample, block, blocks, d.noise_samples, share) if share else None
         conditions = (self.condition(hidden, batch), self._newest(batch))
-        terms = self._terms(z, x[:, :, None], log_sigma, *conditions, shown, projected)
+        terms = self._terms(z, x, log_sigma, *conditions, None if shown is None else shown[..., :m], projected)
+        if apart:
+            levels, z = self._apart(x, batch.sample, block, blocks)
+            others = self._terms(z, x, levels, *conditions, None if shown is None else shown[..., m:], None)
+            terms = LossTerms(*(torch.cat(parts, dim=-1) for parts in zip(terms, others, strict=True)))
         loss = terms.loss.mean() / self.shards
         metrics = torch.stack((loss.detach(), terms.bound.mean() / self.shards))
         if self.noise_table is not None:
             rate = terms.rate.unflatten(0, (blocks, k)).mean(1)  # the tokens of a block have one level
             metrics = torch.cat((metrics, self.noise_table.histogram(log_sigma, rate) / self.shards))
         return LossOutput(loss, metrics)
+
+    def _apart(self, x: Tensor, sample: Tensor, block: int, blocks: int) -> tuple[Tensor, Tensor]:
+        """Levels of their own for all groups of bits, ln sigma [s, b, A, G], and x [s, b, 1, B] with their noise."""
+        m, seed, count = self.settings.model, self.settings.train.seed, self.settings.diffusion.levels_apart
+        k, groups = m.block_size, len(m.group_sizes)
+        log_sigma = self.noise.log_sigma(levels_apart(seed, sample, block, blocks, count, k * groups))
+        log_sigma = log_sigma.unflatten(-1, (k, groups)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        eps = gaussian(seed, APART, sample, block, blocks, count, k, m.bits)
+        return log_sigma, x + self.bit_groups.spread(log_sigma.exp()) * eps
 
     def _newest(self, batch: TokenBatch) -> Newest | None:
         """The tokens before this rank's blocks, for a head that looks at them."""
@@ -163,16 +181,17 @@ class BitLM(BitInput):
         shown: Tensor | None,
         projected: Tensor | None,
     ) -> LossTerms:
-        """The terms [s, b, M] from z float32 [s, b, M, B], x [s, b, 1, B], log_sigma [n, b, M], shown bool [n, b, M].
+        """The terms [s, b, M] from z float32 [s, b, M, B], x [s, b, 1, B], log_sigma as of the head, shown bool
+        [n, b, M]. Of levels apart there is the loss alone, and no bound: that follows one level for the block.
 
         projected: [s, b, M, W], as of the head.
         """
         if not self.settings.recompute_head:
             return self._evaluate(z, x, log_sigma, hidden, newest, shown, projected)
-        samples = range(log_sigma.shape[-1])
+        samples = range(log_sigma.shape[2])
         terms = [
             again(
-                self._evaluate, z[:, :, i : i + 1], x, log_sigma[..., i : i + 1], hidden, newest,
+                self._evaluate, z[:, :, i : i + 1], x, log_sigma[:, :, i : i + 1], hidden, newest,
                 None if shown is None else shown[..., i : i + 1],
             )
             for i in samples
@@ -191,6 +210,10 @@ class BitLM(BitInput):
     ) -> LossTerms:
         assert self.head is not None
         residual = self.head(z, log_sigma, hidden, shown, projected, newest)
+        if log_sigma.dim() == 4:
+            levels = self.bit_groups.spread(log_sigma)
+            loss, _ = self.posterior.token_loss(residual, z, x, levels, self.settings.loss)
+            return LossTerms(loss, loss[..., :0].detach(), loss[..., :0].detach())
         per_token = log_sigma.repeat_interleave(self.settings.model.block_size, dim=0)
         return denoising_loss(self.posterior, residual, z, x, per_token, self.noise, self.settings.loss)
 

@@ -36,18 +36,19 @@ EPS = 1e-6  # of the head's norms
 class NoiseLevelEmbedding(nn.Module):
     """ln sigma to W channels: sinusoidal features of ln(sigma) / 4 (EDM's c_noise), then an MLP."""
 
-    def __init__(self, mcore: Any, width: int) -> None:
+    def __init__(self, mcore: Any, width: int, levels: int) -> None:
+        """levels: L, how many are told together."""
         super().__init__()
-        self.fc1 = linear(mcore, FREQUENCIES, width, bias=True)
+        self.fc1 = linear(mcore, levels * FREQUENCIES, width, bias=True)
         self.fc2 = linear(mcore, width, width, bias=True)
         # in float64, so that every device has the same: rounding here is multiplied by the angle
         exponent = torch.linspace(0.0, math.log(100.0), FREQUENCIES // 2, dtype=torch.float64)
         self.frequency = exponent.exp().float().to(init_device(mcore))
 
     def forward(self, log_sigma: Tensor) -> Tensor:
-        """float32 [n, b, M] to [n, b, M, W]."""
+        """float32 [..., L] to [..., W]."""
         angle = (log_sigma * 0.25)[..., None] * self.frequency
-        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).to(self.fc1.weight.dtype)
+        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).flatten(-2).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
 
 
@@ -194,7 +195,8 @@ class DenoisingHead(BlockHead):
         self.before = linear(mcore, w, w) if config.model.token_before else None  # of the name of the token before
         self.soft_prior = config.model.soft_prior
         self.posterior: BitPosterior | GroupPosterior = posterior
-        self.noise_level = NoiseLevelEmbedding(mcore, w)
+        self.levels = config.noise_levels
+        self.noise_level = NoiseLevelEmbedding(mcore, w, self.levels)
 
     def forward(
         self,
@@ -208,7 +210,7 @@ class DenoisingHead(BlockHead):
         """
         Args:
             z: float32 [s, b, M, B], noised bits x + sigma eps.
-            log_sigma: float32 [n, b, M], one level a block, n = s / K.
+            log_sigma: float32 [n, b, M], one level a block, n = s / K; or [s, b, M, G], of each group of bits.
             hidden: [s, b, D], the backbone's states.
             shown: bool [n, b, M], which evaluations see the head's own estimate; None: all, if it takes one.
             projected: [s, b, M, W], z through the input layer, if that is done.
@@ -221,7 +223,7 @@ class DenoisingHead(BlockHead):
             return self.evaluate(z, log_sigma, hidden, None, projected, newest)
         with torch.no_grad():
             first = self.evaluate(z, log_sigma, hidden, None, projected, newest)
-            logits = self.posterior.logits(first, z, token_sigma(log_sigma, self.block_size))
+            logits = self.posterior.logits(first, z, self._sigma(log_sigma))
             estimate = self.posterior.mean(logits)
             if shown is not None:
                 estimate = estimate * shown.repeat_interleave(self.block_size, dim=0)[..., None]
@@ -237,7 +239,7 @@ class DenoisingHead(BlockHead):
         newest: Newest | None = None,
     ) -> Tensor:
         """As `forward`, once; estimate: float32 [s, b, M, B] in [-1, 1] of the clean bits, 0 where nothing is known."""
-        dtype, sigma = self.input.weight.dtype, token_sigma(log_sigma, self.block_size)
+        dtype, sigma = self.input.weight.dtype, self._sigma(log_sigma)
         x = self.input(network_input(z, sigma).to(dtype)) if projected is None else projected
         if estimate is not None:
             assert self.estimate is not None
@@ -249,8 +251,20 @@ class DenoisingHead(BlockHead):
             if self.before is not None:
                 assert newest is not None
                 x = x + self.before(self._behind(newest, name))
-        level = self.noise_level(log_sigma)[:, None]  # the same for the K tokens of a block
-        return self.output(self.features(x, level, hidden)) + prior
+        return self.output(self.features(x, self._level(log_sigma), hidden)) + prior
+
+    def _sigma(self, log_sigma: Tensor) -> Tensor:
+        """Of the noise on every bit, [s, b, M, 1] or [s, b, M, B]; log_sigma as of `forward`."""
+        if log_sigma.dim() == 3:
+            return token_sigma(log_sigma, self.block_size)
+        assert isinstance(self.posterior, GroupPosterior)
+        return self.posterior.groups.spread(log_sigma.exp())
+
+    def _level(self, log_sigma: Tensor) -> Tensor:
+        """What the levels are, [n, K, b, M, W], or [n, 1, b, M, W] where the K tokens of a block have the same."""
+        if log_sigma.dim() == 3:
+            return self.noise_level(log_sigma[..., None].expand(*log_sigma.shape, self.levels))[:, None]
+        return self.noise_level(log_sigma).unflatten(0, (-1, self.block_size))
 
     def _likely_name(self, z: Tensor, sigma: Tensor, prior: Tensor | float) -> Tensor:
         """The mean name of the tokens that the noisy bits allow, [s, b, M, W]."""

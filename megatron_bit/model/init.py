@@ -62,7 +62,8 @@ def _std(name: str, config: Config) -> float:
     if name in _TABLES:
         return 1.0
     if name.startswith("head.noise_level."):
-        return 1.0 / math.sqrt(FREQUENCIES if name.endswith("fc1.weight") else m.head.hidden_size)
+        features = FREQUENCIES * config.noise_levels
+        return 1.0 / math.sqrt(features if name.endswith("fc1.weight") else m.head.hidden_size)
     if name in ("embedding.fc1.weight", "head.input.weight", "head.estimate.weight"):
         return 1.0 / math.sqrt(m.bits)
     if _RESIDUAL.search(name):

@@ -27,7 +27,8 @@ def head_flops(config: Config) -> float:
     if h.kind == "chain":
         each += 2.0 * w * outputs / len(m.group_sizes)  # a stage decides its own group
     else:
-        each += 2.0 * (FREQUENCIES * w + w * w) / m.block_size + 2.0 * w * (m.bits + outputs)  # one level a block
+        level, a = 2.0 * (config.noise_levels * FREQUENCIES * w + w * w), config.diffusion.levels_apart / n
+        each += level * (a + (1 - a) / m.block_size) + 2.0 * w * (m.bits + outputs)  # one level a block, or a group
         if m.group_bits > 1:
             each += 2.0 * outputs * w + 4.0 * outputs * m.group_sizes[0]  # embedding of likely values; evidence, mean
             each += 2.0 * w * w * m.token_before

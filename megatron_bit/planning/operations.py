@@ -121,8 +121,9 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
         if m.pairs:
             products.append(Product(own, w, 2 * w))
     else:
-        levels = mine / m.block_size  # one noise level a block
-        products += [Product(levels, w, FREQUENCIES), Product(levels, w, w)]
+        apart = config.diffusion.levels_apart / config.head_evaluations
+        levels = mine * (apart + (1 - apart) / m.block_size)  # one noise level a block, or one a group
+        products += [Product(levels, w, config.noise_levels * FREQUENCIES), Product(levels, w, w)]
         products += [Product(mine, w, m.bits), Product(mine, outputs, w)]
         if m.group_bits > 1:  # embedding of likely values; evidence, mean
             products += [Product(mine, w, outputs), Product(mine, outputs, m.group_sizes[0], 2)]

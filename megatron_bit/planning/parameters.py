@@ -23,7 +23,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
         head += 2 * m.group_values * w + len(m.group_sizes) * w + m.prior_rank * (2 * m.group_values + rows * d)
     else:
         head += m.bits * w * (2 if config.diffusion.self_condition else 1)
-        head += FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
+        head += config.noise_levels * FREQUENCIES * w + w + w * w + w + (m.group_values * w if m.group_bits > 1 else 0)
         head += w * w * m.token_before
     read = m.group_values * d if m.group_bits > 1 else m.bits * d + d * d
     if m.pairs:

@@ -35,7 +35,7 @@ _KINDS: dict[Kind, str] = {
         model.head.token_before model.head.soft_prior model.head.num_layers model.head.hidden_size
         model.head.num_heads model.head.ffn_hidden_size
         model.memory.rows model.memory.orders model.memory.hashes
-        diffusion.parameterization diffusion.self_condition
+        diffusion.parameterization diffusion.levels_apart diffusion.self_condition
     """,
     Kind.RUN: """
         model.init_std train.seed data.seq_length data.shuffle_shards data.document_boundaries data.align_blocks
@@ -62,6 +62,7 @@ _KINDS: dict[Kind, str] = {
 KINDS: dict[str, Kind] = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}
 
 SHOWN = "diffusion.self_condition above 0"  # an input of the head; how often training shows it is free
+TOLD = "diffusion.levels_apart above 0"  # the same: which levels it is told
 VOCABULARY, CODE, TOKENIZER, DATA = "vocabulary size", "code table", "tokenizer", "data"
 OF_TOKENS = (VOCABULARY, CODE, TOKENIZER)  # what the tokens of a model's weights are
 
@@ -106,7 +107,8 @@ def meaning(config: Config) -> dict[str, Any]:
     if head.kind == "chain":
         return {**values, "model.head.window": head.window, "model.head.prior_rank": m.prior_rank}
     sees = {"model.head.token_before": m.token_before, "model.head.soft_prior": m.soft_prior}
-    return {**values, **sees, "diffusion.parameterization": d.parameterization, SHOWN: d.self_condition > 0}
+    shown = {SHOWN: d.self_condition > 0, TOLD: d.levels_apart > 0}
+    return {**values, **sees, "diffusion.parameterization": d.parameterization, **shown}
 
 
 def identity(config: Config, corpus: Corpus, code: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def of_folder(stored: Mapping[str, Any], mine: Mapping[str, Any], where: str) ->
     """
     old = stored.get("model")
     if old is None:
-        return {SHOWN: False, **{key: field.default for key, field in leaves()}, **stored}
+        return {SHOWN: False, TOLD: False, **{key: field.default for key, field in leaves()}, **stored}
     try:
         config = config_from_dict({"model": old, "diffusion": {"self_condition": 0.5 if stored.get(SHOWN) else 0.0}})
     except UserError as error:
@@ -189,7 +191,7 @@ def compare_model(there: Mapping[str, Any], mine: Mapping[str, Any], where: str)
 
 def model_of(there: Mapping[str, Any]) -> dict[str, Any]:
     """Of an identity, what it says of the model: without the run that trained it."""
-    return {key: value for key, value in there.items() if key == SHOWN or key in OF_TOKENS or _is_model(key)}
+    return {key: value for key, value in there.items() if key in (SHOWN, TOLD, *OF_TOKENS) or _is_model(key)}
 
 
 def _of_run(config: Config) -> dict[str, Any]:
@@ -214,6 +216,8 @@ def _different(there: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterable[st
 def _setting(key: str, value: Any) -> str:
     if key == SHOWN:
         return f"diffusion.self_condition={0.5 if value else 0}"
+    if key == TOLD:
+        return f"diffusion.levels_apart={1 if value else 0}"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"{key}={text.replace(' ', '')}"  # a list without spaces is one word to a shell
 

@@ -86,7 +86,8 @@ VARIANTS = {
     "seeing": Variant(
         {
             **_ODD, "model.group_bits": 4, "model.names": "pairs", "model.head.token_before": True,
-            "model.head.soft_prior": True, "diffusion.condition_drop": 0.3, "diffusion.self_condition": 0.5,
+            "model.head.soft_prior": True, "diffusion.levels_apart": 1, "diffusion.condition_drop": 0.3,
+            "diffusion.self_condition": 0.5,
         }
     ),
     "logistic": Variant({**_ODD, "diffusion.noise": "logistic", "diffusion.log_mean": -0.4, "diffusion.log_std": 0.6}),

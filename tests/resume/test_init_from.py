@@ -204,7 +204,8 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "names": {
         "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
     },
-    "seeing": {"model.group_bits": 4, "model.head.token_before": True, "model.head.soft_prior": True},
+    "seeing": {"model.group_bits": 4, "model.head.token_before": True, "model.head.soft_prior": True,
+               "diffusion.levels_apart": 1},
     "softmax": {"model.head.kind": "softmax", "model.block_size": 1},
 }  # fmt: skip
 

@@ -104,6 +104,10 @@ MESSAGES = {
     "and they are diffusion and 1; leave it at false, or at null",
     "model.head.soft_prior=true": "model: head.soft_prior true needs head.kind diffusion with head.prior and "
     "group_bits above 1, and they are diffusion, true and 1; leave it at false, or at null",
+    "diffusion.levels_apart=2": "diffusion.levels_apart 2 needs model.head.kind diffusion and model.group_bits above "
+    "1, and they are diffusion and 1; set it to 0",
+    "diffusion.levels_apart=4": "diffusion: levels_apart 4 has to be smaller than noise_samples 4: one evaluation of a "
+    "block at least has one level for all",
     "model.head.window=true": f"model.head.window = True {NO_TRUTH}",
     "optim.lr=on": f"optim.lr = True {NO_TRUTH}",
     "optim.betas=[no,0.9]": f"optim.betas = [False, 0.9] {NO_TRUTH}",

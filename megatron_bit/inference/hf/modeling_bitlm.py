@@ -83,6 +83,7 @@ class BitLMConfig(PretrainedConfig):
         sigma_log_std: float = 1.2,
         sigma_kind: str = "lognormal",
         sigma_masses: Sequence[float] | None = None,
+        levels_apart: bool = False,
         condition_drop: float = 0.0,
         self_condition: bool = False,
         initializer_range: float = 0.02,
@@ -124,6 +125,7 @@ class BitLMConfig(PretrainedConfig):
         self.sigma_log_std = sigma_log_std
         self.sigma_kind = sigma_kind  # lognormal, logistic or entropy_rate
         self.sigma_masses = None if sigma_masses is None else list(sigma_masses)  # of equal bins of ln sigma, measured
+        self.levels_apart = levels_apart  # the head is told the noise level of every group, and not of the block
         self.condition_drop = condition_drop  # how often training hid the states from the head: above 0 guidance works
         self.self_condition = self_condition  # the head takes its own estimate of the clean bits as one more input
         self.initializer_range = initializer_range
@@ -831,15 +833,17 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class BitLMNoiseEmbedding(nn.Module):
     """ln sigma [...] to [..., W]: sinusoids of ln(sigma) / 4, then an MLP."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, levels: int) -> None:
+        """levels: how many are told together, of the groups of bits; here all have that of the block."""
         super().__init__()
-        self.fc1 = nn.Linear(FEATURES, size)
+        self.levels = levels
+        self.fc1 = nn.Linear(levels * FEATURES, size)
         self.fc2 = nn.Linear(size, size)
 
     def forward(self, log_sigma: Tensor) -> Tensor:
         exponent = torch.linspace(0.0, math.log(100.0), FEATURES // 2, dtype=torch.float64, device=log_sigma.device)
         angle = (log_sigma * 0.25)[..., None] * exponent.exp().float()
-        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).to(self.fc1.weight.dtype)
+        features = torch.cat((torch.cos(angle), torch.sin(angle)) * self.levels, dim=-1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
 
 
@@ -866,7 +870,7 @@ class BitLMHead(nn.Module):
                 self.estimate_proj = nn.Linear(config.bits, size, bias=False)
             if config.token_before:
                 self.before_proj = nn.Linear(size, size, bias=False)
-            self.noise_embed = BitLMNoiseEmbedding(size)
+            self.noise_embed = BitLMNoiseEmbedding(size, len(config.group_sizes) if config.levels_apart else 1)
         if grouped:
             self.values = nn.Parameter(torch.zeros(_rows(config), size))
         self.pairs = _pairs(config, size)  # of the token before, or of likely values

@@ -16,6 +16,7 @@ from megatron_bit.diffusion.noise import (
     bit_flips,
     chosen,
     gaussian,
+    levels_apart,
     stratified_levels,
 )
 
@@ -48,6 +49,22 @@ def test_shapes_at_odd_sizes(block_size, bits):
     eps = noise(block_size=block_size, bits=bits)
     assert eps.shape == (7 * block_size, 5, 3, bits) and eps.dtype == torch.float32
     assert eps.unique().numel() > 0.99 * eps.numel(), "values repeat"
+
+
+def test_levels_of_parts_are_apart():
+    """Each part has all strata, in an order of its own; a slice is that of the whole; neighbours are uncorrelated."""
+    draw = {"seed": SEED, "sample": SAMPLES, "first_block": 0, "num_blocks": 60, "count": 3, "parts": 7}
+    u = levels_apart(**draw)
+    assert u.shape == (60, 5, 3, 7) and u.dtype == torch.float32 and u.min() > 0 and u.max() < 1
+    strata = (u * 3).long()
+    assert torch.equal(strata.sort(dim=2).values, torch.arange(3)[:, None].expand_as(strata))
+    assert len(strata.permute(0, 1, 3, 2).flatten(0, 2).unique(dim=0)) == 3  # turned, and not shuffled
+    cut = levels_apart(**{**draw, "sample": SAMPLES[[3, 0]], "first_block": 20, "num_blocks": 9})
+    assert torch.equal(cut, u[20:29, [3, 0]])
+    flat = u.permute(3, 0, 1, 2).flatten(1) - 0.5
+    related = torch.corrcoef(flat)[~torch.eye(7, dtype=torch.bool)].abs().max()
+    assert related < 4 / math.sqrt(flat.shape[1])
+    assert not torch.equal(levels_apart(**{**draw, "seed": SEED + 1}), u)
 
 
 def test_every_index_is_independent():

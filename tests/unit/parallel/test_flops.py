@@ -67,6 +67,7 @@ ODD = [
         [*BITS, "model.block_size=2"], [*BITS, "diffusion.self_condition=0.5"], GROUPS,
         [*CHAIN, "model.memory.rows=64"],
         [*CHAIN, "model.names=pairs", "model.head.prior_rank=96"], [*GROUPS, "model.names=pairs"],
+        [*GROUPS, "diffusion.levels_apart=2"],
         [*GROUPS, "model.head.token_before=true"], [*GROUPS, "model.head.soft_prior=true"],
         [*GROUPS, "model.head.token_before=true", "model.head.soft_prior=true", "model.names=pairs"],
         [*GROUPS, "diffusion.self_condition=0.5"], [*GROUPS, "model.head.prior=false"], SOFTMAX,

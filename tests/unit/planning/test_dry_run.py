@@ -50,6 +50,8 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
         NAMES,
         [*JOINT, "model.names=pairs"],
         [*JOINT, *SEEING],
+        [*JOINT, "diffusion.levels_apart=3"],
+        [*JOINT, "diffusion.levels_apart=2", "parallel.recompute=head"],
         [*JOINT, *SEEING, "model.names=pairs"],
         MEMORY,
         [*JOINT, *MEMORY],

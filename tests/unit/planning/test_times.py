@@ -22,6 +22,7 @@ HEADS = {
     "memory": ["model.memory.rows=4096"],
     "names_joint": ["model.head.kind=diffusion", "model.names=pairs"],
     "seeing_joint": ["model.head.kind=diffusion", "model.head.token_before=true", "model.head.soft_prior=true"],
+    "apart_joint": ["model.head.kind=diffusion", "diffusion.levels_apart=3"],
     "bits": ["model.head.kind=diffusion", "model.group_bits=1"],
     "joint": ["model.head.kind=diffusion"],
     "alone": ["model.block_size=1", "model.head.prior=false"],

@@ -14,6 +14,7 @@ from megatron_bit.errors import UserError
 from megatron_bit.run.identity import (
     KINDS,
     SHOWN,
+    TOLD,
     Kind,
     compare_model,
     compare_run,
@@ -49,6 +50,7 @@ ANOTHER: dict[str, list[str]] = {
     "model.head.kind": ["model.head.kind=chain"],
     "model.names": ["model.names=pairs"],
     "model.head.prior_rank": ["model.head.prior_rank=8"],
+    "diffusion.levels_apart": ["diffusion.levels_apart=2"],
     "model.head.token_before": ["model.head.token_before=true"],
     "model.head.soft_prior": ["model.head.soft_prior=true"],
     "model.memory.rows": ["model.memory.rows=64"],
@@ -193,9 +195,17 @@ def test_self_conditioning_is_part_of_a_run() -> None:
             compare_run(there, mine, "run")
 
 
+def test_how_many_levels_are_apart_is_free() -> None:
+    apart, without = made("diffusion.levels_apart=1"), made()
+    compare_run(made("diffusion.levels_apart=3"), apart, "run")
+    for there, mine in ((without, apart), (apart, without)):
+        with pytest.raises(UserError, match=r"run is of another run: diffusion.levels_apart above 0 is "):
+            compare_run(there, mine, "run")
+
+
 def test_a_folder_of_before_a_key_has_its_default() -> None:
     old = made()
-    for key in (SHOWN, "data.align_blocks", "diffusion.parameterization"):
+    for key in (SHOWN, TOLD, "data.align_blocks", "diffusion.parameterization"):
         old.pop(key)
     compare_run(of_folder(old, made(), "run"), made(), "run")
     for key in ("diffusion.self_condition=1", "data.align_blocks=true", "diffusion.parameterization=direct"):
