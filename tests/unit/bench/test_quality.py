@@ -36,7 +36,9 @@ def test_every_rung_has_the_same_parameters_without_tables(budget, bits):
 def test_a_rung_has_of_names_and_prior_what_its_name_says(budget):
     """Whatever the preset has that it begins from."""
     for rung in ladder(10, 6):
-        model = load_config(preset="laptop", overrides=[*SIZES[budget], "model.bits=10", *rung.overrides]).model
+        config = load_config(preset="laptop", overrides=[*SIZES[budget], "model.bits=10", *rung.overrides])
+        model = config.model
+        assert (config.diffusion.levels_apart > 0) == ("levels apart" in rung.name), rung.name
         tied = model.head.hidden_size if "tied prior" in rung.name else 0
         assert (model.pairs, model.prior_rank) == ("names" in rung.name, tied), rung.name
         assert (model.token_before, model.soft_prior) == ("token before" in rung.name, "soft prior" in rung.name)
