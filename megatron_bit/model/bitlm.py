@@ -154,7 +154,8 @@ class BitLM(BitInput):
         return LossOutput(loss, metrics)
 
     def _apart(self, x: Tensor, sample: Tensor, block: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """Levels of their own for all groups of bits, ln sigma [s, b, A, G], and x [s, b, 1, B] with their noise."""
+        """Levels of their own for all groups of bits, ln sigma [s, b, M, G], and x [s, b, 1, B] with their noise,
+        [s, b, M, B]; M: the evaluations that have them."""
         m, seed, count = self.settings.model, self.settings.train.seed, self.settings.diffusion.levels_apart
         k, groups = m.block_size, len(m.group_sizes)
         log_sigma = self.noise.log_sigma(levels_apart(seed, sample, block, blocks, count, k * groups))
