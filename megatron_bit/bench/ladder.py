@@ -136,7 +136,7 @@ def select(rungs: Sequence[Rung], only: Sequence[str], all_rungs: bool) -> list[
         found = {part} & names or {name for name in names if part in name}
         if not found:
             pairs = "; key=value pairs go before the options" * ("=" in part and "." in part)
-            raise UserError(f"--only {part!r} is no rung of the ladder{pairs}: {', '.join(r.name for r in rungs)}")
+            raise UserError(f"--only {part!r} is no rung of the ladder{pairs}: {'; '.join(r.name for r in rungs)}")
         wanted |= found
     return [rung for rung in rungs if rung.name in wanted]
 

@@ -86,7 +86,8 @@ def main(
                     continue
                 result, left = results[-1], (time.monotonic() - begin) / done * (len(work) - done)
                 print(
-                    f"{done}/{len(work)}  {result.rung.name}, seed {result.seed}: {result.nats:.3f} +- "
+                    f"{done}/{len(work)}  {result.rung.name}, {f'{result.size:,} parameters, ' * marked}seed "
+                    f"{result.seed}: {result.nats:.3f} +- "
                     f"{result.standard_error:.3f} nats/token, {result.seconds:.0f} s; ETA {left / 60:.0f} min",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip

@@ -59,7 +59,7 @@ def render(report: Mapping[str, Any], results: Sequence[Result]) -> str:
             lines += ["", *_curves(_by_rung(of_size))]
     lines += _laws(_by_rung(results)) if len(sizes) > 1 else []
     texts = [f"- {r.rung.name}: {' '.join(r.text.split())}" for r in last if r.text]
-    return "\n".join([*lines, "", "Texts, after `The `:", "", *texts]) + "\n"
+    return "\n".join([*lines, *(["", "Texts, after `The `:", "", *texts] if texts else [])]) + "\n"
 
 
 def _by_rung(results: Iterable[Result]) -> dict[str, list[Result]]:
