@@ -6,6 +6,7 @@ tables (the width of the backbone's SwiGLU is fitted), and train on the same num
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -21,9 +22,9 @@ from megatron_bit.bench.commands import Commands, Paused
 from megatron_bit.bench.ladder import Rung, fit_width, ladder, other_parameters, select
 from megatron_bit.bench.report import Result, render
 from megatron_bit.bench.sizes import Size, sizes
-from megatron_bit.config import Config, load_config
+from megatron_bit.config import Config, leaves, load_config
 from megatron_bit.data.manifest import load_manifest
-from megatron_bit.errors import EXIT_PREEMPTED
+from megatron_bit.errors import EXIT_PREEMPTED, UserError
 from megatron_bit.io.files import write_atomic
 from megatron_bit.io.measured import json_of, number
 from megatron_bit.parallel.split import train_flops
@@ -32,6 +33,10 @@ from megatron_bit.planning.parameters import table_parameters
 STEPS = {"small": 400, "gpu": 3000}
 VOCABULARY = {"small": 1024, "gpu": 32768}  # of the data that is prepared if none is given
 PROMPTS = ("The ",)
+COMPARED = (
+    "train.seed", "train.global_batch_size", "train.precision", "data.seq_length", "evaluate.samples",
+    "evaluate.noise_samples",
+)  # fmt: skip
 
 
 def main(
@@ -134,6 +139,7 @@ def _run(
     settings += [f"model.ffn_hidden_size={config.model.ffn_hidden_size}"]
     width = f"-w{config.model.hidden_size}" if marked else ""
     run = out / "runs" / f"{rung.slug}{width}-{seed}"
+    _refuse_others(run, config, ("train.steps",) if not budgets else ())
     arguments = [
         "--preset", "laptop", *settings, "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false",
         "evaluate.initial=false",
@@ -146,6 +152,23 @@ def _run(
         if not (run / "FINISHED").exists():
             command(["train", *arguments, *how], run)
     return [_read(size, rung, seed, config, steps, settings, run, command) for steps, run in runs.items()]
+
+
+def _refuse_others(run: Path, config: Config, also: Sequence[str]) -> None:
+    """UserError if `run` was begun with other settings than `config`: its figures would be shown as those of these.
+
+    also: keys to compare beside those of every rung.
+    """
+    if not (run / "config.yaml").exists():
+        return
+    there = load_config(run / "config.yaml")
+    every = [key for key, _ in leaves() if key.startswith(("model.", "diffusion.", "optim."))]
+    for key in (*every, *COMPARED, *also):
+        then, now = (functools.reduce(getattr, key.split("."), of) for of in (there, config))
+        if then != now and key != "model.vocab_size":  # which the data says
+            raise UserError(
+                f"{run} was trained with {key}={then}, and the command says {now}; give another --out, or set it back"
+            )
 
 
 def _read(

@@ -132,6 +132,13 @@ def test_runs_are_trained_once_and_read_again(tiny_data: Path, tmp_path: Path, c
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "q" / "runs").rglob("*.jsonl")}
     with pytest.raises(UserError, match="is no rung of the ladder"):
         main("small", tmp_path / "q", tiny_data, 2, 1, 2, ["nothing"], False, extra, True)
+    # what is there is not shown as what was asked for
+    with pytest.raises(UserError, match=r"q/runs/ar-softmax-0 was trained with optim.lr=0.006, and .* 0.003; give ano"):
+        main("small", tmp_path / "q", tiny_data, 2, 1, 2, ["AR softmax"], False, [*extra, "optim.lr=3e-3"], True)
+    with pytest.raises(UserError, match=r"trained with train.steps=2, and the command says 3"):
+        main("small", tmp_path / "q", tiny_data, 3, 1, 2, ["AR softmax"], False, extra, True)
+    with pytest.raises(UserError, match=r"trained with optim.schedule=cosine, and the command says wsd"):
+        main("small", tmp_path / "q", tiny_data, None, 1, 2, ["AR softmax"], False, extra, True, ["40k"])
 
 
 @pytest.mark.slow
