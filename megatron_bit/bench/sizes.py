@@ -86,9 +86,9 @@ def sizes(budget: str, wanted: Sequence[str], common: Sequence[str], settings: S
     if not wanted:
         return [make(())]
     made = {}
-    for text in sorted(wanted, key=lambda text: parse_count(text, "--sizes")):
-        size = make(of_width(budget, _width(budget, parse_count(text, "--sizes"))))
-        if abs(size.parameters - parse_count(text, "--sizes")) > 0.2 * size.parameters or size.parameters in made:
+    for count, text in sorted((parse_count(text, "--sizes"), text) for text in wanted):
+        size = make(of_width(budget, _width(budget, count)))
+        if abs(size.parameters - count) > 0.2 * size.parameters or size.parameters in made:
             raise UserError(
                 f"--sizes {text}: the nearest width gives {size.parameters:,} parameters outside of tables; widths are "
                 f"multiples of {WIDTHS}, and every size has one of its own"

@@ -144,12 +144,12 @@ class ModelConfig(Section):
                 f"head.prior_rank {self.head.prior_rank} needs head.kind chain with head.prior and several groups of "
                 f"several bits; leave it at 0, or at null"
             )
-        if self.head.token_before and not self._denoises_groups:
+        if self.head.token_before and not self.denoises_groups:
             raise ValueError(
                 f"head.token_before true needs head.kind diffusion and group_bits above 1, and they are "
                 f"{self.head.kind} and {self.group_bits}; leave it at false, or at null"
             )
-        if self.head.soft_prior and not (self._denoises_groups and self.head.prior):
+        if self.head.soft_prior and not (self.denoises_groups and self.head.prior):
             raise ValueError(
                 f"head.soft_prior true needs head.kind diffusion with head.prior and group_bits above 1, and they are "
                 f"{self.head.kind}, {str(self.head.prior).lower()} and {self.group_bits}; leave it at false, or at null"
@@ -174,18 +174,19 @@ class ModelConfig(Section):
         return self._several and self.head.kind == "chain" and self.head.prior
 
     @property
-    def _denoises_groups(self) -> bool:
+    def denoises_groups(self) -> bool:
+        """Whether a diffusion head has groups of several bits, and so names of likely values."""
         return self.head.kind == "diffusion" and self.group_bits > 1
 
     @property
     def token_before(self) -> bool:
         """`head.token_before`, resolved."""
-        return self._denoises_groups if self.head.token_before is None else self.head.token_before
+        return self.denoises_groups if self.head.token_before is None else self.head.token_before
 
     @property
     def soft_prior(self) -> bool:
         """`head.soft_prior`, resolved."""
-        return self._denoises_groups and self.head.prior if self.head.soft_prior is None else self.head.soft_prior
+        return self.denoises_groups and self.head.prior if self.head.soft_prior is None else self.head.soft_prior
 
     @property
     def pairs(self) -> bool:

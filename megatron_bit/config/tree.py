@@ -38,7 +38,7 @@ class Config(Section):
                 f"model.head.kind softmax predicts one token at a time, and model.block_size is {k}; set "
                 "model.block_size=1"
             )
-        if self.diffusion.levels_apart and not (self.model.head.kind == "diffusion" and self.model.group_bits > 1):
+        if self.diffusion.levels_apart and not self.model.denoises_groups:
             raise ValueError(
                 f"diffusion.levels_apart {self.diffusion.levels_apart} needs model.head.kind diffusion and "
                 f"model.group_bits above 1, and they are {self.model.head.kind} and {self.model.group_bits}; set it "

@@ -54,7 +54,7 @@ def train_flops(config: Config) -> float:
     m, h = config.model, config.model.head
     layers, head = m.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
     constant = 0.0  # products of what needs no gradient: the values that noisy bits allow
-    if h.kind == "diffusion" and m.group_bits > 1 and not m.soft_prior:
+    if m.denoises_groups and not m.soft_prior:
         constant = config.head_evaluations * 2.0 * m.head_outputs * h.hidden_size * (3 if m.pairs else 1)
     return 3.0 * (layers + head + embedding_flops(config)) - constant
 

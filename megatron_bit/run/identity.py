@@ -63,6 +63,7 @@ KINDS: dict[str, Kind] = {key: kind for kind, keys in _KINDS.items() for key in 
 
 SHOWN = "diffusion.self_condition above 0"  # an input of the head; how often training shows it is free
 TOLD = "diffusion.levels_apart above 0"  # the same: which levels it is told
+ABOVE_0 = {SHOWN: ("diffusion.self_condition", 0.5), TOLD: ("diffusion.levels_apart", 1)}  # key, and a value above 0
 VOCABULARY, CODE, TOKENIZER, DATA = "vocabulary size", "code table", "tokenizer", "data"
 OF_TOKENS = (VOCABULARY, CODE, TOKENIZER)  # what the tokens of a model's weights are
 
@@ -145,7 +146,7 @@ def of_folder(stored: Mapping[str, Any], mine: Mapping[str, Any], where: str) ->
     """
     old = stored.get("model")
     if old is None:
-        return {SHOWN: False, TOLD: False, **{key: field.default for key, field in leaves()}, **stored}
+        return {**dict.fromkeys(ABOVE_0, False), **{key: field.default for key, field in leaves()}, **stored}
     try:
         config = config_from_dict({"model": old, "diffusion": {"self_condition": 0.5 if stored.get(SHOWN) else 0.0}})
     except UserError as error:
@@ -191,7 +192,7 @@ def compare_model(there: Mapping[str, Any], mine: Mapping[str, Any], where: str)
 
 def model_of(there: Mapping[str, Any]) -> dict[str, Any]:
     """Of an identity, what it says of the model: without the run that trained it."""
-    return {key: value for key, value in there.items() if key in (SHOWN, TOLD, *OF_TOKENS) or _is_model(key)}
+    return {key: value for key, value in there.items() if key in ABOVE_0 or key in OF_TOKENS or _is_model(key)}
 
 
 def _of_run(config: Config) -> dict[str, Any]:
@@ -214,10 +215,9 @@ def _different(there: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterable[st
 
 
 def _setting(key: str, value: Any) -> str:
-    if key == SHOWN:
-        return f"diffusion.self_condition={0.5 if value else 0}"
-    if key == TOLD:
-        return f"diffusion.levels_apart={1 if value else 0}"
+    if key in ABOVE_0:
+        name, above = ABOVE_0[key]
+        return f"{name}={above if value else 0}"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"{key}={text.replace(' ', '')}"  # a list without spaces is one word to a shell
 

@@ -119,7 +119,10 @@ MEMORY = {
         {"model.group_bits": 4, "model.names": "pairs"},
         SEEING,
         {**SEEING, "diffusion.levels_apart": 1},
-        {**SEEING, "parallel.recompute": "head", "diffusion.levels_apart": 1, "diffusion.condition_drop": 0.4, "diffusion.self_condition": 0.5},
+        {
+            **SEEING, "parallel.recompute": "head", "diffusion.levels_apart": 1, "diffusion.condition_drop": 0.4,
+            "diffusion.self_condition": 0.5,
+        },  # fmt: skip
         MEMORY,
         {**MEMORY, "parallel.recompute": "head", "diffusion.context_noise": 0.5, "parallel.sequence_parallel": False},
         {"model.memory.rows": 30, "model.memory.orders": [1, 3]},

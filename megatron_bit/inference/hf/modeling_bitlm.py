@@ -1065,12 +1065,15 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
 
     def _newest(self, ids: Tensor, lead: Tensor) -> Tensor | None:
         """Of ids [b, n K] and empty blocks in front [b]: what the head takes of the token before each block."""
+        k, block = self.config.block_size, torch.arange(ids.shape[1] // self.config.block_size, device=ids.device)
+        return self._values_before(_fill_front(ids, k, 0)[:, k - 1 : -1 : k], block > lead[:, None])
+
+    def _values_before(self, tokens: Tensor, known: Tensor) -> Tensor | None:
+        """Of the tokens before n blocks, ids [b, n], where there is one, bool [b, n]: int64 [b, n, G] for the head, -1
+        where there is none; None for a head that does not look."""
         if not self.config.token_before:
             return None
-        k = self.config.block_size
-        values = group_values(self.config, self.model.bits(_fill_front(ids, k, 0)[:, k - 1 : -1 : k]))
-        block = torch.arange(values.shape[1], device=ids.device)
-        return values.masked_fill((block <= lead[:, None])[..., None], -1)
+        return group_values(self.config, self.model.bits(tokens)).masked_fill(~known[..., None], -1)
 
     def _evaluate(self, z: Tensor, log_sigma: Tensor, states: Tensor, newest: Tensor | None) -> Tensor:
         """The head's answer to noisy bits alone: what it sees of its own estimate is made of them, as in validation."""
@@ -1228,7 +1231,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
                 block = chain.advance(tokens, states, position, settings, sequence, index)
             else:
                 own = states[:, -k:].contiguous()  # one layout: one graph
-                block = self._denoise(own, self._newest_of(tokens, index), settings, sequence, index)
+                newest = self._values_before(_fill_front(tokens[:, -1:], 1, 0)[:, -1:], index[:, None] > 0)
+                block = self._denoise(own, newest, settings, sequence, index)
             tokens = torch.cat((tokens, block), dim=1)
             for column in block.transpose(0, 1).cpu():
                 if len(made) < settings.max_new_tokens and any(row.open for row in rows):
@@ -1241,13 +1245,6 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         if streamer is not None:
             streamer.end()
         return torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1)
-
-    def _newest_of(self, tokens: Tensor, block: Tensor) -> Tensor | None:
-        """`_newest` of the block to come, [b, 1, G]; tokens [b, n K], so many of whose blocks [b] are the text's."""
-        if not self.config.token_before:
-            return None
-        values = group_values(self.config, self.model.bits(_fill_front(tokens, 1, 0)[:, -1:]))
-        return values.masked_fill((block <= 0)[:, None, None], -1)
 
     def _denoise(
         self, hidden: Tensor, newest: Tensor | None, settings: _Settings, sequence: Tensor, block: Tensor
