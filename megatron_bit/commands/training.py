@@ -194,7 +194,7 @@ def bench_quality(
         tokens: budgets such as 0.4M 2M 8M instead of --steps: every rung is trained once with a constant rate, and has
             a short decay at each of them, of which the table shows the curve and a law.
         sizes: parameters outside of tables such as 0.3M 0.8M 3M: the ladder at each of the widths that have about so
-            many, with the learning rate that a fitted rule gives.
+            many, with a learning rate that falls with the width.
         seeds: seeds of the headline rungs; the others run once.
         jobs: runs at a time; default the number of cores (small), or 1.
         only: rungs of this whole name, or whose name contains this.
