@@ -26,7 +26,7 @@ LEVEL_ELEMENT = 0xFFFF  # element counter of a block's noise level
 FEATURES = 128  # sinusoids of the noise level
 ZEROS = ("head.output", "head.prior", "head.prior_last", "embedding.memory", "head.memory", "head.inner_memory")
 TABLES = ("embedding.start", "embedding.values", "embedding.pairs.factors", "head.previous", "head.values", "head.told",
-          "head.pairs.factors")  # fmt: skip
+          "head.pairs.factors", "head.seen_levels.slots")  # fmt: skip
 
 
 # ---------------------------------------------------------------- noise: Philox4x32-10 on (seed, stream, sample, ...)
@@ -103,6 +103,18 @@ def draw_apart(config: Config, sample: Tensor, blocks: int, table: NoiseTable | 
     place = torch.arange(count)[:, None] + (turn * count).floor()
     log_sigma = _log_sigma(config, (place.remainder(count) + first) / count, table).unflatten(3, (m.block_size, groups))
     return log_sigma, _normals(config, 8, sample, blocks)[:, :, :count]
+
+
+def draw_front(config: Config, sample: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """diffusion.noisy_every: how far groups have come, in (0, 1), [b, n, K, G], and standard normals [b, n, K, B]."""
+    m, groups = config.model, len(group_slices(config))
+    count = m.block_size * groups
+    u = torch.stack(_words(config, 9, sample, blocks, np.arange(math.ceil(count / 4))), -1).flatten(3)[:, :, 0, :count]
+    kind, share, width = (x[:, :, 0] for x in _words(config, 9, sample, blocks, np.array([LEVEL_ELEMENT]))[:3])
+    overlap = (4 * count) ** width  # [b, n, 1]
+    front = ((share * (count - 1 + overlap) - torch.arange(count)) / overlap).clamp(0, 1)
+    come = torch.where(kind < 1 / 3, u, torch.where(kind < 2 / 3, (u < share).float(), front))
+    return come.unflatten(2, (m.block_size, groups)), _normals(config, 10, sample, blocks)[:, :, 0]
 
 
 def _level_cdf(config: Config, sigma: float) -> float:
@@ -186,6 +198,12 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             shapes["head.prior_last.weight"] = (outputs, d)
     if h.kind == "chain":
         shapes |= {"head.previous": (rows, w), "head.values": (rows, w), "head.stage": (len(groups), w)}
+        if config.diffusion.noisy_every:
+            shapes |= {
+                "head.seen_levels.fc1.weight": (w, FEATURES),
+                "head.seen_levels.fc2.weight": (w, w),
+                "head.seen_levels.slots": (2 * len(groups), w),
+            }
         if rank := m.prior_rank:
             shapes |= {"head.told": (rows, rank), "head.tied": (rows, rank), "head.tie.weight": (rank, d)}
             if m.block_size > 1:
@@ -253,7 +271,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             std = m.init_std
             if name in TABLES:
                 std = 1.0
-            elif owner.startswith("head.noise_level"):
+            elif owner.startswith(("head.noise_level", "head.seen_levels")):
                 std = shape[1] ** -0.5
             elif owner in ("embedding.fc1", "head.input", "head.estimate"):
                 std = m.bits**-0.5
@@ -596,8 +614,10 @@ class ReferenceModel:
     def loss(self, tokens: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Training loss and likelihood bound (nats a token), means over the tokens of a micro-batch."""
         if self.config.model.head.kind == "chain":
-            nats = self.chain(tokens, sample).mean()
-            return nats, nats.detach()
+            nats = self.chain(tokens, sample)
+            again = self.noisy_chain(tokens, sample) if self.config.diffusion.noisy_every else nats[:0]
+            loss = torch.cat((nats.flatten(), again.flatten())).mean()  # over all evaluations
+            return loss, nats.detach().mean()
         d, m, k = self.config.diffusion, self.config.model, self.config.model.block_size
         blocks = tokens.shape[1] // k
         log_sigma, eps = draw_noise(self.config, sample, blocks, table=self.table)
@@ -686,36 +706,118 @@ class ReferenceModel:
 
     def chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
         """tokens [b, S] to nats [b, S], one stage after another."""
-        w, k, hidden = self.weights, self.config.model.block_size, self.hidden(tokens, sample)
-        values, kept = self.values(self.encode(tokens)), self._kept(sample, tokens.shape[1] // k)
-        before = self._name("head.previous", "head.pairs", self._one_hot([v[:, :-1] for v in values]))
+        hidden, kept = self.hidden(tokens, sample), self._kept(sample, tokens.shape[1] // self.config.model.block_size)
+        seen = self._one_hot(self.values(self.encode(tokens)))
+        return self._stages(tokens, hidden, kept, seen, self._counts(tokens))
+
+    def _counts(self, tokens: Tensor) -> list[list[int]]:
+        """How many tokens of its document stand before each token but the first."""
+        masked = self.same_document(tokens) is not None
+        return [[p + 1 - (begin if masked else 0) for p, begin in enumerate(row[1:])]
+                for row in self.starts(tokens).tolist()]  # fmt: skip
+
+    def noisy_chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
+        """diffusion.noisy_every: nats [all, K] of the blocks that are evaluated once more, each by itself: the sequence
+        with this block's tokens seen through noise, of which its own rows are taken."""
+        m, d, found = self.config.model, self.config.diffusion, []
+        blocks, k = tokens.shape[1] // m.block_size, m.block_size
+        hidden, kept = self.hidden(tokens, sample), self._kept(sample, blocks)
+        come, eps = draw_front(self.config, sample, blocks)
+        for b, number in enumerate(sample.tolist()):
+            for cell, first in enumerate(range(0, blocks, d.noisy_every)):
+                n = first + (number + cell) % min(d.noisy_every, blocks - first)
+                row, rows = tokens[b : b + 1], slice(n * k, (n + 1) * k)
+                states, keeps = hidden[b : b + 1], None if kept is None else kept[b : b + 1]
+                x, decided = self.encode(row[:, rows])[0], come[b, n] >= 1  # [K, B], [K, G]
+                log_sigma = _log_sigma(self.config, 1 - come[b, n], None)
+                sizes = torch.tensor([last - first for first, last in group_slices(self.config)])
+                sigma = log_sigma.exp().repeat_interleave(sizes, dim=-1)
+                odds = (2 * (x + sigma * eps[b, n]) / sigma**2).clamp(-30, 30)
+                odds = odds * (come[b, n] > 0).repeat_interleave(sizes, dim=-1)
+                seen = [s.clone() for s in self._one_hot(self.values(self.encode(row)))]
+                for i, (_, said) in enumerate(self._evidence(odds)):
+                    if m.head.prior:
+                        prior = self._of_block("prior", states, keeps).flatten(1, 2)[0, rows]
+                        said = said + prior.unflatten(-1, (len(seen), -1))[:, i, : said.shape[-1]]
+                    likely = F.pad(said.softmax(-1), (0, seen[i].shape[-1] - said.shape[-1]))
+                    seen[i][0, rows] = torch.where(decided[:, i, None], seen[i][0, rows], likely)
+                level = torch.zeros(1, tokens.shape[1], len(seen), m.head.hidden_size)
+                told = torch.stack([self._told_of_noise(log_sigma, decided, p, i)
+                                    for p in range(k) for i in range(len(seen))])  # fmt: skip
+                level[0, rows] = told.unflatten(0, (k, -1))
+                counts = self._counts(row)
+                for p in range(max(1, rows.start + 1), rows.stop):  # n-grams end with what is decided
+                    before = counts[0][p - 2] if p > 1 else 0
+                    counts[0][p - 1] = min(counts[0][p - 1], before + 1) if decided[p - 1 - rows.start].all() else 0
+                whole = torch.ones(1, tokens.shape[1], len(seen))
+                whole[0, rows] = decided.float().cumprod(-1)
+                nats = self._stages(row, states, keeps, seen, counts, level, whole)
+                found.append(nats[0, rows])
+        return torch.stack(found)
+
+    def _told_of_noise(self, log_sigma: Tensor, decided: Tensor, place: int, group: int) -> Tensor:
+        """[W], of log_sigma and decided [K, G]: what a group of a block hears of the noise on what it sees."""
+        w, half = self.weights, FEATURES // 2
+        frequency = (torch.arange(half).double() * (math.log(100.0) / (half - 1))).exp().float()
+        own, before = w["head.seen_levels.slots"].chunk(2)
+        total = torch.zeros(w["head.seen_levels.slots"].shape[1])
+        looked_at = [(place, j, own[j]) for j in range(group)]
+        looked_at += [(place - 1, j, before[j]) for j in range(decided.shape[1]) if place]
+        for p, j, slot in looked_at:
+            if not decided[p, j]:
+                angle = log_sigma[p, j] / 4 * frequency
+                total = total + slot * (w["head.seen_levels.fc1.weight"] @ torch.cat((angle.cos(), angle.sin())))
+        return w["head.seen_levels.fc2.weight"] @ F.silu(total)
+
+    def _stages(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        kept: Tensor | None,
+        seen: list[Tensor],
+        counts: list[list[int]],
+        level: Tensor | None = None,
+        whole: Tensor | None = None,
+    ) -> Tensor:
+        """Nats [b, S] of tokens, of whose groups the rows are shown values with the weights `seen` [b, S, U].
+
+        level: [b, S, G, W], beside the stage. whole: [b, S, G], 0 where a group or one before it is not decided.
+        """
+        w, k, m = self.weights, self.config.model.block_size, self.config.model
+        values = self.values(self.encode(tokens))
+        before = self._name("head.previous", "head.pairs", [s[:, :-1] for s in seen])
         same = self.same_document(tokens)
         if same is not None:  # nothing stands before a document
             before = before * same.diagonal(-1, 1, 2)[..., None]
-        counts = [[p + 1 - (begin if same is not None else 0) for p, begin in enumerate(row[1:])]
-                  for row in self.starts(tokens).tolist()]  # fmt: skip
-        if self.config.model.memory.rows:
+        if m.memory.rows:
             before = before + self._remember("head.memory", [v[:, :-1] for v in values], counts)
         known = F.pad(before, (0, 0, 1, 0)).unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, W]
         total, told = torch.zeros(tokens.shape[:2]), 0.0
         for i, (first, last) in enumerate(group_slices(self.config)):
             context = self._of_block("condition", hidden, kept)[:, :, None]
-            condition = F.silu(w["head.stage"][i] + context)
+            stage = w["head.stage"][i]
+            if level is not None:
+                stage = stage + level[:, :, i].unflatten(1, (-1, k))[:, :, None]
+            condition = F.silu(stage + context)
             given = known
-            if i and self.config.model.memory.rows:
-                given = known + self._inside(values, i, counts).unflatten(1, (-1, k))[:, :, None]
+            if i and m.memory.rows:
+                inside = self._inside(values, i, counts)
+                if whole is not None:
+                    inside = inside * whole[:, :, i - 1, None]
+                given = known + inside.unflatten(1, (-1, k))[:, :, None]
             features = self._head_layers(given + context, condition, same)[:, :, 0].flatten(1, 2)  # [b, S, W]
             logits = features @ w["head.output.weight"].unflatten(0, (len(values), -1))[i].T
-            if self.config.model.head.prior:
+            if m.head.prior:
                 prior = self._of_block("prior", hidden, kept).flatten(1, 2)
                 logits = logits + prior.unflatten(-1, (len(values), -1))[..., i, :]
-            if self.config.model.prior_rank:  # the groups before, times the states, onto this group's values
+            if m.prior_rank:  # the groups before, times the states, onto this group's values
                 ties = self._of_block("tie", hidden, kept).flatten(1, 2) * told
                 logits = logits + ties @ w["head.tied"].unflatten(0, (len(values), -1))[i].T
-                told = told + self._look_up("head.told", values)[i]
+                told = told + seen[i] @ w["head.told"].unflatten(0, (len(values), -1))[i]
             log_p = logits[..., : 2 ** (last - first)].log_softmax(-1)
             total = total - log_p.gather(-1, values[i][..., None]).squeeze(-1)
-            known = known + self._look_up("head.values", values)[i].unflatten(1, (-1, k))[:, :, None]
+            own = seen[i] @ w["head.values"].unflatten(0, (len(values), -1))[i]
+            known = known + own.unflatten(1, (-1, k))[:, :, None]
         return total
 
 

@@ -28,7 +28,7 @@ _OURS = """
     bits block_size block_causal max_position_embeddings head_hidden_size head_intermediate_size head_num_layers
     head_num_attention_heads head_kind head_prior head_window group_sizes names prior_rank token_before soft_prior
     memory_rows memory_orders memory_hashes matched_filter sigma_min sigma_max sigma_log_mean sigma_log_std sigma_kind
-    sigma_masses levels_apart condition_drop self_condition initializer_range
+    sigma_masses levels_apart noisy_blocks condition_drop self_condition initializer_range
 """
 _NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
@@ -211,6 +211,7 @@ def _bitlm(there: Mapping[str, Any], layers: Mapping[str, Any], code: str) -> di
         "log_std": there["sigma_log_std"],
         "noise": there["sigma_kind"],
         "levels_apart": 1 if there.get("levels_apart", False) else 0,  # at least; how many is up to the run
+        "noisy_every": 4 if there.get("noisy_blocks", False) else 0,  # of how many is up to the run
         "condition_drop": there["condition_drop"],
         "self_condition": 0.5 if there["self_condition"] else 0.0,
     }

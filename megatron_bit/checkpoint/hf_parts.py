@@ -82,7 +82,7 @@ def parts(config: Config) -> Iterator[Part]:
     if softmax:
         yield _tokens(m, "lm_head.weight", "head.logits.weight")
     else:
-        yield from _block_head(m, config.diffusion.self_condition > 0, config.noise_levels)
+        yield from _block_head(config)
 
 
 def _same(name: str, logical: str, *shape: int) -> Part:
@@ -101,7 +101,8 @@ def _tokens(m: ModelConfig, name: str, logical: str) -> Part:
     return Part(name, (size, d), logical, (m.padded_vocab_size, d))
 
 
-def _block_head(m: ModelConfig, estimate: bool, levels: int) -> Iterator[Part]:
+def _block_head(config: Config) -> Iterator[Part]:
+    m, diffusion = config.model, config.diffusion
     same, d, h, w = _same, m.hidden_size, m.head, m.head.hidden_size
     ends = ("", "_last") if m.block_size > 1 else ("",)  # of a token's own state, of the last in its block
     yield same("head.position", "head.position", m.block_size, w)
@@ -112,6 +113,10 @@ def _block_head(m: ModelConfig, estimate: bool, levels: int) -> Iterator[Part]:
     if h.kind == "chain":
         yield same("head.previous", "head.previous", m.group_values, w)
         yield same("head.stages", "head.stage", len(m.group_sizes), w)
+        if diffusion.noisy_every:
+            for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
+                yield same(f"head.seen_levels.{fc}.weight", f"head.seen_levels.{fc}.weight", w, inputs)
+            yield same("head.seen_levels.slots", "head.seen_levels.slots", 2 * len(m.group_sizes), w)
         if rank := m.prior_rank:
             yield same("head.told", "head.told", m.group_values, rank)
             for end in ends:
@@ -122,11 +127,11 @@ def _block_head(m: ModelConfig, estimate: bool, levels: int) -> Iterator[Part]:
                 yield same(f"head.{place}.table", f"head.{place}.table", m.memory.total_rows, w)
     else:
         yield same("head.in_proj.weight", "head.input.weight", w, m.bits)
-        if estimate:
+        if diffusion.self_condition:
             yield same("head.estimate_proj.weight", "head.estimate.weight", w, m.bits)
         if m.token_before:
             yield same("head.before_proj.weight", "head.before.weight", w, w)
-        for fc, inputs in (("fc1", levels * FREQUENCIES), ("fc2", w)):
+        for fc, inputs in (("fc1", config.noise_levels * FREQUENCIES), ("fc2", w)):
             yield same(f"head.noise_embed.{fc}.weight", f"head.noise_level.{fc}.weight", w, inputs)
             yield same(f"head.noise_embed.{fc}.bias", f"head.noise_level.{fc}.bias", w)
     if h.kind == "chain" or m.group_bits > 1:

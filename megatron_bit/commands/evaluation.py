@@ -26,6 +26,7 @@ def evaluate(
     sampler: str | None = None,
     temperature: float | None = None,
     guidance: float | None = None,
+    overlap: float | None = None,
     scorer: Path | None = None,
     mauve_model: Path | None = None,
     tasks: tuple[str, ...] = (),
@@ -54,10 +55,12 @@ def evaluate(
         texts: texts to generate and to have scored by --scorer, beside as many real ones; 0 for none.
         tokens: of each generated text; default 128.
         prefix: tokens of validation text that each generated text continues; default 0.
-        steps: denoising steps a block, of a diffusion head; default as `generate`.
+        steps: denoising steps a block, of a diffusion head; with --overlap evaluations a block; default as `generate`.
         sampler: of a diffusion head; default as `generate`.
         temperature: of a chain or softmax head; default 1.
         guidance: of a run with diffusion.condition_drop, as `generate`; default 1, which is none.
+        overlap: of a chain trained with diffusion.noisy_every: texts are drawn, and the likelihood is bounded, along a
+            front of noise over so many groups of bits (1 or above, or inf); the options about noise hold then.
         scorer: the model that scores generated text, of any kind that can be evaluated.
         mauve_model: folder of a transformers model whose features MAUVE compares; needs the library mauve-text.
         tasks: zero-shot tasks: lambada, hellaswag, piqa, blimp.
@@ -71,7 +74,8 @@ def evaluate(
     """
     for option, value, least in (
         ("--samples", samples, 2), ("--noise-samples", noise_samples, 2), ("--max-passes", max_passes, 2),
-        ("--texts", texts, 0), ("--tokens", tokens, 1), ("--prefix", prefix, 0), ("--steps", steps, 2),
+        ("--texts", texts, 0), ("--tokens", tokens, 1), ("--prefix", prefix, 0),
+        ("--steps", steps, 2 if overlap is None else 1),
         ("--limit", limit, 1), ("--seed", seed, 0), ("--batch-size", batch_size, 1),
     ):  # fmt: skip
         if value is not None and value < least:
@@ -84,6 +88,8 @@ def evaluate(
         raise UserError(f"--temperature {temperature} has to be 0 (the likeliest) or above")
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise UserError(f"--guidance {guidance} has to be 0 (without the backbone) or above; 1 is no guidance")
+    if overlap is not None and not overlap >= 1:
+        raise UserError(f"--overlap {overlap} has to be 1 or above, or inf")
     how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
     _together("--texts", bool(texts), tokens=tokens, prefix=prefix, scorer=scorer, mauve_model=mauve_model, **how)
     _together("--tasks", bool(tasks), tasks_data=tasks_data, limit=limit)
@@ -117,7 +123,7 @@ def evaluate(
         noise_samples=noise_samples, texts=texts, tokens=tokens or 128, prefix=prefix or 0,
         how={name: value for name, value in how.items() if value is not None}, scorer=scorer,
         mauve_model=mauve_model, tasks=tasks, tasks_data=tasks_data, limit=limit, weights=weights, data=data, seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size, overlap=overlap,
     )  # fmt: skip
     return report.main(model, request, as_json=json, out=out)
 

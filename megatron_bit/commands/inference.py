@@ -21,6 +21,7 @@ def generate(
     sampler: str | None = None,
     temperature: float | None = None,
     guidance: float | None = None,
+    overlap: float | None = None,
     seed: int = 0,
     stop: tuple[str, ...] = (),
     batch_size: int = 1,
@@ -41,11 +42,14 @@ def generate(
         prompt: one or more texts to continue; without any, a text from its beginning. Of records: hexadecimal digits.
         prompt_file: texts to continue, one a line, after those of --prompt. Of records: a file of them, one prompt.
         max_tokens: most tokens to produce for a prompt.
-        steps: denoising steps a block, of a diffusion head; default 32.
+        steps: denoising steps a block, of a diffusion head, default 32; with --overlap evaluations of the head a block,
+            default as many as it has groups of bits.
         sampler: how a diffusion head removes the noise: ode (default), heun, dpm, em, churn.
         temperature: of a chain head; default 1, and 0 takes the likeliest.
         guidance: how far to go from the head's answer without the backbone to that with it; default 1, all the way, and
             above 1 further, at twice the head's work. The run needs diffusion.condition_drop.
+        overlap: of a chain trained with diffusion.noisy_every: draw along a front of noise over so many groups of bits
+            (1 or above; inf: all of a block together); default: one after the other.
         seed: the same seed gives the same text.
         stop: a text ends when one of these strings has appeared in it.
         batch_size: prompts generated together.
@@ -57,7 +61,7 @@ def generate(
         json: print JSON lines.
     """
     for option, value, least in (
-        ("--steps", 2 if steps is None else steps, 2),
+        ("--steps", 2 if steps is None else steps, 2 if overlap is None else 1),
         ("--max-tokens", max_tokens, 1),
         ("--batch-size", batch_size, 1),
     ):
@@ -80,7 +84,9 @@ def generate(
         raise UserError(f"--guidance {guidance} has to be 0 (without the backbone) or above; 1 is no guidance")
     if sampler is not None and sampler not in job.SAMPLERS:
         raise UserError(f"--sampler {sampler} does not exist; choose one of {', '.join(job.SAMPLERS)}")
-    how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance}
+    if overlap is not None and not overlap >= 1:
+        raise UserError(f"--overlap {overlap} has to be 1 or above, or inf")
+    how = {"steps": steps, "sampler": sampler, "temperature": temperature, "guidance": guidance, "overlap": overlap}
     results = job.main(
         run,
         prompt,

@@ -44,6 +44,11 @@ class Config(Section):
                 f"model.group_bits above 1, and they are {self.model.head.kind} and {self.model.group_bits}; set it "
                 f"to 0"
             )
+        if self.diffusion.noisy_every and (self.model.head.kind != "chain" or self.diffusion.noise == "entropy_rate"):
+            raise ValueError(
+                f"diffusion.noisy_every {self.diffusion.noisy_every} needs model.head.kind chain and diffusion.noise "
+                f"lognormal or logistic, and they are {self.model.head.kind} and {self.diffusion.noise}; set it to 0"
+            )
         if self.diffusion.self_condition and self.model.head.kind != "diffusion":
             raise ValueError(
                 f"diffusion.self_condition {self.diffusion.self_condition} needs a head that denoises, and "
@@ -110,6 +115,11 @@ class Config(Section):
     def noise_levels(self) -> int:
         """Noise levels that a diffusion head is told of a token: one for each group of its bits, or one."""
         return len(self.model.group_sizes) if self.diffusion.levels_apart else 1
+
+    @property
+    def noisy_share(self) -> float:
+        """Of the blocks, those that a chain evaluates once more with noise on what they see."""
+        return 1.0 / self.diffusion.noisy_every if self.diffusion.noisy_every else 0.0
 
     @property
     def head_evaluations(self) -> int:

@@ -57,6 +57,10 @@ class BitGroups(nn.Module):
         """
         return torch.einsum("...gp,gup->...gu", self._split(odds) * 0.5, self.codes.float())
 
+    def mean(self, table: Tensor, probability: Tensor) -> Tensor:
+        """Of embeddings [G * U, width] the means over the values, [..., G, width]; probability [..., G, U]."""
+        return torch.einsum("...gu,guw->...gw", probability, table.unflatten(0, (self.count, self.values)))
+
     def log_softmax(self, logits: Tensor) -> Tensor:
         """[..., G, U] to float32 log-probabilities over each group's valid values."""
         return logits.float().masked_fill(self.invalid, float("-inf")).log_softmax(-1)

@@ -15,7 +15,7 @@ from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.philox import normal, philox, seed_key, uniform
 
 # streams: the same indices never share noise
-TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION, ESTIMATE, LEVELS, APART = range(9)
+TRAIN, VALIDATION, SAMPLING, RECONSTRUCTION, CONTEXT, CONDITION, ESTIMATE, LEVELS, APART, FRONT, BEHIND = range(11)
 _LEVEL = 0xFFFF  # element counter of a block's noise level; values of eps count up from 0
 
 
@@ -79,11 +79,17 @@ def build_noise(config: Config, device: torch.device) -> Distribution:
     return EntropyRate(d.sigma_min, d.sigma_max, config.model.bits, base.masses(BINS), d.noise_warmup, device)
 
 
-def _counters(sample: Tensor, first_block: int, num_blocks: int, noise_samples: int) -> tuple[Tensor, ...]:
-    """Counter words (noise sample, block, sample low, sample high) with shapes that broadcast to [n, b, M]."""
+def _counters(sample: Tensor, first_block: int | Tensor, num_blocks: int, noise_samples: int) -> tuple[Tensor, ...]:
+    """Counter words (noise sample, block, sample low, sample high) with shapes that broadcast to [n, b, M].
+
+    first_block: of so many in a row; or int64 [n, b], which blocks of each sample.
+    """
     device = sample.device
     level = torch.arange(noise_samples, device=device)[None, None, :]
-    block = torch.arange(first_block, first_block + num_blocks, device=device)[:, None, None]
+    if isinstance(first_block, Tensor):
+        block = first_block[..., None]
+    else:
+        block = torch.arange(first_block, first_block + num_blocks, device=device)[:, None, None]
     low = (sample & 0xFFFFFFFF)[None, :, None]
     high = ((sample >> 32) & 0xFFFFFFFF)[None, :, None]
     return level, block, low, high
@@ -129,13 +135,15 @@ def gaussian(
     seed: int,
     stream: int,
     sample: Tensor,
-    first_block: int,
+    first_block: int | Tensor,
     num_blocks: int,
     noise_samples: int,
     block_size: int,
     bits: int,
 ) -> Tensor:
     """Standard normal noise for every bit.
+
+    first_block: of num_blocks in a row; or int64 [num_blocks, b], which blocks of each sample.
 
     Returns:
         float32 [num_blocks * block_size, b, noise_samples, bits]; the value of a bit depends on (seed, stream,
@@ -147,7 +155,7 @@ def gaussian(
 def keyed_gaussian(
     key: tuple[int, int],
     sample: Tensor,
-    first_block: int,
+    first_block: int | Tensor,
     num_blocks: int,
     noise_samples: int,
     block_size: int,
@@ -163,6 +171,20 @@ def keyed_gaussian(
     eps = eps.reshape(n, b, noise_samples, groups * 4)[..., :count]
     eps = eps.reshape(n, b, noise_samples, block_size, bits).permute(0, 3, 1, 2, 4)
     return eps.reshape(n * block_size, b, noise_samples, bits)
+
+
+def block_uniforms(seed: int, stream: int, sample: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Uniforms for parts of blocks, float32 [n, b, count], and four more for each block, [n, b, 4].
+
+    block: int64 [n, b], which blocks of each sample. Functions of (seed, stream, sample, block, part) alone.
+    """
+    _, block, low, high = _counters(sample, block, len(block), 1)
+    key, element = seed_key(seed, stream), torch.arange(-(-count // 4), device=sample.device)
+    of_parts, of_block = (
+        uniform(torch.stack(philox(key, (e, block, low, high)), dim=-1)).flatten(-2)
+        for e in (element, torch.full_like(element[:1], _LEVEL))
+    )
+    return of_parts[..., :count], of_block
 
 
 def bit_flips(

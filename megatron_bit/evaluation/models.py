@@ -30,12 +30,14 @@ class Model(ABC):
     step: int | None  # of training; None if the folder does not say
     training: Config | None = None  # of a run of ours
     tokenizer_sha256: str = ""  # of the data folder's tokenizer; "" for a folder with one of its own
+    overlap: float = 0.0  # of a chain that has learned from noisy blocks: nats are a bound along such a front
     noise_samples = NOISE_SAMPLES  # noise levels of a block, in one evaluation of a diffusion head
 
     @property
     def exact(self) -> bool:
-        """Whether nats are the likelihood; those of a diffusion head are a bound of it, estimated with noise."""
-        return self.head != "diffusion"
+        """Whether nats are the likelihood; those of a diffusion head, and along a front, are a bound of it, estimated
+        with noise."""
+        return self.head != "diffusion" and not self.overlap
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -112,7 +114,7 @@ class BitModel(Model):
         width, device = ids.shape[1], self._generator.device
         score = self._generator.model.score(
             ids.to(device), mask.to(device), noise_samples=self.noise_samples, seed=seed,
-            sequence_ids=torch.tensor(list(keys)),
+            sequence_ids=torch.tensor(list(keys)), overlap=self.overlap,
         )  # fmt: skip
         assert score.nats_per_token is not None
         nats = score.nats_per_token.float().cpu()

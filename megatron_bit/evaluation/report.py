@@ -43,6 +43,7 @@ class Request:
     data: str | None
     seed: int
     batch_size: int
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def evaluate(path: Path, request: Request) -> Report:
     skipped = ""
     if model.record_bits:
         request, items, skipped = _without_text(model, request)
+    how = {**request.how, **({} if request.overlap is None else {"overlap": request.overlap})}
+    model.check(how)
+    model.overlap = request.overlap or 0.0
     _set_noise(model, request)
-    model.check(request.how)
     scorer = open_model(request.scorer, request.data) if request.scorer is not None else None
     validation = Validation(model, _data(model, request)) if request.likelihood or request.texts else None
     if request.data is not None and validation is None and model.training is None:
@@ -107,7 +110,7 @@ def evaluate(path: Path, request: Request) -> Report:
         assert validation is not None and scorer is not None
         made = samples.measure(
             model, scorer, validation, texts=request.texts, tokens=request.tokens, prefix=request.prefix,
-            how=request.how, featurizer=request.mauve_model, **common,
+            how=how, featurizer=request.mauve_model, **common,
         )  # fmt: skip
     results = [
         (tasks.last_word if task == "lambada" else tasks.rank)(task, model, some, **common)

@@ -17,7 +17,14 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.checkpoint.huggingface import check_shapes
 from megatron_bit.errors import UserError
-from megatron_bit.inference.hf.modeling_bitlm import SAMPLERS, UNGUIDED, BitLMConfig, BitLMForCausalLM, TextStream
+from megatron_bit.inference.hf.modeling_bitlm import (
+    NO_FRONT,
+    SAMPLERS,
+    UNGUIDED,
+    BitLMConfig,
+    BitLMForCausalLM,
+    TextStream,
+)
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
 from megatron_bit.inference.text import DataText, FolderText, Records, Text
 from megatron_bit.io.files import lines_of
@@ -220,6 +227,10 @@ class Generator:
         """UserError, which begins with the name, for what this model's head does not know."""
         kind = self.model.config.head_kind
         known = ["temperature", "guidance"] if kind == "chain" else ["steps", "sampler", "guidance"]
+        if kind == "chain" and "overlap" in how:
+            if not self.model.config.noisy_blocks:
+                raise UserError(f"overlap {how['overlap']:g} {NO_FRONT}")
+            known += ["overlap", "steps"]
         for name in sorted(how.keys() - set(known)):
             raise UserError(f"{name} means nothing to a {kind} head; it has {', '.join(known[:-1])} and {known[-1]}")
         if how.get("guidance", 1.0) != 1.0 and not self.model.config.condition_drop:

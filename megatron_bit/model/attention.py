@@ -31,16 +31,16 @@ class RotaryEmbedding:
         self.base = base
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """[s, b, heads, d], same shape out. position: int64 [s, b], below s; None: 0 to s - 1."""
-        cos, sin = self._cos_sin(x)
+    def __call__(self, x: Tensor, position: Tensor | None = None, length: int | None = None) -> Tensor:
+        """[s, b, heads, d], same shape out. position: int64 [s, b], below `length`; None: 0 to s - 1. length: s."""
+        cos, sin = self._cos_sin(x, length or x.shape[0])
         if position is not None:
             cos, sin = cos[position, 0], sin[position, 0]
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    def _cos_sin(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        length, half = x.shape[0], x.shape[-1] // 2
+    def _cos_sin(self, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        half = x.shape[-1] // 2
         table = self._table
         if table is None or table[0].shape[0] != length or table[0].device != x.device or table[0].dtype != x.dtype:
             frequency = self.base ** -(torch.arange(half, dtype=torch.float64) / half)

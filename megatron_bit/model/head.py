@@ -28,6 +28,7 @@ from megatron_bit.model.layers import (
     row,
     value_table,
 )
+from megatron_bit.model.noisy import NoisyPlace, attend
 from megatron_bit.parallel.split import FREQUENCIES
 
 EPS = 1e-6  # of the head's norms
@@ -67,27 +68,52 @@ class HeadLayer(nn.Module):
         self.fc1 = column(mcore, tp_group, h.hidden_size, 2 * h.ffn_hidden_size)
         self.fc2 = row(mcore, tp_group, h.ffn_hidden_size, h.hidden_size)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], start: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: tuple[Tensor, ...], start: Tensor | None = None, noisy: NoisyPlace | None = None
+    ) -> Tensor:
         """x [s, R, W]; modulation: six tensors [s, R, W] (shift, scale, gate of attention, then of SwiGLU).
 
         start: int64 [b, S], the first position that a sliding window may reach; rows of a sample stand together.
+        noisy: of what stands behind this rank's part of the sequence in x.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         norm = self.kernels.modulated_rms_norm
-        x = x + gate_a * self._attention(norm(x, shift_a, scale_a, EPS), start)
+        x = x + gate_a * self._attention(norm(x, shift_a, scale_a, EPS), start, noisy)
         return x + gate_m * self._mlp(norm(x, shift_m, scale_m, EPS))
 
-    def _attention(self, x: Tensor, start: Tensor | None) -> Tensor:
+    def _attention(self, x: Tensor, start: Tensor | None, noisy: NoisyPlace | None) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
         if self.rope is not None:
-            return self.proj(self._slide(mixed, self.rope, start))[0]
+            slide = self._slide if noisy is None else self._slide_and_noisy
+            return self.proj(slide(mixed, self.rope, start, noisy))[0]
         length, rows = mixed.shape[:2]
         mixed = mixed.view(length // self.block_size, self.block_size, rows, -1, 3, self.head_dim)
         q, k, v = mixed.permute(4, 0, 2, 3, 1, 5).unbind(0)  # each [n, R, heads/tp, K, d]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
 
-    def _slide(self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None) -> Tensor:
+    def _slide_and_noisy(
+        self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None, noisy: NoisyPlace | None
+    ) -> Tensor:
+        """`_slide` of the sequence, and the attention of the noisy blocks behind it; under sequence parallelism each
+        rank's are behind its part."""
+        assert noisy is not None
+        count = len(noisy.block) * self.block_size  # of all ranks
+        shards = len(noisy.block) // len(noisy.counts)
+        parts = mixed.unflatten(0, (shards, -1))
+        own = parts.shape[1] - count // shards
+        clean, behind = parts[:, :own].flatten(0, 1), parts[:, own:].flatten(0, 1)
+        (q, k, v), (_, keys, values) = (t.unflatten(2, (-1, 3, self.head_dim)).unbind(3) for t in (behind, clean))
+        length = len(clean)
+        position = noisy.positions.repeat_interleave(q.shape[1] // noisy.block.shape[1], dim=1)
+        q, k, keys = rope(q, position, length), rope(k, position, length), rope(keys)
+        out = attend(q, k, v, keys, values, noisy, self.window, start)
+        out = torch.cat((self._slide(clean, rope, start).unflatten(0, (shards, -1)), out.unflatten(0, (shards, -1))), 1)
+        return out.flatten(0, 1)
+
+    def _slide(
+        self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None, noisy: NoisyPlace | None = None
+    ) -> Tensor:
         """Causal attention to `window` tokens, [S, R, heads/tp * 3 * d] to [S, R, heads/tp * d].
 
         In chunks of `window` queries, each with its own chunk and the one before: the cost grows with S, not S^2.
@@ -140,13 +166,16 @@ class BlockHead(nn.Module):
         self.prior_last = linear(mcore, m.hidden_size, outputs) if m.head.prior and m.block_size > 1 else None
         setattr(self.position, PARTIAL, mcore.sequence_parallel)
 
-    def features(self, x: Tensor, level: Tensor, hidden: Tensor, start: Tensor | None = None) -> Tensor:
+    def features(
+        self, x: Tensor, level: Tensor, hidden: Tensor, start: Tensor | None = None, noisy: NoisyPlace | None = None
+    ) -> Tensor:
         """
         Args:
             x: [s, b, M, W], the tokens' input.
             level: what tells the M evaluations apart, [n, 1, b, M, W] or what broadcasts to it.
             hidden: [s, b, D], the backbone's states.
             start: int64 [b, S], the first position that attention across blocks may reach; None: as far as it goes.
+            noisy: of the blocks that stand behind the sequence in all of these.
 
         Returns:
             [s, b, M, W], normalised.
@@ -157,7 +186,7 @@ class BlockHead(nn.Module):
         x = (x + context.flatten(0, 1)).reshape(s, b * m, w) + self.position.repeat(s // self.block_size, 1)[:, None, :]
         modulation = self.modulation(condition).chunk(6, dim=-1)
         for layer in self.layers:
-            x = layer(x, modulation, start)
+            x = layer(x, modulation, start, noisy)
         shift, gain = self.final_modulation(condition).chunk(2, dim=-1)
         return self.kernels.modulated_rms_norm(x, shift, gain, EPS).view(s, b, m, w)
 

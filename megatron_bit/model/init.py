@@ -21,7 +21,7 @@ _RESIDUAL = re.compile(r"(linear_proj|linear_fc2|layers\.\d+\.(proj|fc2))\.weigh
 
 _TABLES = (  # of values, and start vectors
     "embedding.start", "embedding.values", "embedding.pairs.factors", "head.previous", "head.values",
-    "head.pairs.factors", "head.told",
+    "head.pairs.factors", "head.told", "head.seen_levels.slots",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def _std(name: str, config: Config) -> float:
     m = config.model
     if name in _TABLES:
         return 1.0
-    if name.startswith("head.noise_level."):
+    if name.startswith(("head.noise_level.", "head.seen_levels.")):
         features = FREQUENCIES * config.noise_levels
         return 1.0 / math.sqrt(features if name.endswith("fc1.weight") else m.head.hidden_size)
     if name in ("embedding.fc1.weight", "head.input.weight", "head.estimate.weight"):

@@ -143,8 +143,7 @@ class Pairs(nn.Module):
 
     def expected(self, probability: Tensor) -> Tensor:
         """Probabilities of values [..., G, U] to [..., width], as of independent groups."""
-        factors = self.factors.unflatten(0, (self.groups.count, self.groups.values))
-        return self.mix(_pair_products(torch.einsum("...gu,guw->...gw", probability, factors)))
+        return self.mix(_pair_products(self.groups.mean(self.factors, probability)))
 
 
 def make_pairs(config: Config, mcore: Any, groups: BitGroups, width: int) -> Pairs | None:

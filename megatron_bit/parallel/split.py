@@ -33,6 +33,10 @@ def head_flops(config: Config) -> float:
             each += 2.0 * outputs * w + 4.0 * outputs * m.group_sizes[0]  # embedding of likely values; evidence, mean
             each += 2.0 * w * w * m.token_before
     once = 2.0 * m.hidden_size * rows * (w + outputs * h.prior + m.prior_rank) + 2.0 * outputs * m.prior_rank
+    if share := config.noisy_share:  # what is likely of each group, names of it, and what is told of its noise
+        seen = 2.0 * outputs * (2 * w + 2 * m.prior_rank + m.group_sizes[0])
+        seen += 2.0 * (len(m.group_sizes) * (FREQUENCIES + w) * w + m.hidden_size * rows * (w + m.prior_rank))
+        each, once = each * (1.0 + share), once + share * (seen + (4.0 * (w + outputs) * w if m.pairs else 0.0))
     if m.pairs:  # a chain names the token before once, joint diffusion each evaluation's likely values
         mix = 4.0 * w * w
         once, each = (once + mix, each) if h.kind == "chain" else (once, each + mix + 4.0 * outputs * w)
@@ -54,6 +58,10 @@ def train_flops(config: Config) -> float:
     m, h = config.model, config.model.head
     layers, head = m.num_layers * layer_flops(config), head_passes(config) * head_flops(config)
     constant = 0.0  # products of what needs no gradient: the values that noisy bits allow
+    if share := config.noisy_share:  # and what the noisy bits of a chain's say by themselves
+        constant = share * 2.0 * m.head_outputs * m.group_sizes[0]
+        if not h.prior:
+            constant += share * 2.0 * m.head_outputs * h.hidden_size * (4 if m.pairs else 2)
     if m.denoises_groups and not m.soft_prior:
         constant = config.head_evaluations * 2.0 * m.head_outputs * h.hidden_size * (3 if m.pairs else 1)
     return 3.0 * (layers + head + embedding_flops(config)) - constant

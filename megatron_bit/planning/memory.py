@@ -11,7 +11,7 @@ import functools
 
 from megatron_bit.config import Config
 from megatron_bit.parallel.dims import BUCKET, ParallelDims
-from megatron_bit.parallel.split import split_layers
+from megatron_bit.parallel.split import FREQUENCIES, split_layers
 from megatron_bit.planning.parameters import local_parameters
 
 MAX_LIVE = 1e9  # elements: DeepSpeed's `stage3_max_live_parameters`
@@ -116,17 +116,26 @@ def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
     names, remembered = _pairs(config, h.hidden_size), 0.0
     if h.kind == "chain":
         names, remembered = 0.0, len(m.group_sizes) * _remembered(config, width)
+    if config.noisy_share:  # with keys and values of the window before each noisy block, gathered for it
+        windows = 4 * h.hidden_size * ((h.window - 1 + m.block_size) / m.block_size - 2) / dims.tp
+        layer += config.noisy_share * (layer + windows)
+        ends *= 1.0 + config.noisy_share
+        remembered *= 1.0 + config.noisy_share
     each = h.num_layers * layer + (ends + names) / shared
-    return config.head_evaluations * each + _once(config, dims) + remembered
+    return config.head_evaluations * each + _once(config, dims, width) + remembered
 
 
-def _once(config: Config, dims: ParallelDims) -> float:
-    """Of a chain what is not for each evaluation, and is not computed again: names of the tokens before, ties."""
-    m = config.model
+def _once(config: Config, dims: ParallelDims, width: int) -> float:
+    """Of a chain what is not for each evaluation, and is not computed again: names of the tokens before, ties; of noisy
+    blocks what is likely (in float32 as well) and what is told of its noise."""
+    m, w, groups = config.model, config.model.head.hidden_size, len(config.model.group_sizes)
     if m.head.kind != "chain":
         return 0.0
-    ties = (2 * len(m.group_sizes) + 1) * m.prior_rank
-    return (_pairs(config, m.head.hidden_size) + ties) / (dims.tp if dims.sequence_parallel else 1)
+    once = _pairs(config, w) + (2 * groups + 1) * m.prior_rank
+    if config.noisy_share:
+        seen = m.head_outputs * (1 + 3 * 4 / width) + groups * (FREQUENCIES + 3 * w)
+        once += config.noisy_share * (once + seen)
+    return once / (dims.tp if dims.sequence_parallel else 1)
 
 
 def _pairs(config: Config, width: int) -> float:
@@ -145,7 +154,10 @@ def head_inputs(config: Config, dims: ParallelDims, width: int) -> float:
     if m.head.kind == "chain":  # inputs of all stages, values of groups (int64), logits of the prior
         groups = len(m.group_sizes)
         kept = (groups * m.head.hidden_size + groups * 8 / width + m.head_outputs * m.head.prior) / shared
-        return kept + groups * _remembered(config, width)
+        if config.noisy_share:  # and the states; of what tells the stages apart there is one more for each
+            kept += config.noisy_share * (kept + m.hidden_size / shared)
+            kept += (1 + config.noisy_share) * groups * m.head.hidden_size / shared
+        return kept + groups * _remembered(config, width) * (1.0 + config.noisy_share)
     # noisy bits; terms of the loss
     return config.head_evaluations * (m.bits + 3) * (4 / width) / shared
 
@@ -165,7 +177,7 @@ def _activations(config: Config, dims: ParallelDims, stage: int, layers: list[in
     head = head_activations(config, dims, width) if stage == dims.pp - 1 else 0.0
     stays, passes = head, 0.0  # of the head: with its micro-batch; for one evaluation, in the backward pass
     if head and config.recompute_head:
-        once = _once(config, dims)
+        once = _once(config, dims, width)
         stays, passes = head_inputs(config, dims, width) + once, (head - once) / config.head_evaluations
     if dims.vpp > 1:
         chunks[-1] += stays

@@ -102,7 +102,9 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
         work.collectives, work.collective_elements = (1 if tp > 1 else 0), tokens * m.hidden_size
         return work
     w, outputs, own = h.hidden_size, m.head_outputs, tokens / (tp if dims.sequence_parallel else 1)
-    rows, mine, n = tokens * config.head_evaluations, own * config.head_evaluations, h.num_layers
+    again = 1.0 + config.noisy_share  # with the blocks that a chain evaluates once more
+    rows, mine = tokens * config.head_evaluations * again, own * config.head_evaluations * again
+    n, groups = h.num_layers, len(m.group_sizes)
     last = own / m.block_size if m.block_size > 1 else 0.0  # the last row of each block is a second condition
     products = [
         Product(rows, 3 * w / tp, w, n),
@@ -114,12 +116,17 @@ def head_work(config: Config, dims: ParallelDims) -> Work:
         Product(own + last, outputs * h.prior, m.hidden_size),
     ]
     if h.kind == "chain":  # a stage decides its own group
-        products.append(Product(own, outputs / len(m.group_sizes), w, len(m.group_sizes)))
+        products.append(Product(own * again, outputs / groups, w, groups))
         if m.prior_rank:
-            products.append(Product(own + last, m.prior_rank, m.hidden_size))
-            products.append(Product(own, outputs / len(m.group_sizes), m.prior_rank, len(m.group_sizes)))
+            products.append(Product((own + last) * again, m.prior_rank, m.hidden_size))
+            products.append(Product(own * again, outputs / groups, m.prior_rank, groups))
         if m.pairs:
-            products.append(Product(own, w, 2 * w))
+            products.append(Product(own * again, w, 2 * w))
+        if noisy := own * config.noisy_share:  # evidence; embeddings of what is likely; what is told of the noise
+            products += [Product(noisy, outputs, m.group_sizes[0]), Product(noisy, 2 * w + m.prior_rank, outputs)]
+            products += [Product(noisy * groups, w, FREQUENCIES), Product(noisy * groups, w, w)]
+            products.append(Product((own + last) * config.noisy_share, w, m.hidden_size))
+            products += [Product(noisy, 2 * w, outputs)] if m.pairs else []
     else:
         apart = config.diffusion.levels_apart / config.head_evaluations
         levels = mine * (apart + (1 - apart) / m.block_size)  # one noise level a block, or one a group

@@ -35,7 +35,7 @@ _KINDS: dict[Kind, str] = {
         model.head.token_before model.head.soft_prior model.head.num_layers model.head.hidden_size
         model.head.num_heads model.head.ffn_hidden_size
         model.memory.rows model.memory.orders model.memory.hashes
-        diffusion.parameterization diffusion.levels_apart diffusion.self_condition
+        diffusion.parameterization diffusion.levels_apart diffusion.noisy_every diffusion.self_condition
     """,
     Kind.RUN: """
         model.init_std train.seed data.seq_length data.shuffle_shards data.document_boundaries data.align_blocks
@@ -63,7 +63,12 @@ KINDS: dict[str, Kind] = {key: kind for kind, keys in _KINDS.items() for key in 
 
 SHOWN = "diffusion.self_condition above 0"  # an input of the head; how often training shows it is free
 TOLD = "diffusion.levels_apart above 0"  # the same: which levels it is told
-ABOVE_0 = {SHOWN: ("diffusion.self_condition", 0.5), TOLD: ("diffusion.levels_apart", 1)}  # key, and a value above 0
+NOISY = "diffusion.noisy_every above 0"  # of a chain: whether it has been told of noise, however often
+ABOVE_0: dict[str, tuple[str, float]] = {  # key, and a value above 0
+    SHOWN: ("diffusion.self_condition", 0.5),
+    TOLD: ("diffusion.levels_apart", 1),
+    NOISY: ("diffusion.noisy_every", 4),
+}
 VOCABULARY, CODE, TOKENIZER, DATA = "vocabulary size", "code table", "tokenizer", "data"
 OF_TOKENS = (VOCABULARY, CODE, TOKENIZER)  # what the tokens of a model's weights are
 
@@ -106,7 +111,8 @@ def meaning(config: Config) -> dict[str, Any]:
         "model.head.ffn_hidden_size": head.ffn_hidden_size,
     }
     if head.kind == "chain":
-        return {**values, "model.head.window": head.window, "model.head.prior_rank": m.prior_rank}
+        of_chain = {"model.head.window": head.window, "model.head.prior_rank": m.prior_rank}
+        return {**values, **of_chain, NOISY: d.noisy_every > 0}
     sees = {"model.head.token_before": m.token_before, "model.head.soft_prior": m.soft_prior}
     shown = {SHOWN: d.self_condition > 0, TOLD: d.levels_apart > 0}
     return {**values, **sees, "diffusion.parameterization": d.parameterization, **shown}

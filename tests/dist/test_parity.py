@@ -117,6 +117,8 @@ MEMORY = {
         NAMES,
         {**NAMES, "parallel.recompute": "head", "diffusion.condition_drop": 0.4},
         {"model.group_bits": 4, "model.names": "pairs"},
+        {**NAMES, "diffusion.noisy_every": 5},
+        {**MEMORY, "diffusion.noisy_every": 2, "parallel.recompute": "head", "diffusion.condition_drop": 0.4},
         SEEING,
         {**SEEING, "diffusion.levels_apart": 1},
         {

@@ -69,7 +69,7 @@ VARIANTS = {
     "names": Variant(
         {
             "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
-            "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2,
+            "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2, "diffusion.noisy_every": 2,
         },
         ranks=4,
     ),
@@ -77,6 +77,7 @@ VARIANTS = {
         {
             "model.head.kind": "chain", "model.group_bits": 4, "model.memory.rows": 6, "model.memory.orders": [2, 3],
             "model.memory.hashes": 2, "diffusion.condition_drop": 0.3, "parallel.tp": 2, "parallel.pp": 2,
+            "diffusion.noisy_every": 3,
         },
         ranks=4,
     ),

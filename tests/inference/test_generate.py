@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from generation import STEPS, chain_of, generate, tokens
 from mbit_kernels.decode import nearest_token
 from transformers import GenerationConfig, TextStreamer
 
@@ -17,16 +18,12 @@ from megatron_bit.errors import UserError
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model import kernels
+from megatron_bit.model.chain import Before
 from megatron_bit.model.head import Newest
 
 NAMES = ["sharded_training", "k1", "k4", "odd", "seeing"]
 CHAINS = ["chain", "chain_k1", "names", "memory"]
-STEPS = 5
 KEYS = ("prompt", "text", "tokens", "step")
-
-
-def tokens(seed, length):
-    return torch.randint(2, 421, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def by_the_trainer(ours, prompt, count, seed, sequence, guidance=None):
@@ -74,16 +71,6 @@ def likeliest(model, logits):
     return torch.tensor(scores).view(len(logits), -1).argmax(1).tolist()
 
 
-def generate(generator, prompts, count, **more):
-    """New ids of rows with prompts of any lengths, padded on the left with an id that would matter if it were read."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[77] * (width - len(p)) + p for p in prompts], dtype=torch.int64).view(len(prompts), width)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).view(len(prompts), width)
-    options = {"steps": STEPS, "seed": 9, "eos_token_id": [], **more}
-    options = {key: value for key, value in options.items() if value is not None}
-    return generator.model.generate(ids, attention_mask=mask, max_new_tokens=count, **options)[:, width:].tolist()
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("length", [0, 8, 50])
 def test_cached_text_is_the_text_computed_again_for_every_block(name, length, generator, trainer):
@@ -107,7 +94,7 @@ def of_the_head(head, rows, states):
     known = torch.arange(len(rows))[:, None].expand(rows.shape[:2])
     with torch.no_grad():
         states = states.expand(-1, rows.shape[1], -1)
-        return head(rows, rows.roll(1, 0), known > 0, states, None, head.remember(rows, known))
+        return head(rows, Before(rows.roll(1, 0), known > 0, None, head.remember(rows, known), None), states)
 
 
 def by_the_chain(ours, prompt, count, seed, sequence, temperature, guidance=None):
@@ -376,19 +363,6 @@ def test_commands(converted, tmp_path):
         for result, other in zip(results, expected, strict=True):
             assert [result[key] for key in KEYS] == [other[key] for key in KEYS]
             assert result["tokens_per_second"] > 0 and 0 < result["seconds_to_first_block"] <= result["seconds"]
-
-
-def chain_of(seed, **settings):
-    """A chain of random weights large enough that draws depend on the values before them."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1}
-    head = {"head_kind": "chain", "head_hidden_size": 24, "head_intermediate_size": 32, "head_num_attention_heads": 2}
-    given = {**sizes, **head, "max_position_embeddings": 24, "condition_drop": 0.5, "initializer_range": 0.3}
-    model = hf.BitLMForCausalLM(hf.BitLMConfig(**{**given, **settings})).eval()
-    model.generation_config = GenerationConfig(
-        **({"pad_token_id": 0, "eos_token_id": 0} if settings["vocab_size"] else {})
-    )
-    return model
 
 
 SHAPES = [

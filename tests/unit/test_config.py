@@ -106,6 +106,8 @@ MESSAGES = {
     "group_bits above 1, and they are diffusion, true and 1; leave it at false, or at null",
     "diffusion.levels_apart=2": "diffusion.levels_apart 2 needs model.head.kind diffusion and model.group_bits above "
     "1, and they are diffusion and 1; set it to 0",
+    "diffusion.noisy_every=4": "diffusion.noisy_every 4 needs model.head.kind chain and diffusion.noise lognormal or "
+    "logistic, and they are diffusion and lognormal; set it to 0",
     "diffusion.levels_apart=4": "diffusion: levels_apart 4 has to be smaller than noise_samples 4: one evaluation of a "
     "block at least has one level for all",
     "model.head.window=true": f"model.head.window = True {NO_TRUTH}",

@@ -84,6 +84,7 @@ class BitLMConfig(PretrainedConfig):
         sigma_kind: str = "lognormal",
         sigma_masses: Sequence[float] | None = None,
         levels_apart: bool = False,
+        noisy_blocks: bool = False,
         condition_drop: float = 0.0,
         self_condition: bool = False,
         initializer_range: float = 0.02,
@@ -126,6 +127,7 @@ class BitLMConfig(PretrainedConfig):
         self.sigma_kind = sigma_kind  # lognormal, logistic or entropy_rate
         self.sigma_masses = None if sigma_masses is None else list(sigma_masses)  # of equal bins of ln sigma, measured
         self.levels_apart = levels_apart  # the head is told the noise level of every group, and not of the block
+        self.noisy_blocks = noisy_blocks  # a chain that has also learned from blocks seen through noise: overlap works
         self.condition_drop = condition_drop  # how often training hid the states from the head: above 0 guidance works
         self.self_condition = self_condition  # the head takes its own estimate of the clean bits as one more input
         self.initializer_range = initializer_range
@@ -192,6 +194,11 @@ def _look_up(table: Tensor, values: Tensor) -> Tensor:
     return F.embedding(values + torch.arange(groups, device=values.device) * (len(table) // groups), table)
 
 
+def _mean(table: Tensor, probability: Tensor) -> Tensor:
+    """Probabilities of values [..., G, U] to the means of their embeddings [..., G, width]."""
+    return torch.einsum("...gu,guw->...gw", probability, table.unflatten(0, (probability.shape[-2], -1)))
+
+
 class Pairs(nn.Module):
     """Products over all pairs of groups of a second set of embeddings, through a linear map."""
 
@@ -206,9 +213,7 @@ class Pairs(nn.Module):
 
     def expected(self, probability: Tensor) -> Tensor:
         """Probabilities of values [..., G, U] to [..., width], as of independent groups."""
-        groups = probability.shape[-2]
-        factors = self.factors.unflatten(0, (groups, -1))
-        return self._mixed(torch.einsum("...gu,guw->...gw", probability, factors))
+        return self._mixed(_mean(self.factors, probability))
 
     def _mixed(self, x: Tensor) -> Tensor:
         count = x.shape[-2]
@@ -398,7 +403,7 @@ class Posterior:
     log-probabilities of their values, [..., G, U] (minus infinity for those a smaller group lacks)."""
 
     def __init__(self, config: BitLMConfig) -> None:
-        self.config, self.groups = config, max(config.group_sizes) > 1
+        self.config, self.groups = config, config.head_kind == "chain" or max(config.group_sizes) > 1
 
     def logits(self, outputs: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
         """outputs of the head [..., outputs], z = x + sigma eps float32 [..., B]."""
@@ -679,7 +684,7 @@ class BitLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        for name in ("start", "position", "values", "previous", "stages"):
+        for name in ("start", "position", "values", "previous", "stages", "slots"):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 nn.init.normal_(getattr(module, name), std=self.config.initializer_range)
 
@@ -841,10 +846,31 @@ class BitLMNoiseEmbedding(nn.Module):
         self.fc2 = nn.Linear(size, size)
 
     def forward(self, log_sigma: Tensor) -> Tensor:
-        exponent = torch.linspace(0.0, math.log(100.0), FEATURES // 2, dtype=torch.float64, device=log_sigma.device)
-        angle = (log_sigma * 0.25)[..., None] * exponent.exp().float()
-        features = torch.cat((torch.cos(angle), torch.sin(angle)) * self.levels, dim=-1).to(self.fc1.weight.dtype)
+        features = torch.cat([_sinusoids(log_sigma)] * self.levels, dim=-1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
+
+
+def _sinusoids(log_sigma: Tensor) -> Tensor:
+    """[...] to float32 [..., FEATURES]."""
+    exponent = torch.linspace(0.0, math.log(100.0), FEATURES // 2, dtype=torch.float64, device=log_sigma.device)
+    angle = (log_sigma * 0.25)[..., None] * exponent.exp().float()
+    return torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1)
+
+
+class BitLMSeenLevels(nn.Module):
+    """What a chain's group of bits is told of the noise on the groups before it and on the token before."""
+
+    def __init__(self, size: int, groups: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(FEATURES, size, bias=False), nn.Linear(size, size, bias=False)
+        self.slots = nn.Parameter(torch.zeros(2 * groups, size))  # groups of the token, those of the token before
+
+    def forward(self, log_sigma: Tensor, decided: Tensor) -> Tensor:
+        """float32 and bool [b, K, G] to [b, K, G, W]; nothing of what is decided."""
+        told = self.fc1(_sinusoids(log_sigma).to(self.fc1.weight.dtype)) * ~decided[..., None]
+        own, before = self.slots.chunk(2)
+        of_before = F.pad((told * before).sum(-2), (0, 0, 1, 0))[:, :-1]
+        return self.fc2(F.silu(_earlier(told * own) + of_before[:, :, None]))
 
 
 class BitLMHead(nn.Module):
@@ -860,6 +886,8 @@ class BitLMHead(nn.Module):
         if chain:
             self.previous = nn.Parameter(torch.zeros(_rows(config), size))  # of the token before
             self.stages = nn.Parameter(torch.zeros(len(config.group_sizes), size))
+            if config.noisy_blocks:
+                self.seen_levels = BitLMSeenLevels(size, len(config.group_sizes))
             if config.prior_rank:
                 self.told, self.tied = (nn.Parameter(torch.zeros(_rows(config), config.prior_rank)) for _ in range(2))
                 for end in both:
@@ -963,12 +991,13 @@ class BitLMHead(nn.Module):
             logits = logits + torch.einsum("gbsr,gur->gbsu", tie, self.tied.unflatten(0, (count, -1))[stages])
         return self.posterior.log_softmax(logits.float().movedim(0, 2), stages).movedim(2, 0)
 
-    def modulations(self, context: Tensor, stages: slice) -> tuple[Tensor, Tensor]:
+    def modulations(self, context: Tensor, stages: slice, level: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         """The modulation of the layers and of the last norm, [g, b, s, 6 W] and [g, b, s, 2 W], for `groups`.
 
         They do not depend on what is drawn: a block's are made at once, with one reading of the weights.
+        level: [g, b, s, W], of `seen_levels`.
         """
-        return self._modulation(F.silu(self.stages[stages, None, None] + context))
+        return self._modulation(F.silu(self.stages[stages, None, None] + level + context))
 
     def _modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         return self.modulation(condition), self.final_modulation(condition)
@@ -987,12 +1016,13 @@ class BitLMHead(nn.Module):
         shift, gain = last.chunk(2, dim=-1)
         return _modulate(rows, shift, gain)
 
-    def tie(self, states: Tensor | None, values: Tensor) -> Tensor | None:
+    def tie(self, states: Tensor | None, values: Tensor, likely: Tensor | None = None) -> Tensor | None:
         """What ties a token's groups in the prior: `of_block("tie")` of its state, [b, s, rank], times what is decided
-        before each group, of values int64 [b, s, G]; [G, b, s, rank]."""
+        before each group, of values int64 [b, s, G]; [G, b, s, rank]. likely: [b, s, G, U], if they are not certain."""
         if states is None:
             return None
-        return (states[:, :, None] * _earlier(_look_up(self.told, values))).movedim(2, 0)
+        told = _look_up(self.told, values) if likely is None else _mean(self.told, likely)
+        return (states[:, :, None] * _earlier(told)).movedim(2, 0)
 
     def of_block(self, name: str, hidden: Tensor) -> Tensor:
         """hidden [b, n, K, D]: linear in a token's own state and in the state of its block's last row."""
@@ -1092,19 +1122,25 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         noise_samples: int = 4,
         seed: int = 0,
         sequence_ids: Tensor | None = None,
+        overlap: float = 0.0,
     ) -> BitLMScore:
         """The likelihood bound in nats, as validation reports it: unbiased, with the noise of (seed, sequence).
 
-        The value of a chain is exact, and `noise_samples` and `seed` have no part in it.
+        The value of a chain is exact, and `noise_samples` and `seed` have no part in it; but with `overlap` it is a
+        bound too.
 
         Args:
             input_ids, attention_mask: int64 [b, S]; padding on either side.
             noise_samples: noise levels of a block; more make it less noisy.
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ...
+            overlap: of a chain that has learned from noisy blocks: the bound along a front of noise over so many groups
+                of bits (1 or above; inf: all of a block together).
 
         Raises:
-            ValueError: longer than the model was trained for.
+            ValueError: longer than the model was trained for; an overlap of another model.
         """
+        if overlap:
+            self._check_front("score", overlap)
         k = self.config.block_size
         ids, lead = self._blocks(input_ids, attention_mask)
         if ids.shape[1] > self.config.max_position_embeddings:
@@ -1117,7 +1153,9 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         block = torch.arange(ids.shape[1] // k, device=ids.device) - lead[:, None]
         x = self.model.bits(ids).float().unflatten(1, (-1, k))[:, :, None]  # [b, n, 1, K, B]
 
-        if self.config.head_kind == "chain":
+        if overlap:
+            nats = _Chain(self, len(ids)).bound(ids, states, block, sequence, overlap, noise_samples, seed)
+        elif self.config.head_kind == "chain":
             nats = self._chain_nats(ids, states, block)
         else:
             nats = self._bound(x, states, self._newest(ids, lead), block, sequence, noise_samples, seed)
@@ -1166,7 +1204,15 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
         settings = _Settings.read(base, kwargs, given, tokenizer, kind, records)
         if settings.guidance != 1.0 and not self.config.condition_drop:
             raise ValueError(f"generate: guidance={settings.guidance:g} {UNGUIDED}")
+        if settings.overlap:
+            self._check_front("generate", settings.overlap)
         return settings
+
+    def _check_front(self, what: str, overlap: float) -> None:
+        if not self.config.noisy_blocks:
+            raise ValueError(f"{what}: overlap={overlap:g} {NO_FRONT}")
+        if not overlap >= 1.0:
+            raise ValueError(f"{what}: overlap={overlap:g} has to be 1 or above, or inf")
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -1197,7 +1243,9 @@ class BitLMForCausalLM(BitLMPreTrainedModel, GenerationMixin):
             kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text;
                 records have no end), seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a
                 chain temperature and ahead (tokens of which all groups are guessed and checked at once; default 0: one
-                group after another. The text does not depend on it, but for rounding).
+                group after another. The text does not depend on it, but for rounding); of one that has learned from
+                noisy blocks also overlap (default 0: none; 1 and above: a front of noise over so many groups; inf: all
+                of a block together) and steps (evaluations of the head a block; default: as many as it has groups).
                 guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
                 at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
                 the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
@@ -1528,6 +1576,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------- generation
+NO_FRONT = "needs a chain trained with diffusion.noisy_every above 0, and this model is none; leave it out"
 UNGUIDED = "needs a model trained with diffusion.condition_drop above 0, and this one was not; leave it out, or 1"
 
 
@@ -1536,11 +1585,15 @@ def _guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _gumbel(settings: _Settings, config: BitLMConfig, sequence: Tensor, block: Tensor) -> Tensor:
-    """Gumbel noise float32 [b, K, G, U] of a block: what decides its draws, whatever is evaluated when."""
+def _gumbel(settings: _Settings, config: BitLMConfig, sequence: Tensor, block: Tensor, number: int = 0) -> Tensor:
+    """Gumbel noise float32 [b, K, G, U] of a block: what decides its draws, whatever is evaluated when.
+
+    number: of several of them.
+    """
     shape = (config.block_size, len(config.group_sizes), 2 ** max(config.group_sizes))
     elements = torch.arange(-(-math.prod(shape) // 4), device=block.device)
-    uniforms = torch.stack(_uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements), -1).flatten(1)
+    drawn = _uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements, number)
+    uniforms = torch.stack(drawn, -1).flatten(1)
     return -(-uniforms[:, : math.prod(shape)].log()).log().unflatten(1, shape)
 
 
@@ -1561,6 +1614,7 @@ class _Settings:
     temperature: float
     guidance: float
     ahead: int
+    overlap: float
     decoder: Decoder | None  # where there are stop strings
 
     @classmethod
@@ -1569,9 +1623,11 @@ class _Settings:
     ) -> _Settings:
         values: dict[str, Any] = {
             "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0,
-            "ahead": 0,
+            "ahead": 0, "overlap": 0.0,
         }  # fmt: skip
-        other = {"temperature", "ahead"} if kind == "diffusion" else {"steps", "sampler"}
+        if kind == "chain":
+            values["steps"] = 0  # as many as a block has groups
+        other = {"temperature", "ahead", "overlap"} if kind == "diffusion" else {"sampler"}
         ends = set() if records else {"eos_token_id", "pad_token_id", "stop_strings"}
         known = {*values, "max_length", *ends} - other
         aside = {"transformers_version", "bos_token_id", "_from_model_config"}
@@ -1596,11 +1652,12 @@ class _Settings:
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if stops and tokenizer is None:
             raise ValueError("generate: stop_strings need the tokenizer as well (tokenizer=...)")
-        if int(values["steps"]) < 2 or int(values["max_new_tokens"]) < 1:
-            raise ValueError(
-                f"generate: steps={values['steps']} has to be at least 2 and max_new_tokens={values['max_new_tokens']} "
-                "at least 1"
-            )
+        least = 2 if kind == "diffusion" else 1
+        if ("steps" in {**own, **kwargs} or least == 2) and int(values["steps"]) < least:
+            raise ValueError(f"generate: steps={values['steps']} has to be at least {least}")
+        if int(values["max_new_tokens"]) < 1:
+            raise ValueError(f"generate: max_new_tokens={values['max_new_tokens']} has to be at least 1")
+        _check_overlap(values, kind)
         if not 0.0 <= float(values["temperature"]) < math.inf:
             raise ValueError(f"generate: temperature={values['temperature']} has to be 0 (the likeliest) or above")
         if not 0.0 <= float(values["guidance"]) < math.inf:
@@ -1615,8 +1672,20 @@ class _Settings:
         return cls(
             int(values["max_new_tokens"]), frozenset(eos), pad, stops, int(values["seed"]), int(values["steps"]),
             str(values["sampler"]), float(values["temperature"]), float(values["guidance"]),
-            int(values["ahead"]), Decoder.of(tokenizer) if stops else None,
+            int(values["ahead"]), float(values["overlap"]), Decoder.of(tokenizer) if stops else None,
         )  # fmt: skip
+
+
+def _check_overlap(values: dict[str, Any], kind: str) -> None:
+    overlap, steps = float(values["overlap"]), int(values["steps"])
+    if overlap and not overlap >= 1.0:
+        raise ValueError(f"generate: overlap={values['overlap']} has to be 0 (no front: the chain), or 1 or above")
+    if overlap and int(values["ahead"]):
+        raise ValueError(
+            f"generate: ahead={values['ahead']} guesses what a chain draws, and overlap={overlap:g} is none"
+        )
+    if kind == "chain" and steps and not overlap:
+        raise ValueError(f"generate: steps={steps} of a chain are those of a front; set overlap as well")
 
 
 class _Row:
@@ -1729,8 +1798,34 @@ class _Draft:
     before: Tensor  # int64 [b, N, G], values of the tokens before it that a head has to know
     values: Tensor  # int64 [b, K, G], final or guessed
     position: Tensor  # int64 [b, K]
-    noise: Tensor  # [b, K, G, U]
+    noise: Tensor  # [b, K, G, U], that draws it
     sight: HeadSight
+
+
+class _Noise(NamedTuple):
+    """What is seen of a block: groups that are decided as they are, others through noise."""
+
+    decided: Tensor  # bool [b, K, G]
+    log_sigma: Tensor  # float32 [b, K, G]
+    z: Tensor  # float32 [b, K, B], noisy bits
+
+    @classmethod
+    def of(cls, config: BitLMConfig, noise: NoiseDistribution, come: Tensor, z: Tensor) -> _Noise:
+        """come: float32 [b, K, G], how far groups have come; 0 is not begun, and nothing is known of its bits then."""
+        begun = _of_bits(config, come > 0)
+        return cls(come >= 1, noise.log_sigma(1.0 - come), torch.where(begun, z, torch.zeros_like(z)))
+
+
+def _of_bits(config: BitLMConfig, x: Tensor) -> Tensor:
+    """What groups have, [..., G], to each of their bits, [..., B]."""
+    return x.repeat_interleave(torch.tensor(config.group_sizes, device=x.device), dim=-1)
+
+
+def _progress(t: Tensor, groups: int, overlap: float) -> Tensor:
+    """How far every group of a block has come at t: [...] to [..., K G] (megatron_bit/diffusion/front.py)."""
+    if math.isinf(overlap):
+        return t[..., None].expand(*t.shape, groups)
+    return ((t[..., None] * (groups - 1 + overlap) - torch.arange(groups, device=t.device)) / overlap).clamp(0, 1)
 
 
 class _Answer:
@@ -1754,12 +1849,29 @@ class _Answer:
             sight.at(here, len(known)), self.cache.keys[:, stages], self.cache.values[:, stages],
         )  # fmt: skip
 
+    def likely(self, head: BitLMHead, values: Tensor, noise: _Noise) -> Tensor:
+        """Probabilities [b, K, G, U] of what the block's groups are, as they are seen; values int64 [b, K, G]."""
+        sigma = _of_bits(head.config, noise.log_sigma).exp()
+        likely = head.posterior.likely(noise.z, sigma, self.prior)
+        return torch.where(noise.decided[..., None], F.one_hot(values, likely.shape[-1]).to(likely.dtype), likely)
+
+    def through_noise(
+        self, head: BitLMHead, known: Tensor, values: Tensor, likely: Tensor, noise: _Noise, sight: HeadSight
+    ) -> Tensor:
+        """As `evaluate`, of all groups of the whole block, [G, b, K, U], without what their own bits say."""
+        level = head.seen_levels(noise.log_sigma, noise.decided).movedim(2, 0)
+        return head.groups(
+            slice(None), known, self.context, head.modulations(self.context, slice(None), level), self.prior,
+            head.tie(self.tie, values, likely), torch.arange(values.shape[1], device=known.device),
+            sight.at(slice(0, values.shape[1]), len(known)), self.cache.keys, self.cache.values,
+        )  # fmt: skip
+
 
 class _Chain:
     """A chain head at work: draws blocks, and keeps what its attention needs of the tokens before."""
 
     def __init__(self, model: BitLMForCausalLM, rows: int) -> None:
-        self.head, self.config, self.bits = model.head, model.config, model.model.bits
+        self.head, self.config, self.bits, self.noise = model.head, model.config, model.model.bits, model.noise
         self.reach = _reach(model.config)
         self.codes = _Codes(self.config, model.model.code_table) if self.config.vocab_size else None
         self.cache: HeadCache | None = None
@@ -1788,6 +1900,39 @@ class _Chain:
             inner = head.inner_memory(keys, position, _begun_keys(values)[..., :-1])
             known = known + F.pad(inner, (0, 0, 1, 0))
         return known.movedim(2, 0)
+
+    def _seen(self, draft: _Draft, likely: Tensor, noise: _Noise) -> Tensor:
+        """`_known` of a block's groups [G, b, K, W], of which those have these probabilities; likely [b, K, G, U]."""
+        head, own = self.head, _mean(self.head.values, likely)
+        name = likely.flatten(-2) @ head.previous
+        name = name if head.pairs is None else name + head.pairs.expected(likely)
+        newest = _name_of(head.previous, head.pairs, draft.before[:, -1:]) * (draft.position[:, :1] > 0)[..., None]
+        before = torch.cat((newest, name[:, :-1]), dim=1)
+        if head.memory is None:
+            return (before[:, :, None] + _earlier(own)).movedim(2, 0)
+        whole, certain = noise.decided.all(-1), [draft.position[:, 0]]  # tokens before each that n-grams may end with
+        for i in range(1, whole.shape[1]):
+            certain.append(torch.where(whole[:, i - 1], torch.minimum(draft.position[:, i], certain[-1] + 1), 0))
+        count = torch.stack(certain, dim=1)
+        keys = _begun_keys(torch.cat((draft.before, draft.values), dim=1)[:, :-1])[..., -1]
+        known = (before + head.memory(keys, count))[:, :, None] + _earlier(own)
+        if head.inner_memory is not None:
+            inner = head.inner_memory(keys, count, _begun_keys(draft.values)[..., :-1])
+            inner = inner * (noise.decided.cumprod(-1)[..., :-1, None] > 0)
+            known = known + F.pad(inner, (0, 0, 1, 0))
+        return known.movedim(2, 0)
+
+    def _through_noise(self, answers: list[_Answer], draft: _Draft, noise: _Noise, guidance: float) -> Tensor:
+        """Log-probabilities [b, K, G, U] of all groups of a block, without what their own bits say."""
+        found = []
+        for answer in answers:
+            likely = answer.likely(self.head, draft.values, noise).to(answer.context.dtype)
+            known = self._seen(draft, likely, noise)
+            found.append(answer.through_noise(self.head, known, draft.values, likely, noise, draft.sight))
+        log_p, *other = found
+        if other:
+            log_p = torch.where(log_p > float("-inf"), _guide(log_p, other[0], guidance), log_p)
+        return log_p.movedim(0, 2)
 
     def _of_block(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Condition, prior and tie of the states' tokens, [b, s, ...]; None for what the head has not."""
@@ -1847,17 +1992,14 @@ class _Chain:
         k, groups, b, device = self.config.block_size, len(self.config.group_sizes), len(tokens), states.device
         if states.shape[1] > k or self.cache is None:
             self.read(tokens[:, tokens.shape[1] - (states.shape[1] - k) :], states[:, :-k], position[:, :-k])
-        assert self.cache is not None
-        position = position[:, -k:]
-        self.cache.begin(position)
-        answers = self._answers(states[:, -k:], settings.guidance)
-        noise, ahead = _gumbel(settings, self.config, sequence, block), settings.ahead
         before = self._values(_fill_front(tokens, self.reach, 0)[:, -self.reach :])
+        noise, ahead = _gumbel(settings, self.config, sequence, block), settings.ahead
+        answers = self._answers(states[:, -k:], settings.guidance, position[:, -k:])
         guess = self._guess(answers[0].prior if ahead else None, noise, settings.temperature)
-        keys = self.cache.position
-        slots = torch.arange(keys.shape[1] - k, keys.shape[1], device=device)
-        sight = HeadSight.of(self.config, position, keys, slots, states.dtype)
-        draft = _Draft(before, guess, position, noise, sight)
+        draft = self._draft(before, guess, noise, position[:, -k:], states.dtype)
+        if settings.overlap:
+            self._front(answers, draft, settings, sequence, block)
+            return self._tokens(draft.values)
         first, done = 0, torch.zeros(b, 1, dtype=torch.int64, device=device)  # tokens and groups that are final
         while first < k:
             if not ahead:
@@ -1889,10 +2031,94 @@ class _Chain:
             log_p = torch.where(log_p > float("-inf"), _guide(log_p, other[0], settings.guidance), log_p)
         return self._draw(log_p.movedim(0, 2), values, draft.noise[:, here], stages, settings.temperature)
 
-    def _answers(self, states: Tensor, guidance: float) -> list[_Answer]:
-        """What answers for a block with these states [b, K, D]; with guidance also what does without them."""
+    def _front(
+        self, answers: list[_Answer], draft: _Draft, settings: _Settings, sequence: Tensor, block: Tensor
+    ) -> None:
+        """Draw the groups of a block along a front: in each of the evaluations those that are on their way are drawn
+        given their noisy bits, and their noise falls as if that were right (ancestral sampling)."""
+        config, (k, groups) = self.config, draft.values.shape[1:]
+        steps = settings.steps or k * groups
+        come = _progress(torch.linspace(0, 1, steps + 1, device=draft.values.device), k * groups, settings.overlap)
+        come = come.unflatten(1, (k, groups))[:, None].expand(-1, len(draft.values), -1, -1)
+        z = torch.zeros(*draft.values.shape[:2], config.bits, device=draft.values.device)
+        for i, (now, after) in enumerate(itertools.pairwise(come)):
+            noise = _Noise.of(config, self.noise, now, z)
+            log_p = self._through_noise(answers, draft, noise, settings.guidance)
+            sigma = _of_bits(config, noise.log_sigma).exp()
+            log_p = self.head.posterior.likely(noise.z, sigma, log_p.flatten(-2)).log()
+            fresh = _gumbel(settings, config, sequence, block, steps + 1 + i)  # a first draw has the chain's own
+            drawn_by = torch.where((now > 0)[..., None], fresh, draft.noise)
+            for j in range(groups):
+                own = slice(j, j + 1)
+                drawn = self._draw(log_p[..., own, :], draft.values, drawn_by, own, settings.temperature)
+                draft.values[..., own] = torch.where(noise.decided[..., own], draft.values[..., own], drawn)
+            x, later = _bits_of(config, draft.values), self.noise.log_sigma(1.0 - after)
+            left = torch.where(_of_bits(config, now > 0), (_of_bits(config, later).exp() / sigma).square(), 0.0)
+            eps = gaussian(settings.seed, SAMPLING, sequence, block[:, None], 1, k, config.bits, i + 1)[:, 0, 0]
+            moved = x + left * (z - x) + _of_bits(config, later).exp() * (1.0 - left).clamp(min=0).sqrt() * eps
+            z = torch.where(_of_bits(config, after > now), moved, z)
+        self._take_in(answers[0], draft)
+
+    def _take_in(self, answer: _Answer, draft: _Draft) -> Tensor:
+        """The whole block as it is now, for those after it; log-probabilities of all groups, [b, K, G, U]."""
+        behind = torch.cat((draft.before, draft.values), dim=1)[:, :-1]
+        known, here = self._known(draft.values, behind, draft.position), slice(0, draft.values.shape[1])
+        return answer.evaluate(self.head, slice(None), known, draft.values, here, draft.sight).movedim(0, 2)
+
+    def bound(
+        self, ids: Tensor, states: Tensor, block: Tensor, sequence: Tensor, overlap: float, samples: int, seed: int
+    ) -> Tensor:
+        """The bound along a front, a block after the other, each token's share float32 [b, n, K].
+
+        Args:
+            ids: int64 [b, n K], or records; states: [b, n, K, D]; block: int64 [b, n], indices in their texts.
+            samples: places of the front that are looked at in each block.
+        """
+        config, k, count = self.config, self.config.block_size, len(self.config.group_sizes)
+        posterior, speed = self.head.posterior, 1.0
+        if not math.isinf(overlap):
+            speed = (k * count - 1 + overlap) / overlap
+        position = (block[..., None] * k + torch.arange(k, device=ids.device)).flatten(1)
+        self.read(ids[:, :0], states.flatten(1, 2)[:, :0], position[:, :0])
+        bits, padded = self.bits(ids).float().unflatten(1, (-1, k)), self._values(_fill_front(ids, self.reach, 0))
+        t = stratified_levels(seed, VALIDATION, sequence, block, samples)
+        eps = gaussian(seed, VALIDATION, sequence, block, samples, k, config.bits)
+        last = gaussian(seed, RECONSTRUCTION, sequence, block, 1, k, config.bits)[:, :, 0]
+        total = torch.zeros(*block.shape, k, device=ids.device)
+        for n in range(block.shape[1]):
+            here, x = position[:, n * k : (n + 1) * k], bits[:, n]
+            values = padded[:, self.reach + n * k : self.reach + (n + 1) * k]
+            answers = self._answers(states[:, n], 1.0, here)
+            nothing = torch.empty(0, device=ids.device)  # is drawn
+            draft = self._draft(padded[:, n * k : n * k + self.reach], values, nothing, here, states.dtype)
+            for m in range(samples):
+                come = _progress(t[:, n, m], k * count, overlap).unflatten(1, (k, count))
+                log_sigma = self.noise.log_sigma(1.0 - come)
+                sigma = _of_bits(config, log_sigma).exp()
+                z = x + sigma * eps[:, n, m]
+                log_p = self._through_noise(answers, draft, _Noise.of(config, self.noise, come, z), 1.0)
+                error = posterior.squared_error(posterior.likely(z, sigma, log_p.flatten(-2)).log(), x)
+                weight = ((come > 0) & (come < 1)) / (log_sigma.exp().square() * self.noise.density(log_sigma))
+                total[:, n] += (error * _of_bits(config, weight)).sum(-1) * (speed / samples)
+            clean = self._take_in(answers[0], draft).flatten(-2)
+            sigma = torch.full_like(x[..., :1], self.noise.sigma_min)
+            read = posterior.likely(x + sigma * last[:, n], sigma, clean).log()
+            total[:, n] += posterior.cross_entropy(read, x).sum(-1)
+        return total + config.bits / (2.0 * self.noise.sigma_max**2)
+
+    def _draft(self, before: Tensor, values: Tensor, noise: Tensor, position: Tensor, dtype: torch.dtype) -> _Draft:
+        """A block at these positions int64 [b, K], for which the cache has room (`_answers`)."""
+        assert self.cache is not None
+        keys, k = self.cache.position, position.shape[1]
+        slots = torch.arange(keys.shape[1] - k, keys.shape[1], device=keys.device)
+        return _Draft(before, values, position, noise, HeadSight.of(self.config, position, keys, slots, dtype))
+
+    def _answers(self, states: Tensor, guidance: float, position: Tensor) -> list[_Answer]:
+        """What answers for the next block, with these states [b, K, D] and positions [b, K]; with guidance also what
+        does without them."""
         context, prior, tie = self._of_block(states)
         assert self.cache is not None
+        self.cache.begin(position)
         answers = [_Answer(self.head, context, prior, tie, self.cache)]
         if guidance != 1.0:
             answers.append(_Answer(self.head, torch.zeros_like(context), None, None, self.cache.copy()))

@@ -42,6 +42,7 @@ def logical(model, groups, values):
     }
 
 
+NOISY = ["model.head.kind=chain", "model.group_bits=4", "diffusion.noisy_every=2"]
 SEEING = ["model.group_bits=4", "model.head.token_before=true", "model.head.soft_prior=true"]
 
 
@@ -80,6 +81,13 @@ def test_loss_bound_and_every_gradient(groups, reference, make_config, make_mode
         ["model.head.kind=chain", "model.group_bits=6", "model.memory.rows=5", "model.memory.orders=[2,1,4]"],
         ["model.head.kind=chain", "model.group_bits=10", "model.memory.rows=9", "model.memory.hashes=2"],
         ["model.head.kind=chain", "model.group_bits=10", "model.head.prior=false"],
+        NOISY,
+        [*NOISY, "diffusion.noisy_every=1", "model.head.window=2", "parallel.recompute=head"],
+        [*NOISY, "diffusion.noisy_every=7", "model.head.prior=false", "diffusion.noise=logistic"],
+        [*NOISY, "model.names=pairs", "model.head.prior_rank=7", "model.memory.rows=9", "model.memory.orders=[1,3]"],
+        [*NOISY, "model.memory.rows=5", "data.document_boundaries=mask", "data.align_blocks=true"],
+        [*NOISY, "model.names=pairs", "diffusion.condition_drop=0.4", "diffusion.context_noise=0.2"],
+        [*NOISY, "model.group_bits=1", "model.head.window=4"],
         ["model.head_dim=14"],
         ["model.head_dim=2", "model.qk_norm=false", "model.head.kind=chain"],
     ],

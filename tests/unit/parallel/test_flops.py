@@ -68,6 +68,8 @@ ODD = [
         [*CHAIN, "model.memory.rows=64"],
         [*CHAIN, "model.names=pairs", "model.head.prior_rank=96"], [*GROUPS, "model.names=pairs"],
         [*GROUPS, "diffusion.levels_apart=2"],
+        [*CHAIN, "diffusion.noisy_every=2"], [*CHAIN, "diffusion.noisy_every=1", "model.head.prior=false"],
+        [*CHAIN, "diffusion.noisy_every=2", "model.names=pairs", "model.head.prior_rank=96"],
         [*GROUPS, "model.head.token_before=true"], [*GROUPS, "model.head.soft_prior=true"],
         [*GROUPS, "model.head.token_before=true", "model.head.soft_prior=true", "model.names=pairs"],
         [*GROUPS, "diffusion.self_condition=0.5"], [*GROUPS, "model.head.prior=false"], SOFTMAX,

@@ -33,7 +33,7 @@ AGAIN = [
     [*MEMORY, "parallel.recompute=head"],
     [*BITS, "parallel.recompute=full"],
 ]
-SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"]
+SMALL = ["train.micro_batch_size=1", "data.seq_length=128", "model.num_layers=4"]  # bf16 is slow on many CPUs
 
 
 @pytest.mark.parametrize("preset", ["laptop", "125m"])
@@ -50,6 +50,8 @@ SMALL = ["train.micro_batch_size=1", "data.seq_length=256", "model.num_layers=4"
         NAMES,
         [*JOINT, "model.names=pairs"],
         [*JOINT, "diffusion.levels_apart=2", "parallel.recompute=head"],
+        ["diffusion.noisy_every=2"],
+        ["diffusion.noisy_every=1", "model.names=sum", "parallel.recompute=head"],
         [*JOINT, *SEEING, "model.names=pairs", "diffusion.levels_apart=3"],
         MEMORY,
         [*JOINT, *MEMORY],
@@ -70,7 +72,7 @@ def test_parameters_and_activations(preset: str, extra: list[str]) -> None:
         assert count == sum(p.numel() for name, p in named.items() if name.startswith(f"{part}.")), part
     assert sum(counts.values()) == sum(p.numel() for p in named.values())
 
-    batch = TokenBatch(torch.randint(0, 4096, (1, 256)), torch.arange(1))
+    batch = TokenBatch(torch.randint(0, 4096, (1, 128)), torch.arange(1))
     saved = Saved(named.values())
     with saved:
         output: Any = model(batch)

@@ -19,6 +19,7 @@ H100 = load_hardware("h100")
 HEADS = {
     "chain": [],
     "names": ["model.names=pairs", "model.head.prior_rank=96"],
+    "noisy": ["diffusion.noisy_every=4", "model.names=pairs", "model.head.prior_rank=96"],
     "memory": ["model.memory.rows=4096"],
     "names_joint": ["model.head.kind=diffusion", "model.names=pairs"],
     "seeing_joint": ["model.head.kind=diffusion", "model.head.token_before=true", "model.head.soft_prior=true"],

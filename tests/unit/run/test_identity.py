@@ -51,6 +51,7 @@ ANOTHER: dict[str, list[str]] = {
     "model.names": ["model.names=pairs"],
     "model.head.prior_rank": ["model.head.prior_rank=8"],
     "diffusion.levels_apart": ["diffusion.levels_apart=2"],
+    "diffusion.noisy_every": ["model.head.kind=chain", "diffusion.noisy_every=2"],
     "model.head.token_before": ["model.head.token_before=true"],
     "model.head.soft_prior": ["model.head.soft_prior=true"],
     "model.memory.rows": ["model.memory.rows=64"],
@@ -200,6 +201,14 @@ def test_how_many_levels_are_apart_is_free() -> None:
     compare_run(made("diffusion.levels_apart=3"), apart, "run")
     for there, mine in ((without, apart), (apart, without)):
         with pytest.raises(UserError, match=r"run is of another run: diffusion.levels_apart above 0 is "):
+            compare_run(there, mine, "run")
+
+
+def test_how_many_blocks_are_noisy_is_free() -> None:
+    noisy, without = made(*CHAIN, "diffusion.noisy_every=2"), made(*CHAIN)
+    compare_run(made(*CHAIN, "diffusion.noisy_every=1"), noisy, "run")
+    for there, mine in ((without, noisy), (noisy, without)):
+        with pytest.raises(UserError, match=r"run is of another run: diffusion.noisy_every above 0 is "):
             compare_run(there, mine, "run")
 
 
