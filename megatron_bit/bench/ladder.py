@@ -74,6 +74,11 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
                 (*four, names, tied, *deeper, memory),
                 headline=True,
             ),
+            Rung(
+                "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head, noisy blocks",
+                (*four, names, tied, *deeper, "diffusion.noisy_every=4"),
+                extra=True,
+            ),
             Rung("chain K=8 g=8 semantic, names, tied prior", chain(8, 8, *semantic, names, tied), extra=True),
             Rung(
                 "chain K=8 g=8 semantic, names, tied prior, memory",

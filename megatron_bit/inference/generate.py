@@ -231,6 +231,8 @@ class Generator:
             if not self.model.config.noisy_blocks:
                 raise UserError(f"overlap {how['overlap']:g} {NO_FRONT}")
             known += ["overlap", "steps"]
+        elif kind == "chain" and "steps" in how and self.model.config.noisy_blocks:
+            raise UserError(f"steps {how['steps']} of a chain are those of a front; give overlap as well")
         for name in sorted(how.keys() - set(known)):
             raise UserError(f"{name} means nothing to a {kind} head; it has {', '.join(known[:-1])} and {known[-1]}")
         if how.get("guidance", 1.0) != 1.0 and not self.model.config.condition_drop:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from generation import chain_of, generate, tokens
 
+from megatron_bit.cli import main
+from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.chunk import TokenBatch
 
@@ -94,6 +97,42 @@ def test_noise_is_undone(overlap, steps):
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / rows).sqrt() + 1e-9).all()
 
 
+def test_the_commands(converted, generator, monkeypatch, capsys):
+    """`evaluate` bounds and draws along the front, `generate` draws the same text as `transformers` does."""
+    names, chain = str(converted["names"].run), str(converted["chain"].run)
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["megatron-bit", *words])
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    code, said = run("generate", names, "--prompt", "def f(", "--max-tokens", "12", "--overlap", "2.5", "--json")
+    made = Generator(converted["names"].run)
+    ids = made.text.encode("def f(")
+    expected = made.model.generate(torch.tensor([ids]), max_new_tokens=12, seed=0, overlap=2.5, sequence_ids=[0])
+    assert code == 0 and json.loads(said)["text"] == made.text.decoder.behind(ids, expected[0, len(ids) :].tolist())
+    few = ("--samples", "4", "--json", "--overlap")
+    code, said = run("evaluate", names, *few, "inf", "--noise-samples", "3", "--max-passes", "2")
+    wide = json.loads(said)["likelihood"]
+    assert code == 0 and not wide["exact"] and wide["noise_standard_error"] > 0 and wide["passes"] == 2
+    code, said = run("evaluate", names, "--samples", "4", "--json")
+    exact = json.loads(said)["likelihood"]
+    assert exact["exact"] and exact["nats_per_token"] != wide["nats_per_token"]
+    for words, wrong in (
+        (("generate", chain, "--prompt", "x", "--overlap", "2"), "overlap 2 needs a chain trained with"),
+        (("generate", names, "--prompt", "x", "--overlap", "0.5"), "--overlap 0.5 has to be 1 or above, or inf"),
+        (("generate", names, "--prompt", "x", "--steps", "4"), "steps 4 of a chain are those of a front"),
+        (("evaluate", chain, *few, "2"), "overlap 2 needs a chain trained with"),
+        (("evaluate", names, *few, "nan"), "--overlap nan has to be 1 or above, or inf"),
+    ):
+        code, said = run(*words)
+        assert code == 2 and wrong in said and said.count("\n") == 1, said
+
+
 def test_refusals(generator):
     with pytest.raises(ValueError, match=r"overlap=2 needs a chain trained with diffusion.noisy_every above 0"):
         generate(generator("chain"), [[5]], 4, steps=None, overlap=2)
@@ -107,7 +146,7 @@ def test_refusals(generator):
         generator("names").model.score(torch.tensor([[5]]), overlap=math.nan)
     with pytest.raises(ValueError, match=r"ahead=2 guesses what a chain draws, and overlap=3 is none"):
         generate(generator("names"), [[5]], 4, steps=None, overlap=3, ahead=2)
-    with pytest.raises(ValueError, match=r"steps=4 of a chain are those of a front; set overlap as well"):
+    with pytest.raises(ValueError, match=r"steps means nothing to a BitLM with a chain head"):
         generate(generator("names"), [[5]], 4, steps=4)
     with pytest.raises(ValueError, match=r"steps=0 has to be at least 1"):
         generate(generator("names"), [[5]], 4, steps=0, overlap=3)

@@ -23,6 +23,7 @@ from megatron_bit.inference.convert import to_hf
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf import modeling_bitlm as hf
 from megatron_bit.model.build import build_model
+from megatron_bit.model.chain import Before
 from megatron_bit.parallel.groups import Groups
 from megatron_bit.run.folder import newest_checkpoint
 
@@ -143,7 +144,7 @@ def test_a_chain_draws_what_the_head_that_trains_says(
                 known = torch.arange(len(tried))[:, None].expand(tried.shape[:2])
                 with torch.no_grad():
                     states, remembered = hidden.expand(-1, 2**size, -1), model.head.remember(tried, known)
-                    nats = model.head(tried, tried.roll(1, 0), known > 0, states, None, remembered)
+                    nats = model.head(tried, Before(tried.roll(1, 0), known > 0, None, remembered, None), states)
                 log_p, noise = -nats[at, :, stage], gumbel[at - len(rows), stage, : 2**size]
                 values[at, 0, stage] = (log_p / temperature + noise if temperature else log_p).argmax()
         for at in range(len(rows), len(rows) + k):

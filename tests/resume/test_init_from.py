@@ -203,6 +203,7 @@ ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "chain": {"model.head.kind": "chain", "model.group_bits": 5, "optim.ema_decay": 0.9, "model.head.prior": False},
     "names": {
         "model.head.kind": "chain", "model.group_bits": 4, "model.names": "pairs", "model.head.prior_rank": 6,
+        "diffusion.noisy_every": 3,
     },
     "seeing": {"model.group_bits": 4, "model.head.token_before": True, "model.head.soft_prior": True,
                "diffusion.levels_apart": 1},

@@ -1625,9 +1625,11 @@ class _Settings:
             "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0,
             "ahead": 0, "overlap": 0.0,
         }  # fmt: skip
+        other = {"temperature", "ahead", "overlap"}
         if kind == "chain":
             values["steps"] = 0  # as many as a block has groups
-        other = {"temperature", "ahead", "overlap"} if kind == "diffusion" else {"sampler"}
+            front = kwargs.get("overlap") or getattr(base, "overlap", 0)
+            other = {"sampler"} if front else {"sampler", "steps"}
         ends = set() if records else {"eos_token_id", "pad_token_id", "stop_strings"}
         known = {*values, "max_length", *ends} - other
         aside = {"transformers_version", "bos_token_id", "_from_model_config"}
@@ -1657,7 +1659,7 @@ class _Settings:
             raise ValueError(f"generate: steps={values['steps']} has to be at least {least}")
         if int(values["max_new_tokens"]) < 1:
             raise ValueError(f"generate: max_new_tokens={values['max_new_tokens']} has to be at least 1")
-        _check_overlap(values, kind)
+        _check_overlap(values)
         if not 0.0 <= float(values["temperature"]) < math.inf:
             raise ValueError(f"generate: temperature={values['temperature']} has to be 0 (the likeliest) or above")
         if not 0.0 <= float(values["guidance"]) < math.inf:
@@ -1676,16 +1678,14 @@ class _Settings:
         )  # fmt: skip
 
 
-def _check_overlap(values: dict[str, Any], kind: str) -> None:
-    overlap, steps = float(values["overlap"]), int(values["steps"])
+def _check_overlap(values: dict[str, Any]) -> None:
+    overlap = float(values["overlap"])
     if overlap and not overlap >= 1.0:
         raise ValueError(f"generate: overlap={values['overlap']} has to be 0 (no front: the chain), or 1 or above")
     if overlap and int(values["ahead"]):
         raise ValueError(
             f"generate: ahead={values['ahead']} guesses what a chain draws, and overlap={overlap:g} is none"
         )
-    if kind == "chain" and steps and not overlap:
-        raise ValueError(f"generate: steps={steps} of a chain are those of a front; set overlap as well")
 
 
 class _Row:
