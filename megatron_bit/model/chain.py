@@ -55,9 +55,7 @@ class Before(NamedTuple):
 
     index: Tensor  # int64 [s, b, G], values of the groups of the token before each
     known: Tensor  # bool [s, b], whether there is one
-    start: (
-        Tensor | None
-    )  # int64 [b, S], the first position that each token of the sequence may see; None: all before it
+    start: Tensor | None  # int64 [b, S], the first position that each of the sequence may see; None: all before it
     remembered: Remembered | None
     behind: Remembered | None  # of noisy blocks
 
@@ -142,8 +140,9 @@ class ChainHead(BlockHead):
         evidence = g.evidence((2.0 * noisy.z / (sigma * sigma)).clamp(-CLIP, CLIP))
         if isinstance(prior, Tensor):
             evidence = evidence + prior[-len(index) :].squeeze(2).float().unflatten(-1, (g.count, g.values))
-        likely, value = g.log_softmax(evidence).exp(), F.one_hot(index, g.values)
-        return torch.where(noisy.mine[..., None], value.to(likely.dtype), likely).to(self.values.dtype)
+        likely = g.log_softmax(evidence).exp()
+        own = index[..., None] == torch.arange(g.values, device=index.device)  # one_hot would wait for the device
+        return torch.where(noisy.mine[..., None], own.to(likely.dtype), likely).to(self.values.dtype)
 
     def _names_before(self, likely: Tensor, clean: Tensor) -> Tensor:
         """The mean names [q K, b, W] of the tokens before those of noisy blocks; before a block's first one stands the

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bit.model.layers import PARTIAL, earlier, init_device, linear
-from megatron_bit.parallel.split import FREQUENCIES
+from megatron_bit.parallel.split import FREQUENCIES, noisy_blocks
 
 
 class NoisyPlace(NamedTuple):
@@ -51,7 +51,7 @@ def one_in(every: int, sample: Tensor, blocks: int, shards: int, shard: int, blo
     """One of every so many blocks of the sequence; which of them is another one from sample to sample and along it."""
     part, device = blocks // shards, sample.device
     rank = torch.arange(shards, device=device)[:, None]
-    q = max(-(-(r + 1) * part // every) - r * part // every for r in range(shards))
+    q = noisy_blocks(every, blocks, shards)
     cell = (rank * part // every + torch.arange(q, device=device)).flatten()[:, None]  # [Q, 1]
     size = (blocks - cell * every).clamp(1, every)
     block = cell * every + (sample + cell) % size

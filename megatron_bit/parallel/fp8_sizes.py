@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
+from megatron_bit.parallel.split import noisy_blocks
 
 BLOCKS = {"block": 128, "mxfp8": 32, "nvfp4": 16}  # values that share a scale; the other recipes scale whole tensors
 _ROWS, _CHANNELS = 8, 16  # what cuBLAS asks of a matrix in FP8
@@ -37,3 +38,12 @@ def check_fp8_sizes(config: Config, tp: int, sequence_parallel: bool) -> None:
             f"{rows} has to be a multiple of {split * unit}{' under sequence parallelism' if split > 1 else ''} for "
             f"train.precision {config.train.precision} with fp8.recipe {config.fp8.recipe}; change one of the two"
         )
+    if every := config.diffusion.noisy_every:
+        count = noisy_blocks(every, config.data.seq_length // m.block_size, split)
+        noisy = config.train.micro_batch_size * count * m.block_size
+        if noisy % unit:
+            raise UserError(
+                f"diffusion.noisy_every {every} has {noisy} tokens of a micro-batch seen through noise on a rank, and "
+                f"for train.precision {config.train.precision} with fp8.recipe {config.fp8.recipe} that has to be a "
+                f"multiple of {unit}; change it, or train.micro_batch_size"
+            )

@@ -43,6 +43,13 @@ def head_flops(config: Config) -> float:
     return n * each + once
 
 
+def noisy_blocks(every: int, blocks: int, shards: int) -> int:
+    """Blocks that each of the ranks which share a sequence has once more where one in `every` is noisy; also those that
+    have fewer of them in their part."""
+    part = blocks // shards
+    return max(-(-(r + 1) * part // every) - r * part // every for r in range(shards))
+
+
 def embedding_flops(config: Config) -> float:
     """Forward FLOPs of bits -> MLP -> width for one token; to look a token up in a table costs none."""
     m = config.model

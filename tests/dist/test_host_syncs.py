@@ -30,6 +30,7 @@ FP8 = {
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
     "bf16_ema": (1, {"train.precision": "bf16", "optim.ema_decay": 0.9}, OURS),
     "chain": (1, CHAIN, OURS),
+    "noisy": (1, {**CHAIN, "diffusion.noisy_every": 2, "model.memory.rows": 20}, OURS),
     "groups": (1, {"model.group_bits": 3, "diffusion.self_condition": 0.5, "diffusion.context_noise": 0.1}, OURS),
     "measured": (1, {"diffusion.noise": "entropy_rate", "diffusion.condition_drop": 0.1}, OURS),
     "softmax": (1, {"model.head.kind": "softmax", "model.block_size": 1}, SOFTMAX),

@@ -19,7 +19,7 @@ def test_probabilities_of_all_blocks_sum_to_one(make_config, make_model, group_b
     model = make_model(config, vocab_size=8)
     rows = torch.tensor([(5, 2, *block) for block in itertools.product(range(8), repeat=2)])
     with torch.no_grad():
-        nats = model._nats(model.hidden(rows), of(rows))  # [4, 64]
+        nats = model._evaluate(model.hidden(rows), of(rows)).sum(-1)  # [4, 64]
     assert nats[2:].sum(0).neg().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     assert nats[:2].std(1).max() < 1e-6 < nats[2:].std(1).min()
 
@@ -31,11 +31,11 @@ def test_a_token_knows_the_tokens_before_it_alone(make_config, make_model, group
     model = make_model(config)
     tokens = torch.randint(0, 1024, (1, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        before = model._nats(model.hidden(tokens), of(tokens))
+        before = model._evaluate(model.hidden(tokens), of(tokens)).sum(-1)
         for position in range(12):
             changed = tokens.clone()
             changed[0, position] ^= 0b100000001
-            moved = (model._nats(model.hidden(changed), of(changed)) != before)[:, 0]
+            moved = (model._evaluate(model.hidden(changed), of(changed)).sum(-1) != before)[:, 0]
             assert moved.tolist() == [p >= position for p in range(12)], position
 
 

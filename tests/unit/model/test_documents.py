@@ -5,6 +5,7 @@ import torch
 
 from megatron_bit.data.documents import document_starts
 from megatron_bit.model.build import build_model
+from megatron_bit.model.chain import ChainLM
 from megatron_bit.model.chunk import TokenBatch
 
 EOS = 0
@@ -38,7 +39,7 @@ def batch(tokens, block_size):
 def rows(model, data):
     """What the model makes of every token: its state, and of a chain its nats. [S, ...]"""
     hidden = model.hidden(data.tokens, None, data.start)
-    return model._nats(hidden, data) if hasattr(model, "_nats") else hidden[:, 0]
+    return model._evaluate(hidden, data).sum(-1) if isinstance(model, ChainLM) else hidden[:, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -106,3 +106,16 @@ def test_text() -> None:
 def test_divisors() -> None:
     assert all(divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in (1, 2, 9, 12, 36, 97, 360))
     assert len(divisors(2**24)) == 25
+
+
+def test_noisy_blocks_have_sizes_that_fp8_accepts() -> None:
+    """As many rows on each rank: 2 of 8 blocks each, and with one in seven of 16 blocks 2 on the first rank of two."""
+    base = ["train.precision=fp8_emulated", "fp8.recipe=mxfp8", "data.seq_length=64", "train.micro_batch_size=4"]
+    for every, world, size in ((4, 1, 64), (4, 2, 32), (8, 2, 16), (7, 2, 32)):
+        settings = [*base, f"diffusion.noisy_every={every}", f"parallel.tp={world}", "parallel.zero_stage=0"]
+        config = load_config(preset="laptop", overrides=settings)
+        if size % 32:
+            with pytest.raises(UserError, match=f"noisy_every {every} has {size} tokens .* a multiple of 32; change"):
+                ParallelDims.build(config, world)
+        else:
+            ParallelDims.build(config, world)
