@@ -13,7 +13,8 @@ class HeadConfig(Section):
     kind: Literal["diffusion", "chain", "softmax"] = "diffusion"
     """`diffusion` takes the noise off all bits of a block together. `chain` decides a block's tokens one after
     another, and a token's groups of bits (`model.group_bits`) one after another: the likelihood is exact, and of
-    `diffusion` only `context_noise` and `condition_drop` have an effect, `evaluate.noise_samples` none. `softmax` is
+    `diffusion` only `context_noise`, `condition_drop` and `noisy_every` (with the distribution of noise levels) have an
+    effect, `evaluate.noise_samples` none in training. `softmax` is
     the autoregressive peer to compare with: a token table, and a softmax over the vocabulary, both untied and split
     over `parallel.tp`; it needs `model.block_size=1`, and what is said below of the head, of bits and of noise then
     has no effect."""
