@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mbit_kernels.matched_filter import CLIP
 from torch import Tensor, nn
 
 from megatron_bit.config import Config
@@ -68,6 +67,7 @@ class ChainHead(BlockHead):
         super().__init__(config, mcore, tp_group, groups.count * groups.values)
         w = config.model.head.hidden_size
         self.groups, self.remembers = groups, config.model.memory
+        self.posterior = GroupPosterior(groups, matched=True)
         self.seen_levels = SeenLevels(mcore, w, groups.count) if config.diffusion.noisy_every else None
         self.recompute = config.recompute_head
         self.previous = value_table(mcore, groups, w)  # of the token before
@@ -136,11 +136,8 @@ class ChainHead(BlockHead):
         index: int64 [q K, b, G]; prior: [s + q K, b, 1, outputs].
         """
         g = self.groups
-        sigma = g.spread(noisy.log_sigma).exp()
-        evidence = g.evidence((2.0 * noisy.z / (sigma * sigma)).clamp(-CLIP, CLIP))
-        if isinstance(prior, Tensor):
-            evidence = evidence + prior[-len(index) :].squeeze(2).float().unflatten(-1, (g.count, g.values))
-        likely = g.log_softmax(evidence).exp()
+        weighed = prior[-len(index) :].squeeze(2) if isinstance(prior, Tensor) else None
+        likely = self.posterior.likely(noisy.z, g.spread(noisy.log_sigma).exp(), weighed)
         own = index[..., None] == torch.arange(g.values, device=index.device)  # one_hot would wait for the device
         return torch.where(noisy.mine[..., None], own.to(likely.dtype), likely).to(self.values.dtype)
 
@@ -268,7 +265,8 @@ class ChainLM(BitInput):
         keys = (batch.sample, block, len(block))
         eps = gaussian(seed, VALIDATION, *keys, count, k, x.shape[-1])
         t = stratified_levels(seed, VALIDATION, batch.sample, 0, length // k, count)
-        posterior = GroupPosterior(groups, matched=True)
+        assert self.head is not None
+        posterior = self.head.posterior
         speed = 1.0 if math.isinf(overlap) else (k * groups.count - 1 + overlap) / overlap
         total, logits = torch.zeros_like(x[..., 0]), x
         for i in range(count):

@@ -5,7 +5,6 @@ Letters of shapes: model/__init__.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,8 @@ from megatron_bit.model.layers import (
     column,
     fp8_linear,
     init_device,
+    level_features,
+    level_frequencies,
     linear,
     make_pairs,
     name_of,
@@ -42,14 +43,11 @@ class NoiseLevelEmbedding(nn.Module):
         super().__init__()
         self.fc1 = linear(mcore, levels * FREQUENCIES, width, bias=True)
         self.fc2 = linear(mcore, width, width, bias=True)
-        # in float64, so that every device has the same: rounding here is multiplied by the angle
-        exponent = torch.linspace(0.0, math.log(100.0), FREQUENCIES // 2, dtype=torch.float64)
-        self.frequency = exponent.exp().float().to(init_device(mcore))
+        self.frequency = level_frequencies(mcore)
 
     def forward(self, log_sigma: Tensor) -> Tensor:
         """float32 [..., L] to [..., W]."""
-        angle = (log_sigma * 0.25)[..., None] * self.frequency
-        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).flatten(-2).to(self.fc1.weight.dtype)
+        features = level_features(log_sigma, self.frequency).flatten(-2).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
 
 
@@ -84,20 +82,18 @@ class HeadLayer(nn.Module):
     def _attention(self, x: Tensor, start: Tensor | None, noisy: NoisyPlace | None) -> Tensor:
         mixed, _ = self.qkv(x)  # [S, R, heads/tp * 3 * d]
         if self.rope is not None:
-            slide = self._slide if noisy is None else self._slide_and_noisy
-            return self.proj(slide(mixed, self.rope, start, noisy))[0]
+            if noisy is None:
+                return self.proj(self._slide(mixed, self.rope, start))[0]
+            return self.proj(self._slide_and_noisy(mixed, self.rope, start, noisy))[0]
         length, rows = mixed.shape[:2]
         mixed = mixed.view(length // self.block_size, self.block_size, rows, -1, 3, self.head_dim)
         q, k, v = mixed.permute(4, 0, 2, 3, 1, 5).unbind(0)  # each [n, R, heads/tp, K, d]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.permute(0, 3, 1, 2, 4).reshape(length, rows, -1))[0]
 
-    def _slide_and_noisy(
-        self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None, noisy: NoisyPlace | None
-    ) -> Tensor:
+    def _slide_and_noisy(self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None, noisy: NoisyPlace) -> Tensor:
         """`_slide` of the sequence, and the attention of the noisy blocks behind it; under sequence parallelism each
         rank's are behind its part."""
-        assert noisy is not None
         count = len(noisy.block) * self.block_size  # of all ranks
         shards = len(noisy.block) // len(noisy.counts)
         parts = mixed.unflatten(0, (shards, -1))
@@ -111,9 +107,7 @@ class HeadLayer(nn.Module):
         out = torch.cat((self._slide(clean, rope, start).unflatten(0, (shards, -1)), out.unflatten(0, (shards, -1))), 1)
         return out.flatten(0, 1)
 
-    def _slide(
-        self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None, noisy: NoisyPlace | None = None
-    ) -> Tensor:
+    def _slide(self, mixed: Tensor, rope: RotaryEmbedding, start: Tensor | None) -> Tensor:
         """Causal attention to `window` tokens, [S, R, heads/tp * 3 * d] to [S, R, heads/tp * d].
 
         In chunks of `window` queries, each with its own chunk and the one before: the cost grows with S, not S^2.

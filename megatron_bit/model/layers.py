@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import Config
 from megatron_bit.diffusion.bit_groups import BitGroups
+from megatron_bit.parallel.split import FREQUENCIES
 
 PARTIAL = "tp_partial_grad"  # a replicated parameter whose gradient is a partial sum on every TP rank
 
@@ -116,6 +117,19 @@ def row(config: Any, tp_group: dist.ProcessGroup, inputs: int, outputs: int) -> 
 
 def _by_name(weight: Tensor) -> None:
     """Weights are drawn by name (model/init.py)."""
+
+
+def level_frequencies(mcore: Any) -> Tensor:
+    """Of `level_features`; in float64 until they are made, so that every device has the same: the angle multiplies what
+    is rounded here."""
+    exponent = torch.linspace(0.0, math.log(100.0), FREQUENCIES // 2, dtype=torch.float64)
+    return exponent.exp().float().to(init_device(mcore))
+
+
+def level_features(log_sigma: Tensor, frequency: Tensor) -> Tensor:
+    """Sinusoids of ln(sigma) / 4 (EDM's c_noise), float32 [...] to [..., FREQUENCIES]."""
+    angle = (log_sigma * 0.25)[..., None] * frequency
+    return torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1)
 
 
 def value_table(mcore: Any, groups: BitGroups, width: int) -> nn.Parameter:

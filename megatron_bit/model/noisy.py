@@ -6,14 +6,13 @@ Letters of shapes: model/__init__.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bit.model.layers import PARTIAL, earlier, init_device, linear
+from megatron_bit.model.layers import PARTIAL, earlier, init_device, level_features, level_frequencies, linear
 from megatron_bit.parallel.split import FREQUENCIES, noisy_blocks
 
 
@@ -110,13 +109,11 @@ class SeenLevels(nn.Module):
         shape, device = (2 * groups, width), init_device(mcore)
         self.slots = nn.Parameter(torch.empty(shape, dtype=mcore.params_dtype, device=device))  # own groups, then those
         setattr(self.slots, PARTIAL, mcore.sequence_parallel)  # of the token before
-        exponent = torch.linspace(0.0, math.log(100.0), FREQUENCIES // 2, dtype=torch.float64)
-        self.frequency = exponent.exp().float().to(device)
+        self.frequency = level_frequencies(mcore)
 
     def forward(self, log_sigma: Tensor, decided: Tensor, block_size: int) -> Tensor:
         """float32 and bool [q K, b, G] to [q K, b, G, W]."""
-        angle = (log_sigma * 0.25)[..., None] * self.frequency
-        features = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1).to(self.fc1.weight.dtype)
+        features = level_features(log_sigma, self.frequency).to(self.fc1.weight.dtype)
         told = self.fc1(features) * ~decided[..., None]
         own, before = self.slots.chunk(2)
         of_token = (told * before).sum(-2).unflatten(0, (-1, block_size))

@@ -417,10 +417,14 @@ class Posterior:
 
     def likely(self, z: Tensor, sigma: Tensor, prior: Tensor | None = None) -> Tensor:
         """Probabilities of values given their own noisy bits and the prior's logits [..., outputs], [..., G, U]."""
+        return self.log_likely(z, sigma, prior).exp()
+
+    def log_likely(self, z: Tensor, sigma: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Their logarithms."""
         evidence = self.evidence((2.0 * z / (sigma * sigma)).clamp(-CLIP, CLIP))
         if prior is not None:
             evidence = evidence + prior.float().unflatten(-1, evidence.shape[-2:])
-        return self.log_softmax(evidence).exp()
+        return self.log_softmax(evidence)
 
     def evidence(self, odds: Tensor) -> Tensor:
         """Log-odds of bits [..., B] to unnormalised log-probabilities of values [..., G, U]."""
@@ -2045,7 +2049,7 @@ class _Chain:
             noise = _Noise.of(config, self.noise, now, z)
             log_p = self._through_noise(answers, draft, noise, settings.guidance)
             sigma = _of_bits(config, noise.log_sigma).exp()
-            log_p = self.head.posterior.likely(noise.z, sigma, log_p.flatten(-2)).log()
+            log_p = self.head.posterior.log_likely(noise.z, sigma, log_p.flatten(-2))
             fresh = _gumbel(settings, config, sequence, block, steps + 1 + i)  # a first draw has the chain's own
             drawn_by = torch.where((now > 0)[..., None], fresh, draft.noise)
             for j in range(groups):
@@ -2097,12 +2101,12 @@ class _Chain:
                 sigma = _of_bits(config, log_sigma).exp()
                 z = x + sigma * eps[:, n, m]
                 log_p = self._through_noise(answers, draft, _Noise.of(config, self.noise, come, z), 1.0)
-                error = posterior.squared_error(posterior.likely(z, sigma, log_p.flatten(-2)).log(), x)
+                error = posterior.squared_error(posterior.log_likely(z, sigma, log_p.flatten(-2)), x)
                 weight = ((come > 0) & (come < 1)) / (log_sigma.exp().square() * self.noise.density(log_sigma))
                 total[:, n] += (error * _of_bits(config, weight)).sum(-1) * (speed / samples)
             clean = self._take_in(answers[0], draft).flatten(-2)
             sigma = torch.full_like(x[..., :1], self.noise.sigma_min)
-            read = posterior.likely(x + sigma * last[:, n], sigma, clean).log()
+            read = posterior.log_likely(x + sigma * last[:, n], sigma, clean)
             total[:, n] += posterior.cross_entropy(read, x).sum(-1)
         return total + config.bits / (2.0 * self.noise.sigma_max**2)
 
