@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import traceback
 
@@ -24,6 +25,7 @@ from megatron_bit.commands.slurm import (
     cluster_boot,
     cluster_crash,
     cluster_down,
+    cluster_profiles,
     cluster_up,
     logs,
     resume,
@@ -35,6 +37,8 @@ from megatron_bit.errors import Exhausted, LocalUserError, RankLost, Stopped, Us
 from megatron_bit.io import console, environment
 from megatron_bit.io.exhausted import exhausted
 from megatron_bit.io.text import shown
+
+READER_LEFT = 128 + signal.SIGPIPE  # the exit code that a shell shows for other programs then
 
 
 def data() -> int:
@@ -83,7 +87,13 @@ GROUPS = {
         "diff": checkpoint_diff,
         "rm": checkpoint_rm,
     },
-    "cluster": {"up": cluster_up, "down": cluster_down, "crash": cluster_crash, "boot": cluster_boot},
+    "cluster": {
+        "profiles": cluster_profiles,
+        "up": cluster_up,
+        "down": cluster_down,
+        "crash": cluster_crash,
+        "boot": cluster_boot,
+    },
     "bench": {
         "step": bench_step,
         "train": bench_train,
@@ -111,6 +121,8 @@ def main() -> None:
         out = exhausted(error)
         if out is not None:
             code = _say(out, rank, distributed)
+        elif isinstance(error, BrokenPipeError) and not distributed:  # who reads our output has left, as `| head` does
+            code = READER_LEFT
         elif isinstance(error, ConnectionError):  # another rank has gone, and says itself why
             code = 1
             print(f"[rank {rank}] stopped: {error}" if distributed else f"failed: {error}", file=sys.stderr)
@@ -118,11 +130,21 @@ def main() -> None:
             code = 1
             print(f"[rank {rank}] failed:" if distributed else "failed:", file=sys.stderr)
             traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = _flush() or code
     if distributed and code:
         os._exit(code)  # tearing down groups would wait for ranks that are still in a collective
     sys.exit(code)
+
+
+def _flush() -> int:
+    """Write out what is left; returns 0, or READER_LEFT."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python says at its end that it cannot be written
+        return READER_LEFT
+    return 0
 
 
 def _say(error: UserError, rank: int, distributed: bool) -> int:

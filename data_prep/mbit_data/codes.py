@@ -11,7 +11,8 @@ import numpy as np
 
 from mbit_data.lock import only_one
 from mbit_data.progress import Reporter
-from megatron_bit.data.codes import LEARNED, LearnedCode, code_path, read_code, table_of, write_code
+from megatron_bit.data.codes import LearnedCode, read_code, table_of, write_code
+from megatron_bit.data.fit import LEARNED, code_path
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import UserError
 

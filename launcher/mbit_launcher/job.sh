@@ -5,7 +5,9 @@ set -uo pipefail  # no -e: what fails is looked at
 
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || submission=${submissions[$SLURM_ARRAY_TASK_ID]}
 token=${1:-}  # by which `submit` knows this job, should its number get lost
+# Of an array, this task: the number of the last one is that of the array, and means all of them to SLURM's commands.
 queued=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+queued=${queued:-$SLURM_JOB_ID}
 attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 logs=$submission/logs/$attempt
 mkdir -p "$logs"
@@ -143,7 +145,7 @@ look() {
     for _ in 1 2 3 4 5; do
         while true; do
             status=0
-            once question squeue --noheader "--jobs=$SLURM_JOB_ID" --Format=state,restartcnt || status=$?
+            once question squeue --noheader "--jobs=$queued" --Format=state,restartcnt || status=$?
             (( status == SILENT )) || break
             rest
         done
@@ -165,7 +167,7 @@ requeue_job() {
     local pause=1 status
     while true; do
         status=0
-        once scontrol requeue "$SLURM_JOB_ID" || status=$?  # see `again`
+        once scontrol requeue "$queued" || status=$?  # see `again`
         (( status )) || return 0
         (( status == SILENT )) || cat "$said.err" >&2
         rest
@@ -190,7 +192,7 @@ again() {
         exit 1
     fi
     # no `question`: SLURM tells all processes of this script to go, and `timeout` would take what it runs along
-    [[ -z $bad ]] || ask scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${exclude:+$exclude,}$bad"
+    [[ -z $bad ]] || ask scontrol update "JobId=$queued" "ExcNodeList=${exclude:+$exclude,}$bad"
     exit 0
 }
 
@@ -255,7 +257,7 @@ watchdog() {
     esac
 }
 
-launcher attempts begin "$submission" "$attempt" "$SLURM_JOB_ID" "$nodes" "$token" "${queued:-$SLURM_JOB_ID}"
+launcher attempts begin "$submission" "$attempt" "$SLURM_JOB_ID" "$nodes" "$token" "$queued"
 case $? in
     0) ;;
     3) rmdir "$logs"; exit 0 ;;

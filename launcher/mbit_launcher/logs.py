@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mbit_launcher import attempts, slurm
+from mbit_launcher import attempts, here, slurm
 from mbit_launcher.failures import first_failure, rank_logs
 from mbit_launcher.silence import Silent
-from mbit_launcher.submission import Submission, newest
+from mbit_launcher.submission import Submission, submissions
 from megatron_bit.errors import UserError
 
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
@@ -19,63 +19,111 @@ _ERROR = re.compile(r"\berror\b|Traceback|^\w*(Error|Exception)\b|Fatal|failed|C
 _POLL_SECONDS = 1.0
 
 
-def main(run: Path, follow: bool, lines: int, attempt: str | None) -> int:
-    """Print the logs of an attempt (default: the newest), and go on with what comes if `follow`.
+def main(runs: Sequence[Path], follow: bool, lines: int, attempt: str | None) -> int:
+    """Print the logs of an attempt of each run (default: the newest), and go on with what comes if `follow`.
 
     Raises:
-        UserError: the run was never submitted, or has no such attempt.
+        UserError: a run has no such attempt, or was never submitted and `attempt` is given.
     """
-    submission = newest(run)
-    history = attempts.read(submission.attempts)
-    if attempt is not None and attempt not in [a.attempt for a in history]:
-        known = ", ".join(a.attempt for a in history[-8:]) or "none yet"
-        raise UserError(f"run {run} has no attempt {attempt!r}; attempts of its newest submission: {known}")
+    if attempt is not None and len(runs) > 1:
+        raise UserError(f"--attempt {attempt} is of one run, and here are {len(runs)}: give one of them, {runs[0]}")
     paint = _Paint(sys.stdout.isatty())
-    chosen = attempt or (history[-1].attempt if history else None)
-    if chosen is not None:
-        failure = first_failure(submission.logs / chosen)
-        ended = next(a for a in history if a.attempt == chosen).outcome
-        if failure is not None and ended in ("crashed", "hung"):
-            print(paint.head(f"first failure of attempt {chosen}: rank {failure.rank} on {failure.node}"))
-            print(paint.error(failure.text.rstrip()))
-    seen: dict[Path, int] = {}
-    for name, path in _files(submission, chosen):
-        text = _read(path, seen)
-        shown = text.splitlines()[-lines:]
-        if shown:
-            print(paint.head(f"==> {name}: {path}"))
-            for line in shown:
-                print(paint.line(line))
-    if follow:
-        _follow(submission, attempt, seen, paint)
+    logs = [_log(run, attempt, paint) for run in runs]
+    for run, log in zip(runs, logs, strict=True):
+        if len(runs) > 1:
+            print(paint.head(f"==== {run}"))
+        log.show(lines)
+    while follow and not all(log.over for log in logs):
+        for run, log in zip(runs, logs, strict=True):
+            if not log.over:
+                log.go_on(f"{run.name} " if len(runs) > 1 else "")
+        time.sleep(_POLL_SECONDS)
     return 0
 
 
-def _follow(submission: Submission, attempt: str | None, seen: dict[Path, int], paint: _Paint) -> None:
-    """Print lines as they come, each with the name of who says it, until the run has no job any more."""
-    rests: dict[Path, str] = {}
-    over = told = False
-    while True:
+def _log(run: Path, attempt: str | None, paint: _Paint) -> _Submitted | _Here:
+    made = submissions(run)
+    if made:
+        return _Submitted(run, made[-1], attempt, paint)
+    if attempt is not None:
+        raise UserError(f"run {run} was never submitted, so it has no attempt {attempt!r}; leave out --attempt")
+    return _Here(run, paint)
+
+
+class _Here:
+    """The log of a run that no job of SLURM trains."""
+
+    def __init__(self, run: Path, paint: _Paint) -> None:
+        self._log, self._run, self._paint = here.Log(run), run, paint
+
+    @property
+    def over(self) -> bool:
+        return self._log.over
+
+    def show(self, lines: int) -> None:
+        print(self._paint.head(f"==> steps: {self._run / 'log.jsonl'}"))
+        self._print(self._log.last(lines), "")
+
+    def go_on(self, name: str) -> None:
+        self._print(self._log.more(), name)
+
+    def _print(self, lines: Sequence[str], name: str) -> None:
+        for line in lines:
+            print(f"{self._paint.head(name)}{self._paint.line(line)}", flush=True)
+
+
+class _Submitted:
+    """The logs of the newest submission of a run."""
+
+    def __init__(self, run: Path, submission: Submission, attempt: str | None, paint: _Paint) -> None:
+        self._run, self._submission, self._attempt, self._paint = run, submission, attempt, paint
+        self._seen: dict[Path, int] = {}
+        self._rests: dict[Path, str] = {}
+        self._told = self._last_look = self.over = False
+        known = [a.attempt for a in attempts.read(submission.attempts)]
+        if attempt is not None and attempt not in known:
+            last = ", ".join(known[-8:]) or "none yet"
+            raise UserError(f"run {run} has no attempt {attempt!r}; attempts of its newest submission: {last}")
+
+    def show(self, lines: int) -> None:
+        submission, paint = self._submission, self._paint
         history = attempts.read(submission.attempts)
-        chosen = attempt or (history[-1].attempt if history else None)
+        chosen = self._attempt or (history[-1].attempt if history else None)
+        if chosen is not None:
+            failure = first_failure(submission.logs / chosen)
+            ended = next(a for a in history if a.attempt == chosen).outcome
+            if failure is not None and ended in ("crashed", "hung"):
+                print(paint.head(f"first failure of attempt {chosen}: rank {failure.rank} on {failure.node}"))
+                print(paint.error(failure.text.rstrip()))
         for name, path in _files(submission, chosen):
-            text = rests.pop(path, "") + _read(path, seen)
+            shown = _read(path, self._seen).splitlines()[-lines:]
+            if shown:
+                print(paint.head(f"==> {name}: {path}"))
+                for line in shown:
+                    print(paint.line(line))
+
+    def go_on(self, run: str) -> None:
+        """Print lines as they come, each with the name of who says it; `over` when the run has no job any more."""
+        history = attempts.read(self._submission.attempts)
+        chosen = self._attempt or (history[-1].attempt if history else None)
+        for name, path in _files(self._submission, chosen):
+            text = self._rests.pop(path, "") + _read(path, self._seen)
             *whole, rest = text.split("\n")
             if rest:
-                rests[path] = rest
+                self._rests[path] = rest
             for line in whole:
-                print(f"{paint.head(name)} {paint.line(line)}", flush=True)
-        if over:
+                print(f"{self._paint.head(run + name)} {self._paint.line(line)}", flush=True)
+        if self._last_look:
+            self.over = True
             return
         try:
-            over = not slurm.jobs(submission.jobs())  # and then look once more
+            self._last_look = not slurm.jobs(self._submission.jobs())  # and then look once more
         except Silent as silence:  # does not say that the run is over
-            if not told:
+            if not self._told:
                 print(f"{silence.what}: following on", file=sys.stderr, flush=True)
-            told = True
+            self._told = True
         else:
-            told = False
-        time.sleep(_POLL_SECONDS)
+            self._told = False
 
 
 def _files(submission: Submission, attempt: str | None) -> Iterator[tuple[str, Path]]:

@@ -84,7 +84,7 @@ PreemptMode=REQUEUE
 """
 _NODE = (
     "NodeName=n{i} NodeHostname=n{i} NodeAddr=127.0.1.{i} Port={port} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
-    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN\n"
+    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=32000 Gres=gpu:{gpus} State=UNKNOWN\n"
 )
 _PARTITIONS = """\
 PartitionName=train Nodes=n[1-{nodes}] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 Default=YES

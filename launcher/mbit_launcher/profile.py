@@ -150,7 +150,9 @@ def split_overrides(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[st
 def load_profile(path: Path, overrides: Sequence[str] = ()) -> ClusterProfile:
     """Read a profile; `overrides` are key=value pairs. Raises UserError in one line."""
     # As text, which pydantic turns into numbers where a key wants one: YAML would read 1:30:00 in base 60.
-    tree = read_yaml(path, "cluster profile", "give a YAML file; slurm/clusters/ has examples", TextYaml)
+    tree = read_yaml(
+        path, "cluster profile", "give a YAML file; `megatron-bit cluster profiles` has examples", TextYaml
+    )
     origin = dict.fromkeys(tree, str(path))
     for override in overrides:
         key, _, text = override.partition("=")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from mbit_launcher import attempts, heartbeats, slurm
+from mbit_launcher import attempts, heartbeats, here, slurm
 from mbit_launcher.submission import Submission, submissions
 from megatron_bit.errors import UserError
 from megatron_bit.io.measured import json_of
@@ -47,7 +47,7 @@ class Status:
 
     run: str
     job: str | None = None
-    state: str | None = "not submitted"  # None: SLURM has not said, and the files do not settle it
+    state: str | None = "not started"  # None: SLURM has not said, and the files do not settle it
     step: int = 0
     steps: int | None = None  # train.steps
     tokens: int | None = None
@@ -91,6 +91,16 @@ def find(folder: Path) -> list[Path]:
     return list(_runs(folder, _DEPTH))
 
 
+def find_some(folder: Path) -> list[Path]:
+    """The same, absolute; UserError if there is none."""
+    found = find(folder.absolute())
+    if not found:
+        raise UserError(
+            f"{folder} is no run and holds none; `megatron-bit submit CONFIG.yaml --cluster C.yaml` makes one"
+        )
+    return found
+
+
 def _runs(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / "identity.json").exists() or submissions(folder):
         yield folder
@@ -108,7 +118,8 @@ def collect(runs: Sequence[Path]) -> list[Status]:
     problem = ""
     try:
         for run, submission in made.items():
-            ids[run] += [job for token in submission.unanswered() for job in slurm.queued(token)]
+            asked = submission.unanswered()
+            ids[run] += [submission.task_name(token, job) for token in asked for job in slurm.queued(token)]
         live = slurm.jobs(job for jobs in ids.values() for job in jobs)
     except UserError as error:  # no SLURM here, or it does not answer: the folders still say a lot
         problem = str(error)
@@ -145,7 +156,9 @@ def _status(
     if config.exists():
         row.steps = resolve_file(config, ()).train.steps
     if submission is None:
-        row.state = "finished" if (run / "FINISHED").exists() else row.state
+        row.state, row.nodes, row.reason = here.state(run)
+        if row.state == "running":
+            row.eta = _eta(row, records)
         return row
     history = attempts.read(submission.attempts)
     row.restarts = max(0, len(history) - 1)
@@ -172,11 +185,16 @@ def _status(
             row.state = job.state.lower()
         if job.state == "PENDING":
             reasons.insert(0, f"waits for {job.reason}")
-        pace = [record.seconds for record in records[-_PACE_STEPS:]]
-        if row.state == "running" and pace and row.steps:
-            row.eta = round(sum(pace) / len(pace) * max(0, row.steps - row.step))
+        if row.state == "running":
+            row.eta = _eta(row, records)
     row.reason = "; ".join(reasons)
     return row
+
+
+def _eta(row: Status, records: Sequence[_Step]) -> float | None:
+    """Seconds to the last step, at the pace of the newest ones."""
+    pace = [record.seconds for record in records[-_PACE_STEPS:]]
+    return round(sum(pace) / len(pace) * max(0, row.steps - row.step)) if pace and row.steps else None
 
 
 def _over(row: Status, ended: attempts.Attempt | None, account: str, begun: bool) -> tuple[str, str]:

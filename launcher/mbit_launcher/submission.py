@@ -133,12 +133,16 @@ class Submission:
         Args:
             told: who asked for it hears of it, too; False when the job itself says so.
         """
-        asked = self._asked(token)
-        name = job if asked["task"] is None or "_" in job else f"{job}_{asked['task']}"
-        log = Path(str(asked["logs"])) / f"job-{name}.log"
+        name = self.task_name(token, job)
+        log = Path(str(self._asked(token)["logs"])) / f"job-{name}.log"
         record = {"token": token, "job": name, "time": time.time(), "log": str(log), "told": told}
         append_line(self.folder / "jobs.jsonl", record)
         return name
+
+    def task_name(self, token: str, job: str) -> str:
+        """The job of this submission alone, where SLURM has given the number of a whole array."""
+        task = self._asked(token)["task"]
+        return job if task is None or "_" in job else f"{job}_{task}"
 
     def drop_job(self, token: str, why: str) -> None:
         """Write down that what was asked for with a token was not queued."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mbit_launcher import slurm
+from mbit_launcher import here, slurm
 from mbit_launcher.preflight import cordoned
 from mbit_launcher.profile import ClusterProfile
 from mbit_launcher.queueing import queue, settle
@@ -20,9 +20,9 @@ from megatron_bit.config import Config, DataConfig
 from megatron_bit.errors import UserError
 from megatron_bit.io import trust
 from megatron_bit.io.files import write_atomic
-from megatron_bit.planning.dry_run import describe
+from megatron_bit.planning.dry_run import describe, with_vocabulary
 from megatron_bit.run.checkpoints import newest_step
-from megatron_bit.run.folder import resolve
+from megatron_bit.run.folder import resolve, with_absolute_paths
 
 _T = TypeVar("_T")
 
@@ -40,24 +40,14 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
 
     Raises:
         UserError: degrees that do not fit nodes x GPUs, too little memory by the planner's estimate, data that is not
-            there, a run that is finished already.
+            there or that the model's bits cannot hold, a run that is finished already.
     """
     run = Path(config.run).absolute()
     check_path(run)
-    mirror = config.checkpoint.mirror
-    if mirror and "://" not in mirror:  # a folder: the job runs in another one than this
-        mirror = str(Path(mirror).absolute())
-    start = config.train.init_from
-    if start is not None and Path(start).exists():
-        start = str(Path(start).absolute())
-    config = config.model_copy(
-        update={
-            "run": str(run),
-            "data": _data(config.data),
-            "train": config.train.model_copy(update={"init_from": start}),
-            "checkpoint": config.checkpoint.model_copy(update={"mirror": mirror}),
-        }
-    )
+    # the job runs in another folder than this
+    config = with_absolute_paths(config).model_copy(update={"run": str(run)})
+    _check_there(config.data)
+    with_vocabulary(config)  # refuses data that the model's bits cannot hold
     try:
         plan = describe(config, profile.world_size)
     except UserError as error:
@@ -76,25 +66,15 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
     return config
 
 
-def _data(data: DataConfig) -> DataConfig:
-    """The data with every folder absolute; what is remote is looked at by the job. UserError if a folder is none."""
+def _check_there(data: DataConfig) -> None:
+    """UserError if a data folder of this machine is none; what is remote is looked at by the job."""
     data.check_set()
-
-    def place(key: str, folder: str) -> str:
-        if trust.acts(folder):
-            return folder
-        path = Path(folder).absolute()
-        if not (path / "manifest.json").exists():
-            raise UserError(f"{key} {path} has no manifest.json: `megatron-bit prepare INPUT --out {path}` makes one")
-        return str(path)
-
-    if data.remote.cache:
-        cache = str(Path(data.remote.cache).absolute())
-        data = data.model_copy(update={"remote": data.remote.model_copy(update={"cache": cache})})
-    if not data.sources:
-        return data.model_copy(update={"path": place("data.path", data.path)})
-    sources = [source.model_copy(update={"path": place("data.sources", source.path)}) for source in data.sources]
-    return data.model_copy(update={"sources": tuple(sources)})
+    key = "data.sources" if data.sources else "data.path"
+    for folder in data.folders:
+        if not trust.acts(folder) and not (Path(folder) / "manifest.json").exists():
+            raise UserError(
+                f"{key} {folder} has no manifest.json: `megatron-bit prepare INPUT --out {folder}` makes one"
+            )
 
 
 def submit(config: Config, profile: ClusterProfile, count: int = 1) -> list[Submitted]:
@@ -265,7 +245,13 @@ def _cancel(run: Path, submission: Submission, now: bool) -> str:
 
 
 def _check_free(run: Path, patience: Patience) -> None:
-    """Two jobs of one run would wait for each other's lock: at most one submission is under way."""
+    """Two jobs of one run would wait for each other's lock: at most one submission is under way, and no process."""
+    held = here.training(run)
+    if held is not None and held.slurm_job is None:
+        raise UserError(
+            f"run {run} is trained by process {held.pid} on {held.host}: wait for it, or end it with `megatron-bit "
+            f"cancel {run}` there"
+        )
     for submission in reversed(submissions(run)):
         _ask(run, patience, lambda last=submission: settle(last))
         live = _ask(run, patience, lambda last=submission: slurm.jobs(last.jobs()))

@@ -71,11 +71,11 @@ def split(args: tuple[str, ...], preset: str | None = None) -> tuple[str | None,
 
 
 def configuration(args: tuple[str, ...], preset: str) -> Config:
-    """The given YAML file, or the preset if there is none, with the key=value pairs."""
-    from megatron_bit.config import load_config
+    """The given YAML file or run, or the preset if there is none, with the key=value pairs."""
+    from megatron_bit.run.folder import resolve
 
     target, overrides = split(args)
-    return load_config(target, overrides, None if target else preset)
+    return resolve(target, overrides, None if target else preset)
 
 
 def bitlm_configuration(args: tuple[str, ...], preset: str) -> Config:

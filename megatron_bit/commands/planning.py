@@ -12,7 +12,7 @@ from megatron_bit.errors import UserError
 
 
 def plan(
-    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml] [key=value ...]")] = (),
+    args: Annotated[Args, tyro.conf.arg(metavar="[CONFIG.yaml|RUN] [key=value ...]")] = (),
     preset: str | None = None,
     *,
     nodes: int = 1,
@@ -33,7 +33,7 @@ def plan(
     How well it predicts, and what it assumes: docs/planning.md. A softmax head needs model.vocab_size.
 
     Args:
-        args: a YAML file, then key=value pairs.
+        args: a YAML file or a run folder, then key=value pairs.
         preset: laptop, 125m, 1b or 8b.
         nodes: number of nodes.
         gpus_per_node: GPUs of one node.
@@ -42,19 +42,21 @@ def plan(
         top: layouts to list.
         json: print JSON.
     """
-    from megatron_bit.config import load_config
     from megatron_bit.planning.dry_run import with_vocabulary
     from megatron_bit.planning.hardware import load_hardware
     from megatron_bit.planning.report import as_dict, nothing_fits, table
     from megatron_bit.planning.search import Cluster, search
+    from megatron_bit.run.folder import resolve
 
     target, overrides = split(args, preset)
     if target is None and preset is None:
-        raise UserError("plan needs CONFIG.yaml or --preset; try `megatron-bit plan --preset 8b --nodes 8`")
+        raise UserError(
+            "plan needs CONFIG.yaml, a run folder or --preset; try `megatron-bit plan --preset 8b --nodes 8`"
+        )
     for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node), ("--top", top)):
         if value < 1:
             raise UserError(f"{option} {value} has to be at least 1")
-    config = with_vocabulary(load_config(target, overrides, preset))
+    config = with_vocabulary(resolve(target, overrides, preset))
     cluster = Cluster(load_hardware(device, hardware), nodes, gpus_per_node)
     found = search(config, cluster)
     if not found.candidates:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from megatron_bit.commands.arguments import Args, split
 from megatron_bit.errors import UserError
+
+if TYPE_CHECKING:
+    from mbit_launcher.profile import ClusterProfile
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -29,7 +32,7 @@ def submit(
 
     Args:
         args: a YAML file or a run folder, then key=value pairs.
-        cluster: the cluster profile, a YAML file; slurm/clusters/ has examples.
+        cluster: the cluster profile, a YAML file; `megatron-bit cluster profiles` has examples.
         preset: laptop, 125m, 1b or 8b.
         sweep: key=a,b,c: a run for each value, as one job array, in RUN/key=a ...; several give all combinations.
         dry_run: print the script; write and submit nothing.
@@ -81,28 +84,75 @@ def chain(
 def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
     """Submit a run again that was stopped or has given up, with the configuration and profile it had.
 
+    Of a sweep's folder every run that is not finished, each as a job of its own. A run that was never submitted goes on
+    here, on as many ranks as it had, unless --cluster says where to submit it.
+
     Args:
-        run: run folder.
+        run: run folder, or the folder of a sweep.
         args: key=value pairs that override them (cluster.key=value: the profile).
         cluster: another cluster profile.
     """
-    from mbit_launcher import submit as launcher
-    from mbit_launcher.profile import load_profile, split_overrides
-    from mbit_launcher.submission import newest
+    from mbit_launcher.profile import split_overrides
+    from mbit_launcher.status import find_some
+    from mbit_launcher.submission import submissions
 
     from megatron_bit.io import trust
     from megatron_bit.run.folder import resolve_file
 
-    last = newest(run.absolute())
+    runs = find_some(run)
     overrides, changes = split_overrides(args)
-    if cluster is None:
-        last.check_profile()
-    profile = load_profile(cluster or last.folder / "cluster.yaml", changes)
-    config = resolve_file(last.folder / "config.yaml", (*overrides, f"run={run.absolute()}"))
+    if len(runs) > 1:
+        runs = [one for one in runs if not _told_finished(one)]
+    jobs = [one for one in runs if submissions(one) or cluster is not None]
+    if not jobs and len(runs) == 1:
+        if changes:
+            raise UserError(f"cluster.{changes[0]} has no use without a cluster: {runs[0]} was never submitted")
+        return _resume_here(runs[0], overrides)
+    for one in runs:
+        if one not in jobs:
+            raise UserError(f"{one} was never submitted: give --cluster CLUSTER.yaml, or `megatron-bit train {one}`")
+    prepared = []
+    for one in jobs:  # what is wrong with any of them is said before the first one is queued
+        made = submissions(one)
+        folder = made[-1].folder if made else one
+        config = resolve_file(folder / "config.yaml", (*overrides, f"run={one}"))
+        prepared.append((one, config, _profile_of(one, cluster, changes)))
     trust.check()
-    for job in launcher.resume(run.absolute(), config, profile):
-        print(f"job {job.job}: {job.run}")
+    from mbit_launcher import submit as launcher
+
+    for one, config, profile in prepared:
+        for job in launcher.resume(one, config, profile):
+            print(f"job {job.job}: {job.run}", flush=True)
     return 0
+
+
+def _told_finished(run: Path) -> bool:
+    if (run / "FINISHED").exists():
+        print(f"{run}: finished")
+        return True
+    return False
+
+
+def _profile_of(run: Path, cluster: Path | None, changes: tuple[str, ...]) -> ClusterProfile:
+    """The given profile, or that of the run's newest submission."""
+    from mbit_launcher.profile import load_profile
+    from mbit_launcher.submission import newest
+
+    if cluster is None:
+        last = newest(run)
+        last.check_profile()
+        cluster = last.folder / "cluster.yaml"
+    return load_profile(cluster, changes)
+
+
+def _resume_here(run: Path, overrides: tuple[str, ...]) -> int:
+    from mbit_launcher import here
+
+    from megatron_bit.commands.training import train
+
+    count = here.ranks(run)
+    print(f"{run} was never submitted: training it here, as `megatron-bit train {run} --nproc {count}`", flush=True)
+    return train((str(run), *overrides), nproc=count)
 
 
 def cancel(
@@ -111,16 +161,19 @@ def cancel(
     """Stop runs: their jobs save, end and do not come back. `resume` goes on.
 
     Args:
-        runs: run folders.
+        runs: run folders, also of runs that are trained on this machine without SLURM, or the folders of sweeps.
         now: kill the jobs at once; what was done since the last checkpoint is done again after `resume`.
     """
+    from mbit_launcher import here
     from mbit_launcher import submit as launcher
     from mbit_launcher.silence import Patience, Silent
+    from mbit_launcher.status import find_some
+    from mbit_launcher.submission import submissions
 
     patience, silences = Patience(), []
-    for run in runs:
+    for run in [one for folder in runs for one in find_some(folder)]:
         try:
-            print(launcher.cancel(run.absolute(), now, patience), flush=True)
+            print(launcher.cancel(run, now, patience) if submissions(run) else here.cancel(run, now), flush=True)
         except Silent as silence:  # what can be done without SLURM is done for every run
             silences.append(silence)
     if silences:
@@ -152,20 +205,21 @@ def logs(
     """Show what all ranks of a run's newest attempt have said; the first error first.
 
     Args:
-        run: run folder.
+        run: run folder, or the folder of a sweep. Of a run that was never submitted, the steps are shown.
         follow: go on as more comes, over restarts, until the run is over.
         lines: of each file, the last this many.
         attempt: of this attempt, as `status` and the logs name it: 12.0
     """
     from mbit_launcher.logs import main as show
+    from mbit_launcher.status import find_some
 
     if lines < 1:
         raise UserError(f"--lines {lines} has to be at least 1")
-    return show(run.absolute(), follow, lines, attempt)
+    return show(find_some(run), follow, lines, attempt)
 
 
 def cluster() -> int:
-    """A SLURM cluster on this machine, to try things on: up, down, crash, boot."""
+    """Profiles of clusters, and a SLURM cluster on this machine to try things on: profiles, up, down, crash, boot."""
     raise UserError("`megatron-bit cluster` needs a command; see `megatron-bit cluster --help`")
 
 
@@ -188,6 +242,17 @@ def cluster_up(folder: Folder, nodes: int = 3, cpus: int = 8, gpus: int = 0) -> 
     conf = up(folder, nodes, cpus, gpus)
     print(f"{nodes} nodes are up; for SLURM's commands and ours:\nexport SLURM_CONF={conf}")
     return 0
+
+
+def cluster_profiles(out: Path | None = None) -> int:
+    """List the cluster profiles and job scripts that come with this, or copy them, to change them for a cluster.
+
+    Args:
+        out: folder to copy them to; what was changed there is left alone.
+    """
+    from mbit_launcher.profiles import main as show
+
+    return show(out)
 
 
 def cluster_down(folder: Folder) -> int:
@@ -238,7 +303,8 @@ def _read(args: tuple[str, ...], cluster: Path | None, preset: str | None, sweep
         raise UserError("nothing to submit: give CONFIG.yaml, a run folder, or --preset")
     if cluster is None:
         raise UserError(
-            "--cluster CLUSTER.yaml is missing: partition, GPUs of a node and the like; see slurm/clusters/"
+            "--cluster CLUSTER.yaml is missing: partition, GPUs of a node and the like; `megatron-bit cluster profiles "
+            "--out DIR` has some to begin with"
         )
     overrides, changes = split_overrides(overrides)
     return load_profile(cluster, changes), sweep_configs(target, overrides, preset, sweep)

@@ -44,7 +44,7 @@ def train(
     """
     from megatron_bit.parallel import descriptors
     from megatron_bit.parallel.dims import ParallelDims
-    from megatron_bit.run.folder import resolve
+    from megatron_bit.run.folder import resolve, with_absolute_paths
 
     target, overrides = split(args, preset)
     if target is None and preset is None:
@@ -93,7 +93,7 @@ def train(
     console.outlive()
     from megatron_bit.training import job
 
-    return job.main(config)
+    return job.main(with_absolute_paths(config))
 
 
 def bench_step(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +13,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from megatron_bit.config.model import ModelConfig
 from megatron_bit.config.section import Section
 from megatron_bit.config.tree import Config
 from megatron_bit.config.yaml_file import read_yaml
 from megatron_bit.errors import UserError
 from megatron_bit.io.paths import user_location
+
+_AUTO = re.compile(r"auto(?: (\d{1,3}))?")  # of model.bits
 
 
 def preset_names() -> list[str]:
@@ -41,11 +45,13 @@ def load_config(
     overrides: Sequence[str] = (),
     preset: str | None = None,
     given: tuple[str, dict[str, Any]] | None = None,
+    fewest_bits: Callable[[str], int] | None = None,
 ) -> Config:
     """Merge the layers and validate.
 
     A YAML file may itself name a `preset`. `given` is one more layer, above the preset: what it is, and its tree.
     Paths are taken as users write them (paths.py) in the file and in overrides, and as they stand in `given`.
+    `fewest_bits` says for `model.bits: auto` how many a token of a data folder needs; without it no data is looked at.
     Raises UserError with one line: key, value, where it was set, what to do.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
@@ -67,7 +73,23 @@ def load_config(
     origin: dict[str, str] = {}
     for source, tree in layers:
         _merge(merged, tree, source, origin)
+    _settle_bits(merged, fewest_bits)
     return config_from_dict(merged, origin)
+
+
+def _settle_bits(tree: dict[str, Any], fewest_bits: Callable[[str], int] | None) -> None:
+    """`model.bits: auto` becomes a number, so that nothing behind here meets the word."""
+    said = _AUTO.fullmatch(str(tree.get("model", {}).get("bits")))
+    if said is None:
+        return
+    data = tree.get("data", {})
+    sources = data.get("sources")
+    first = sources[0] if isinstance(sources, list) and sources and isinstance(sources[0], Mapping) else {}
+    folder = data.get("path") or first.get("path")
+    if isinstance(folder, str) and folder and fewest_bits is not None:
+        tree["model"]["bits"] = fewest_bits(folder)
+    else:
+        tree["model"]["bits"] = int(said[1] or ModelConfig.model_fields["bits"].default)
 
 
 def config_from_dict(tree: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:

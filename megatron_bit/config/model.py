@@ -81,7 +81,8 @@ class MemoryConfig(Section):
 
 class ModelConfig(Section):
     bits: int = Field(default=16, ge=1, le=256)
-    """Bits of one token, B, at most 62 of tokens with an id. The vocabulary of the data has to fit: V <= 2^B."""
+    """Bits of one token, B, at most 62 of tokens with an id. The vocabulary of the data has to fit: V <= 2^B. `auto`
+    takes the fewest that the data in `data.path` needs, and 16 where none is named; `auto 12` takes 12 there."""
     code: Literal["binary", "gray", "random", "semantic", "raw"] = "binary"
     """How a token id becomes bits: the id itself, its Gray code, a seeded permutation (the negative control), or a code
     learned from the text of `data.path` (`megatron-bit codes DATA`), which makes bits cheaper to decide apart. `raw`:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bit.data.fit import code_path, missing_code
 from megatron_bit.data.manifest import Manifest
 from megatron_bit.errors import UserError
 from megatron_bit.io.files import PARTIAL, sync_folder
 from megatron_bit.io.strict_json import tree
 
-LEARNED = "semantic"  # the value of model.code
 FORMAT = "megatron_bit.code"
 VERSION = "1"
 TABLE = "table"
@@ -33,11 +33,6 @@ class LearnedCode:
     options: Mapping[str, Any]  # all that decides the table: the data's fingerprint, seed, sweeps, tokens
 
 
-def code_path(folder: Path, bits: int) -> Path:
-    """Where the trainer looks for the learned code of so many bits."""
-    return folder / "codes" / f"{LEARNED}-{bits}.safetensors"
-
-
 def load_code(manifest: Manifest, bits: int) -> LearnedCode:
     """The learned code of a data folder. Raises UserError: none there, damaged, of another tokenizer or size."""
     path = code_path(manifest.folder, bits)
@@ -45,10 +40,7 @@ def load_code(manifest: Manifest, bits: int) -> LearnedCode:
         with contextlib.suppress(FileNotFoundError):
             manifest.remote.copy(str(path.relative_to(manifest.folder)))
     if not path.exists():
-        raise UserError(
-            f"model.code=semantic needs {path}, which is not there; make it with "
-            f"`megatron-bit codes {manifest.folder} --bits {bits}`"
-        )
+        raise missing_code(manifest, bits)
     return read_code(path, manifest, bits)
 
 

@@ -246,7 +246,10 @@ def load_manifest(folder: Path | str, check_files: bool = True, options: RemoteC
     folder = Path(folder)
     path = folder / FILE_NAME
     if not folder.is_dir():
-        raise UserError(f"data folder {folder} does not exist; make it with `megatron-bit prepare`")
+        raise UserError(
+            f"data folder {folder} does not exist; if it has moved, say where (data.path=DIR or --data DIR), else make "
+            "it with `megatron-bit prepare`"
+        )
     if not path.is_file():
         raise UserError(f"{folder} has no {FILE_NAME}: `megatron-bit prepare` did not make it or did not finish")
     manifest = _parse(folder, path, str(path))

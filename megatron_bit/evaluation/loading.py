@@ -15,7 +15,7 @@ from megatron_bit.evaluation.models import BitModel, Model
 from megatron_bit.inference.generate import Generator
 from megatron_bit.inference.hf_names import WeightsOf
 from megatron_bit.run.checkpoints import read_meta
-from megatron_bit.run.folder import data_of, newest_checkpoint
+from megatron_bit.run.folder import newest_checkpoint, vocabulary_of
 
 
 def open_model(path: Path, data: str | None = None, weights: WeightsOf = "trained") -> Model:
@@ -39,7 +39,7 @@ def open_model(path: Path, data: str | None = None, weights: WeightsOf = "traine
     checkpoint = newest_checkpoint(path)
     meta = read_meta(checkpoint)
     config = config_from_dict(meta["config"])
-    home = data if config.model.code != "raw" and _moved(config, meta) else None
+    home = data if config.model.code != "raw" and _moved(config, meta, checkpoint) else None
     if config.model.head.kind == "softmax":
         model: Model = causal.from_checkpoint(path, checkpoint, home, weights)
     else:
@@ -54,10 +54,10 @@ def _model_type(folder: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _moved(config: Config, meta: Mapping[str, Any]) -> bool:
-    """Whether the run's own data folder is no longer there, is another one, or has another tokenizer by now."""
+def _moved(config: Config, meta: Mapping[str, Any], checkpoint: Path) -> bool:
+    """Whether the run's own tokenizer is no longer there, or is another one by now."""
     try:
-        manifest = load_manifest(data_of(config, "the checkpoint"), check_files=False)
+        manifest = load_manifest(vocabulary_of(config, checkpoint), check_files=False)
         manifest.checked_tokenizer_path()
     except UserError:
         return True

@@ -20,6 +20,7 @@ from megatron_bit.checkpoint.index import Rectangle
 from megatron_bit.checkpoint.save import file_name, write_part
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.data.corpus import open_corpus
+from megatron_bit.data.fit import fewest_bits
 from megatron_bit.errors import UserError
 from megatron_bit.inference.convert import check_free, give_name, temporary_folder
 from megatron_bit.io.files import sync_folder, write_atomic
@@ -28,6 +29,8 @@ from megatron_bit.model.codec import build_codec, learned_table
 from megatron_bit.model.init import draw
 from megatron_bit.optim.optimizer import EMA, STATES
 from megatron_bit.run import checkpoints as folders
+from megatron_bit.run.belongings import take_along
+from megatron_bit.run.folder import with_absolute_paths
 from megatron_bit.run.identity import identity
 from megatron_bit.run.state import TrainState
 
@@ -47,7 +50,9 @@ def to_run(source: Path, run: Path, file: str | None, overrides: tuple[str, ...]
     check_free(run)
     begin = time.perf_counter()
     weights = HuggingFaceWeights(source)
-    config = load_config(file, (*overrides, f"run={run}"), given=(str(source), weights.settings))
+    config = with_absolute_paths(
+        load_config(file, (*overrides, f"run={run}"), given=(str(source), weights.settings), fewest_bits=fewest_bits)
+    )
     config.data.check_set()
     corpus = open_corpus(config.data, config.model.block_size, check=True)
     manifest, softmax = corpus.manifest, config.model.head.kind == "softmax"
@@ -71,6 +76,7 @@ def to_run(source: Path, run: Path, file: str | None, overrides: tuple[str, ...]
             size = _write_checkpoint(folder / "checkpoints", weights, sized, meta)
             write_atomic(folder / "identity.json", json.dumps(mine, indent=1).encode())
             write_atomic(folder / "config.yaml", to_yaml(config).encode())
+            take_along(folder, config, manifest)
             sync_folder(folder)
             give_name(folder, run)
         sync_folder(run.parent)

@@ -20,7 +20,7 @@ from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table
 from megatron_bit.optim.optimizer import EMA
 from megatron_bit.run.checkpoints import check_undamaged, read_meta
-from megatron_bit.run.folder import data_of, newest_checkpoint
+from megatron_bit.run.folder import newest_checkpoint, vocabulary_of
 
 CODE_TABLE = "model.code_table"
 WeightsOf = Literal["trained", "ema"]
@@ -65,9 +65,7 @@ class Source:
             if data is not None:
                 raise UserError(f"--data {data} has no use here: {run} is of raw records, without a tokenizer")
             return
-        self.manifest: Manifest = load_manifest(
-            data or data_of(config, str(self.folder / "meta.json")), check_files=False
-        )
+        self.manifest: Manifest = load_manifest(data or vocabulary_of(config, self.folder), check_files=False)
         if self.manifest.tokenizer_sha256 != meta["identity"]["tokenizer"]:
             raise UserError(
                 f"the tokenizer of {self.manifest.folder} is not the one of {self.folder}; give the run's data folder"

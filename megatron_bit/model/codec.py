@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from megatron_bit.config import ModelConfig
 from megatron_bit.data.codes import load_code
+from megatron_bit.data.fit import check_fit, check_records
 from megatron_bit.data.manifest import Manifest
-from megatron_bit.errors import UserError
 
 
 def _binary(vocab_size: int, bits: int) -> Tensor:
@@ -50,30 +50,6 @@ def learned_table(code: str, manifest: Manifest, bits: int) -> Tensor | None:
         return None
     check_fit(manifest.vocab_size, bits)
     return None if code in CODES else torch.from_numpy(load_code(manifest, bits).table)
-
-
-def check_records(manifest: Manifest, code: str, bits: int) -> None:
-    """UserError if one of data and model is of raw records and the other is not, or of other ones."""
-    there = manifest.raw_bits
-    if there and (code, bits) != ("raw", there):
-        raise UserError(
-            f"{manifest.folder} holds records of {there} bits, and model.code is {code} with {bits} bits; set "
-            f"model.code=raw model.bits={there}"
-        )
-    if code == "raw" and not there:
-        raise UserError(
-            f"model.code is raw, and {manifest.folder} holds tokens of a vocabulary; make records with `megatron-bit "
-            f"prepare --raw-bits {bits}`, or set model.code=binary"
-        )
-
-
-def check_fit(vocab_size: int, bits: int) -> None:
-    """UserError if the vocabulary has more tokens than there are codes of `bits` bits."""
-    if vocab_size > 2**bits:
-        raise UserError(
-            f"model.bits {bits} is too small: the data has a vocabulary of {vocab_size} tokens and {bits} bits "
-            f"make {2**bits} codes; set model.bits={(vocab_size - 1).bit_length()}"
-        )
 
 
 def build_codec(config: ModelConfig, vocab_size: int, learned: Tensor | None = None) -> Codec | RawCodec:

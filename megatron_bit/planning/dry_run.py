@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_bit.config import Config
-from megatron_bit.data.manifest import load_manifest
+from megatron_bit.data.fit import check_data
+from megatron_bit.data.manifest import FILE_NAME, Manifest, load_manifest
 from megatron_bit.errors import UserError
 from megatron_bit.io import trust
 from megatron_bit.parallel.dims import ParallelDims
 from megatron_bit.parallel.split import head_flops, head_passes, layer_flops, split_layers, train_flops
 from megatron_bit.planning.memory import memory_per_rank
 from megatron_bit.planning.parameters import parameter_counts
+from megatron_bit.run import belongings
 
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:
@@ -55,17 +58,35 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The configuration with the vocabulary that a softmax head has to know: of the data, if there is some."""
-    if config.model.head.kind != "softmax" or (config.model.vocab_size is not None and not config.data.folders[0]):
-        return config
-    if not config.data.folders[0]:
+    """The configuration, once it is known to go with its data, with the vocabulary that a softmax head has to know.
+
+    Data that are not on this machine are asked for a vocabulary alone. Raises UserError: the data are of another kind,
+    or have a vocabulary that the model's bits cannot hold, or no code as the model's.
+    """
+    folder, softmax = config.data.folders[0], config.model.head.kind == "softmax"
+    if softmax and not folder:
+        if config.model.vocab_size is not None:
+            return config
         raise UserError(
             "a softmax head is as large as the vocabulary: give data.path=DIR, or for example model.vocab_size=32000"
         )
+    if not softmax and (trust.acts(folder) or not (Path(folder) / FILE_NAME).is_file()):
+        return config
     trust.check()
-    manifest = load_manifest(config.data.folders[0], check_files=False)
-    manifest.need_vocabulary("model.head.kind=softmax")
-    return config.with_vocab_size(manifest.vocab_size)
+    manifest = _manifest(config)
+    check_data(config.model, manifest)
+    return config.with_vocab_size(manifest.vocab_size) if softmax else config
+
+
+def _manifest(config: Config) -> Manifest:
+    """Of the data; should they have moved, of what the run has kept of them."""
+    try:
+        return load_manifest(config.data.folders[0], check_files=False)
+    except UserError:
+        own = belongings.of_run(Path(config.run))
+        if own is None:
+            raise
+        return load_manifest(own, check_files=False)
 
 
 def render(plan: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 RUN/config.yaml         resolved configuration of the newest start
 RUN/starts/0000.yaml    resolved configuration of every start
+RUN/tokenizer/          tokenizer and code of the data, copied (belongings.py)
 RUN/identity.json       what may not change: model, data, order of samples
 RUN/checkpoints/        complete checkpoints
 RUN/log.jsonl           one record a step
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bit.config import Config, load_config, read_yaml, to_yaml
+from megatron_bit.data.fit import fewest_bits
 from megatron_bit.errors import UserError
 from megatron_bit.io import strict_json, trust
 from megatron_bit.io.files import write_atomic
-from megatron_bit.run import rewind
+from megatron_bit.run import belongings, rewind
 from megatron_bit.run.checkpoints import checkpoints_of, read_meta, sweep
 from megatron_bit.run.identity import compare_run, of_checkpoint, of_folder
 from megatron_bit.run.lock import RunLock
@@ -118,14 +120,14 @@ def resolve(target: str | None, overrides: tuple[str, ...], preset: str | None) 
         if preset is not None:
             raise UserError(f"--preset {preset} has no use here: {target} is a run, which has its configuration")
         return resolve_file(saved, (*overrides, f"run={target}"))
-    return load_config(target, overrides, preset)
+    return load_config(target, overrides, preset, fewest_bits=fewest_bits)
 
 
 def resolve_file(saved: Path, overrides: tuple[str, ...]) -> Config:
     """The configuration that a start has written down. It is resolved, and may be somebody else's: no path in it is
     expanded, and what it would run or fetch is doubted until `trust.check`."""
     given = (str(saved), read_yaml(saved, "configuration", "give another run"))
-    config = load_config(None, overrides, given=given)
+    config = load_config(None, overrides, given=given, fewest_bits=fewest_bits)
     doubt(config, str(saved))
     return config
 
@@ -144,6 +146,30 @@ def data_of(config: Config, where: str) -> str:
     trust.doubt(folder, where, "--data {}")
     trust.check()
     return folder
+
+
+def vocabulary_of(config: Config, checkpoint: Path) -> str:
+    """The folder that has the tokenizer and the code of a checkpoint: the run's own, or else the data. UserError as
+    `data_of`."""
+    own = belongings.of_run(checkpoint.absolute().parents[1])
+    return data_of(config, str(checkpoint / "meta.json")) if own is None else str(own)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with every path but `run` absolute, so that the run goes on from any folder. What is behind a
+    URL or a command, and a name that is no file, stays."""
+
+    def place(name: str) -> str:
+        return name if not name or trust.acts(name) else str(Path(name).absolute())
+
+    data, start = config.data, config.train.init_from
+    sources = tuple(source.model_copy(update={"path": place(source.path)}) for source in data.sources)
+    remote = data.remote.model_copy(update={"cache": place(data.remote.cache)})
+    data = data.model_copy(update={"path": place(data.path), "sources": sources, "remote": remote})
+    start = place(start) if start is not None and Path(start).exists() else start
+    train = config.train.model_copy(update={"init_from": start})
+    checkpoint = config.checkpoint.model_copy(update={"mirror": place(config.checkpoint.mirror)})
+    return config.model_copy(update={"data": data, "train": train, "checkpoint": checkpoint})
 
 
 def newest_checkpoint(run: Path) -> Path:

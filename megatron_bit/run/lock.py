@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,46 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that trains a run, or was the last to."""
+
+    host: str
+    pid: int
+    since: str
+    slurm_job: str | None
+    alive: bool | None  # None: it is of another host, and cannot be asked from here
+
+
+def holder(run: Path) -> Holder | None:
+    """Who has taken the lock of a run; None where nobody has, or the file is no record of it.
+
+    Looks only: to try the lock would take it for a moment, in which the run could not begin.
+    """
+    path = run / "lock"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        host, pid, job = str(said["host"]), int(said["pid"]), said.get("slurm_job")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    alive = _has_open(pid, path) if host == socket.gethostname() else None
+    return Holder(host, pid, str(said.get("since", "")), None if job is None else str(job), alive)
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process of this machine has a file open: another may have got the number of one that has ended."""
+    try:
+        there = os.stat(path)
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                mine = os.stat(f"/proc/{pid}/fd/{name}")
+                if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+                    return True
+    except OSError:
+        pass
+    return False
 
 
 def _named(holder: str) -> str:

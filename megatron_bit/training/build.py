@@ -17,6 +17,7 @@ from megatron_bit.model.codec import learned_table
 from megatron_bit.optim.build import build_optimizer
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.run.belongings import take_along
 from megatron_bit.run.folder import claim
 from megatron_bit.run.identity import identity
 from megatron_bit.run.lock import RunLock
@@ -39,6 +40,7 @@ def build(config: Config, groups: Groups) -> Trainer:
     on_rank0(functools.partial(claim, config, mine, lock))
     mirror = open_mirror(config, mine)
     start = find_start(config, mine, mirror, groups)
+    on_rank0(functools.partial(take_along, Path(config.run), config, manifest))
     config = config.with_vocab_size(manifest.vocab_size)  # not before: RUN/config.yaml is what was asked for
     optimizer = build_optimizer(config, chunks, groups)
     state = start.load(config, optimizer, groups)

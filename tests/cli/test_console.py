@@ -67,3 +67,13 @@ def test_a_lost_terminal_saves(train_args: Any, tmp_path: Path) -> None:
     job.wait_for("step 30/")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 85
+
+
+@pytest.mark.parametrize("words", [["plan", "--preset", "8b", "--nodes", "8"], ["config"]])
+def test_a_reader_that_leaves_is_no_failure(words: list[str]) -> None:
+    """`megatron-bit plan ... | head -0`: what other programs do then."""
+    process = subprocess.Popen([COMMAND, *words], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""

@@ -12,7 +12,8 @@ from gloo_ranks import run_ranks
 from mbit_data.codes import CodeOptions, learn
 from safetensors.numpy import load_file
 
-from megatron_bit.data.codes import code_path, load_code
+from megatron_bit.data.codes import load_code
+from megatron_bit.data.fit import code_path
 from megatron_bit.data.manifest import load_manifest
 from megatron_bit.errors import UserError
 from megatron_bit.inference.convert import to_hf

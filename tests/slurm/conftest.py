@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
 import tiny_runs
 
@@ -61,8 +62,7 @@ PROFILE = {
 def stand_in(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """stand_in(mode, steps, profile keys) -> a run whose trainer is stand_in.py: no torch, a step takes 0.2 s."""
     data = tmp_path_factory.mktemp("no") / "data"
-    data.mkdir()
-    (data / "manifest.json").write_text("{}")
+    manifests.bare(data)
 
     def make(mode: str = "", steps: int = 12, name: str = "run", **profile: Any) -> Run:
         config = {

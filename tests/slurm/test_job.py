@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import email
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import yaml
 from mbit_launcher import minicluster
-from on_cluster import CHEAP, Run, Stage, all_but, cheap, command, slurm
+from on_cluster import CHEAP, COMMAND, Run, Stage, all_but, cheap, command, slurm
 
 
 @cheap
@@ -162,6 +164,45 @@ def a_sweep_is_one_array(stage: Stage) -> None:
     assert len(rows) == 3 and all("finished" in row for row in rows[1:])
     lr = [yaml.safe_load((f / "slurm/0000/config.yaml").read_text())["optim"]["lr"] for f in folders]
     assert lr == [1e-3, 3e-4]
+    assert command("resume", run.folder) == "".join(f"{folder}: finished\n" for folder in folders)
+
+
+@cheap
+def a_sweep_is_watched_ended_and_resumed_by_its_folder(stage: Stage) -> None:
+    run = stage.stand_in(steps=60)
+    run.submit("--sweep", "optim.lr=1e-3,3e-4")
+    runs = [Run(run.folder / name, run.config, run.profile) for name in ("optim.lr=1e-3", "optim.lr=3e-4")]
+    for one in runs:
+        one.wait(lambda r: r.step() >= 2)
+    said = command("cancel", run.folder)
+    for one, line in zip(runs, said.splitlines(), strict=True):
+        assert str(one.folder) in line and "saves and ends" in line
+    for one in runs:
+        assert one.wait_until_over() == ["stopped"]
+    text = command("logs", run.folder)
+    assert [line for line in text.splitlines() if line.startswith("==== ")] == [f"==== {one.folder}" for one in runs]
+    assert text.count(": stopped: a STOP file") == 2
+    command("logs", run.folder, "--attempt", "1.0", code=2)
+    resumed = command("resume", run.folder)
+    assert [line.split(": ")[1] for line in resumed.splitlines()] == [str(one.folder) for one in runs]
+    followed = command("logs", "-f", run.folder, timeout=300)
+    for one in runs:
+        assert one.wait_until_over() == ["stopped", "finished"]
+        assert any(line.startswith(f"{one.folder.name} job ") and "finished" in line for line in followed.splitlines())
+
+
+@cheap
+def text_is_prepared_by_an_array(stage: Stage) -> None:
+    """slurm/prepare.sbatch as it is shipped, on a cluster as `cluster up` makes it."""
+    folder = stage.stand_in(name="prepare").folder
+    text = str(Path(email.__file__).parent)
+    command("cluster", "profiles", "--out", folder / "profiles")
+    program = ("--export", f"ALL,MEGATRON_BIT={COMMAND}", "--output", f"{folder}/%A-%a.log", "--parsable", "--wait")
+    script = str(folder / "profiles" / "prepare.sbatch")
+    slurm("sbatch", *program, "--array=0-1", script, f"{folder}/data", text, "--vocab-size", "421")
+    slurm("sbatch", *program, script, "--join", f"{folder}/data")
+    assert "train-0001-000000.tar" in {path.name for path in (folder / "data").iterdir()}
+    command("data", "verify", folder / "data")
 
 
 @cheap

@@ -176,6 +176,25 @@ def a_stop_file_stops_it(stage: Stage) -> None:
     assert f"a STOP file; saved at step {step}" in text
 
 
+@dear
+def a_sweep_whose_last_task_crashes(stage: Stage) -> None:
+    """SLURM gives the last task of an array the array's own number, by which it answers for all of them: what one task
+    asks about itself, and its way back into the queue, may not be about the others."""
+    values = ["1e-3", "5e-4", "2e-4"]
+    run = stage.real("sweep", {"parallel.tp": 1}, pace=0.3, nodes=1)
+    run.profile["environment"]["MBIT_TEST_CRASH"] = "optim.lr=2e-4@9"
+    run.submit("--sweep", f"optim.lr={','.join(values)}")
+    one, two, last = (Run(run.folder / f"optim.lr={value}", run.config, run.profile) for value in values)
+    assert last.wait_until_over(2 * START) == ["crashed", "finished"], last.everything()
+    first, second = last.attempts()
+    assert "planted_crash" in first["reason"] and (first["step"], second["from_step"]) == (8, 5)
+    for other in (one, two):  # neither ended nor begun again
+        assert other.wait_until_over(START) == ["finished"], other.everything()
+    assert len({tuple(loss for *_, loss in log(r)) for r in (one, two, last)}) == 3
+    for r in (one, two, last):
+        assert [step for step, *_ in log(r)] == list(range(1, STEPS + 1)) and (r.folder / "FINISHED").exists()
+
+
 @background
 def time_limits_met(stage: Stage) -> None:
     """SLURM looks at limits every 30 s: USR1 comes 60 to 90 s after the start, and at 5 s a step no attempt can end the

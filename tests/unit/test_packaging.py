@@ -75,6 +75,8 @@ def test_wheel(wheel: Path) -> None:
     for name in ("125m", "1b", "8b", "laptop"):
         assert f"megatron_bit/presets/{name}.yaml" in names
     assert "mbit_launcher/job.sh" in names
+    shipped = {name.removeprefix("mbit_launcher/slurm_files/") for name in names if "/slurm_files/" in name}
+    assert shipped == {p.relative_to(ROOT / "slurm").as_posix() for p in (ROOT / "slurm").rglob("*") if p.is_file()}
     sources = {p.relative_to(ROOT / "megatron_bit").as_posix() for p in (ROOT / "megatron_bit").rglob("*.py")}
     assert {f"megatron_bit/{s}" for s in sources} <= set(names)
     (metadata,) = [n for n in names if n.endswith("entry_points.txt")]
@@ -96,6 +98,9 @@ def test_the_demo_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None
         [here, "-c", "import megatron_bit; print(megatron_bit.__file__)"], cwd=tmp_path, capture_output=True, text=True
     )
     assert Path(where.stdout.strip()).is_relative_to(environment), where.stderr
+    profiles = [environment / "bin" / "megatron-bit", "cluster", "profiles", "--out", "profiles"]
+    subprocess.run(profiles, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "profiles" / "cpu.yaml").read_text() == (ROOT / "slurm" / "clusters" / "cpu.yaml").read_text()
     command = [environment / "bin" / "megatron-bit", "demo", "--quick", "--out", "demo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

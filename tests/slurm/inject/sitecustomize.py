@@ -2,6 +2,7 @@
 
 Every rank appends what it trains on to RUN/consumed/rank-00000.jsonl, a line a step. MBIT_TEST_PACE: seconds that a
 step takes longer, in the first attempt, the second and so on: 5,5,0. MBIT_TEST_HANG=1@7: rank 1 hangs in step 7, once.
+MBIT_TEST_CRASH=NAME@7: the last rank of the run in the folder NAME fails in step 7, once.
 """
 
 import importlib.abc
@@ -31,6 +32,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _watch(trainer_class):
     plain, rank = trainer_class.train_step, int(os.environ["RANK"])
     paces, hang = os.environ["MBIT_TEST_PACE"].split(","), os.environ.get("MBIT_TEST_HANG", "")
+    crash = os.environ.get("MBIT_TEST_CRASH", "")
     pace = float(paces[min(int(os.environ["MBIT_ATTEMPT"].partition(".")[2]), len(paces) - 1)])
 
     def train_step(self, batches):
@@ -40,6 +42,13 @@ def _watch(trainer_class):
             (run / "hung-once").touch()
             while True:
                 time.sleep(1)  # planted_hang
+        if (
+            crash == f"{run.name}@{step}"
+            and rank == int(os.environ["WORLD_SIZE"]) - 1
+            and not (run / "crashed").exists()
+        ):
+            (run / "crashed").touch()
+            raise RuntimeError("planted_crash")
         plain(self, batches)
         folder = run / "consumed"
         folder.mkdir(exist_ok=True)

@@ -20,7 +20,8 @@ from mbit_data.codes import CodeOptions, compare, learn, render
 
 from megatron_bit.commands.codes import codes
 from megatron_bit.commands.data import prepare
-from megatron_bit.data.codes import code_path, load_code, read_code, table_of, write_code
+from megatron_bit.data.codes import load_code, read_code, table_of, write_code
+from megatron_bit.data.fit import code_path
 from megatron_bit.data.manifest import Manifest, load_manifest
 from megatron_bit.errors import UserError
 from megatron_bit.model.codec import Codec, learned_table

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mbit_launcher import profiles
 from mbit_launcher.profile import ClusterProfile, load_profile, split_overrides
 from mbit_launcher.render import render
 from mbit_launcher.submission import Submission
@@ -46,7 +47,7 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as error:
         _profile(tmp_path, text if "per_node" in text or text[0] == "-" else f"{text}\nranks_per_node: 2")
     assert all(part in str(error.value) for part in BAD[text]), error.value
-    with pytest.raises(UserError, match=r"slurm/clusters/ has examples"):
+    with pytest.raises(UserError, match=r"`megatron-bit cluster profiles` has examples"):
         load_profile(tmp_path / "none.yaml")
 
 
@@ -154,3 +155,21 @@ def test_a_value_is_one_line_of_text(key: str, value: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"control character|special characters are not allowed") as said:
         load_profile(path)
     assert "\n" not in str(said.value)
+
+
+def test_the_shipped_profiles_are_copied_and_never_over_changed_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert profiles.main(None) == 0
+    listed = capsys.readouterr().out
+    for _ in range(2):  # the same again changes nothing
+        assert profiles.main(tmp_path / "mine") == 0
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {"cpu.yaml", "a100-modules.yaml", "h100-pyxis.yaml", "prepare.sbatch"}
+    assert all(name in listed for name in names)
+    for name in names - {"prepare.sbatch"}:
+        load_profile(tmp_path / "mine" / name)
+    (tmp_path / "mine" / "cpu.yaml").write_text("nodes: 1\n")
+    with pytest.raises(UserError, match=r"mine/cpu.yaml is there, and is not the shipped one"):
+        profiles.main(tmp_path / "mine")
+    assert (tmp_path / "mine" / "cpu.yaml").read_text() == "nodes: 1\n"

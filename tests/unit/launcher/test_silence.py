@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import manifests
 import pytest
 from mbit_launcher import attempts, logs, queueing, silence, slurm, status
 from mbit_launcher.profile import ClusterProfile
@@ -73,8 +74,7 @@ def _programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "manifest.json").write_text("{}")
+    manifests.bare(tmp_path / "data")
     return load_config(None, [f"run={tmp_path / 'run'}", f"data.path={tmp_path / 'data'}"], "laptop")
 
 
@@ -191,7 +191,7 @@ def test_cancel_and_logs(
     assert (controller / "cancelled").read_text() == "12\n" and _queue(controller) == []
     monkeypatch.setattr(logs, "_POLL_SECONDS", 0.0)
     (controller / "silent").write_text("3")
-    assert logs.main(run, follow=True, lines=9, attempt=None) == 0
+    assert logs.main([run], follow=True, lines=9, attempt=None) == 0
     said = "squeue has had no answer (Socket timed out on send/recv operation): following on\n"
     assert capsys.readouterr().err == said and (controller / "silent").read_text() == "0\n"
 

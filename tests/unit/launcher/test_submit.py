@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
 import yaml
 from mbit_launcher import slurm, status, submission
@@ -22,8 +23,7 @@ PROFILE = ClusterProfile(nodes=2, ranks_per_node=2)
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "manifest.json").write_text("{}")
+    manifests.bare(tmp_path / "data")
     return _with({}, tmp_path)
 
 
@@ -45,6 +45,9 @@ REFUSED = {
     "data.path=": r"data.path is not set",
     "model.hidden_size=8192": r"a rank needs about [\d.]+ GiB, and cluster.gpu_memory_gib is 2: raise parallel.tp",
     "run=a\\b": r"backslash",
+    "model.bits=11": r"^model.bits 11 is too small: the data has a vocabulary of 4096 tokens .*; set model.bits=12",
+    "model.code=semantic": r"^model.code=semantic needs .*semantic-12.safetensors, which is not there; make it with",
+    "model.code=raw": r"^model.code is raw, and .*data holds tokens of a vocabulary",
 }
 
 
@@ -175,6 +178,15 @@ def test_the_state_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     state, diff = submission.code_state()
     assert len(state["commit"]) == 40 and state["changed"] and state["untracked"] == ["new"]
     assert "-one\n+two\n" in diff
+
+
+def test_a_task_of_an_array_has_a_name_of_its_own(config: Config) -> None:
+    """SLURM tells the number of the whole array, also to whom asks by the token: by it every task would be meant."""
+    made = submission.create(config, PROFILE)
+    made.ask_job("mbit-0123456789abcdef", made.logs, 2)
+    assert [made.task_name("mbit-0123456789abcdef", job) for job in ("12", "12_2")] == ["12_2", "12_2"]
+    made.ask_job("mbit-0123456789abcde0", made.logs)
+    assert made.task_name("mbit-0123456789abcde0", "12") == "12"
 
 
 def test_sweeps(config: Config, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_model_that_does_not_fit_says_how_much_it_needs() -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"plan needs CONFIG.yaml or --preset"):
+    with pytest.raises(UserError, match=r"plan needs CONFIG.yaml, a run folder or --preset"):
         plan()
     with pytest.raises(UserError, match=r"--device b200 is not known; choose one of a100, h100, h200"):
         plan((), preset="laptop", device="b200")

@@ -1,0 +1,146 @@
+"""Runs that no SLURM job trains, but a process that somebody has started: who, how far, and how to end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mbit_launcher import heartbeats
+from megatron_bit.errors import UserError
+from megatron_bit.run.lock import Holder, holder
+
+SILENT_SECONDS = 600.0  # a rank on another machine that has not been heard for so long is taken for gone
+_FINAL = ("DIVERGED", "RANK_LOST")  # what a run says of itself at its end
+
+
+def training(run: Path) -> Holder | None:
+    """The process that trains a run now; None if none does, as far as it can be known from here."""
+    held = holder(run)
+    if held is None or held.alive is False:
+        return None
+    if held.alive is None and not _heard(run):
+        return None
+    return held
+
+
+def _heard(run: Path) -> bool:
+    beats = heartbeats.read(run)
+    return any(not beat.ended and time.time() - beat.time < SILENT_SECONDS for beat in beats)
+
+
+def state(run: Path) -> tuple[str, str, str]:
+    """(state, host, reason) of a run that was never submitted."""
+    held = training(run)
+    if held is not None:
+        return "running", held.host, f"process {held.pid}" + ("" if held.alive else f" on {held.host}, by its files")
+    if (run / "FINISHED").exists():
+        return "finished", "", ""
+    for name in _FINAL:
+        if (run / name).exists():
+            return "failed", "", f"{name}: {_text(run / name)}"
+    beats = heartbeats.read(run)
+    if not beats:
+        return "not started", "", ""
+    ended = all(beat.ended for beat in beats)
+    return "stopped" if ended else "ended", "", f"`megatron-bit train {run}` goes on"
+
+
+def ranks(run: Path) -> int:
+    """With how many ranks the run was trained last; 1 where it is not known."""
+    starts = [path.stat().st_mtime for path in (run / "starts").glob("*.yaml")]
+    return max(1, sum(beat.time >= max(starts, default=0.0) for beat in heartbeats.read(run)))
+
+
+def cancel(run: Path, now: bool) -> str:
+    """Ask the process that trains a run to save and end, or kill it with `now`. Returns what was done.
+
+    Raises UserError: it is on another machine, or is not ours to end.
+    """
+    held = training(run)
+    if held is None:
+        return f"{run}: no process trains it"
+    if not held.alive:
+        raise UserError(
+            f"{run} is trained by process {held.pid} on {held.host}, which cannot be ended from here; call this there"
+        )
+    try:
+        os.kill(held.pid, signal.SIGKILL if now else signal.SIGTERM)
+    except ProcessLookupError:
+        return f"{run}: no process trains it"
+    except PermissionError:
+        raise UserError(f"{run} is trained by process {held.pid}, which is another user's") from None
+    done = "was killed" if now else "saves and ends after its step (--now does not wait for it)"
+    return f"{run}: process {held.pid} {done}"
+
+
+class Log:
+    """What a run writes of its steps and validations, as lines that come."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._seen, self.over = run, dict[Path, int](), False
+
+    def last(self, lines: int) -> list[str]:
+        """What it says of its end, if it has one, and its last lines."""
+        said = [f"{name}: {_text(self._run / name)}" for name in _FINAL if (self._run / name).exists()]
+        return said + list(_new(self._run, self._seen))[-lines:]
+
+    def more(self) -> list[str]:
+        """The lines that have come since; `over` says whether more can."""
+        over = training(self._run) is None  # asked first: what it has written by then is read
+        found = list(_new(self._run, self._seen))
+        self.over = over
+        return found
+
+
+def _new(run: Path, seen: dict[Path, int]) -> Iterator[str]:
+    """What has come to the log and the validations since, in the order of steps."""
+    found = [(int(r.get("step", 0)), 0, _step(r)) for r in _records(run / "log.jsonl", seen)]
+    found += [(int(r.get("step", 0)), 1, _validation(r)) for r in _records(run / "validation.jsonl", seen)]
+    return (text for *_, text in sorted(found))
+
+
+def _records(path: Path, seen: dict[Path, int]) -> list[dict[str, Any]]:
+    """Whole lines alone: what is being written is for the next time."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(seen.get(path, 0))
+            data = file.read()
+    except OSError:
+        return []
+    whole = data[: data.rfind(b"\n") + 1]
+    seen[path] = seen.get(path, 0) + len(whole)
+    records = []
+    for line in whole.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _step(record: dict[str, Any]) -> str:
+    shown = {key: record.get(key) for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
+    return f"step {record['step']}  " + "  ".join(f"{key} {_number(value)}" for key, value in shown.items())
+
+
+def _validation(record: dict[str, Any]) -> str:
+    value, error = record.get("nats_per_token_bound"), record.get("standard_error")
+    return f"step {record['step']}  validation {_number(value)} +- {_number(error)} nats/token"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
+def _text(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(encoding="utf-8", errors="replace").split())[:500]
+    except OSError:
+        return ""
