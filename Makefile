@@ -1,9 +1,9 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.11 or 3.12: environment, packages, run.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-# On a GPU machine: make TORCH=torch==2.11.0 EXTRAS=dev,data,serve,gpu ...
+# On a GPU machine: make TORCH=torch==2.11.0 EXTRAS=dev,data,serve,wandb,mlflow,plot,gpu ...
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,data,serve
+EXTRAS ?= dev,data,serve,wandb,mlflow,plot
 BIN := .venv/bin
 TEXT ?= stdlib
 DEMO ?= demo

@@ -18,6 +18,7 @@ from megatron_bit.commands.data import bench_data, inspect, prepare, verify
 from megatron_bit.commands.evaluation import evaluate
 from megatron_bit.commands.inference import bench_generate, convert, generate, serve
 from megatron_bit.commands.planning import plan
+from megatron_bit.commands.plot import plot
 from megatron_bit.commands.slurm import (
     cancel,
     chain,
@@ -65,6 +66,7 @@ COMMANDS = {
     "serve": serve,
     "convert": convert,
     "evaluate": evaluate,
+    "plot": plot,
     "data": data,
     "checkpoint": checkpoint,
     "bench": bench,

@@ -42,7 +42,7 @@ SETTINGS = {
     "optim.warmup_steps": 2,
     "optim.grad_clip": 0.5,  # active, so that a wrong global norm shows in the weights
     "optim.head_lr_scale": 0.7,
-    "log.tensorboard": False,
+    "log.to": [],
     "parallel.timeout_minutes": 1.5,
 }
 

@@ -134,7 +134,7 @@ def training(device: torch.device) -> list[Row]:
         folder = Path(name)
         data = _data(folder)
         sizes = ["model.hidden_size=128", "model.ffn_hidden_size=256", "model.num_layers=2", "data.seq_length=128",
-                 "train.steps=4", "train.global_batch_size=4", "log.every=1", "log.tensorboard=false",
+                 "train.steps=4", "train.global_batch_size=4", "log.every=1", "log.to=[]",
                  "optim.warmup_steps=1", f"data.path={data}"]  # fmt: skip
         _train(folder / "cpu", [*sizes, "train.precision=fp32", "checkpoint.initial=true"], "cpu")
         wanted = _losses(folder / "cpu")
@@ -179,7 +179,7 @@ def waits(device: torch.device) -> list[Row]:
     Trainer.train_step = step  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         data = _data(Path(name))
-        words = [f"data.path={data}", f"run={name}/run", "train.steps=4", "log.tensorboard=false"]
+        words = [f"data.path={data}", f"run={name}/run", "train.steps=4", "log.to=[]"]
         job.main(load_config(preset="laptop", overrides=words))
     # the log's values of the step before, whether it was skipped; DeepSpeed is not in it (one rank: ZeRO-0)
     return [{"wait": place, "right": place.startswith("trainer.py")} for place in seen] or [{"wait": "none"}]

@@ -141,7 +141,7 @@ def _run(
     run = out / "runs" / f"{rung.slug}{width}-{seed}"
     _refuse_others(run, config, ("train.steps",) if not budgets else ())
     arguments = [
-        "--preset", "laptop", *settings, "parallel.tp=1", "parallel.pp=1", "log.tensorboard=false",
+        "--preset", "laptop", *settings, "parallel.tp=1", "parallel.pp=1", "log.to=[]",
         "evaluate.initial=false",
     ]  # fmt: skip
     if budgets:

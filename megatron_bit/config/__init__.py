@@ -8,6 +8,7 @@ from megatron_bit.config.diffusion import DiffusionConfig
 from megatron_bit.config.load import config_from_dict, leaves, load_config, preset_names, to_yaml, validated
 from megatron_bit.config.model import MemoryConfig, ModelConfig
 from megatron_bit.config.section import Section
+from megatron_bit.config.train import LogConfig
 from megatron_bit.config.tree import Config
 from megatron_bit.config.yaml_file import TextYaml, read_yaml
 
@@ -15,6 +16,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DiffusionConfig",
+    "LogConfig",
     "MemoryConfig",
     "ModelConfig",
     "RemoteConfig",

@@ -72,7 +72,7 @@ def load_config(
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, tree in layers:
-        _merge(merged, tree, source, origin)
+        _merge(merged, _renewed(tree), source, origin)
     _settle_bits(merged, fewest_bits)
     return config_from_dict(merged, origin)
 
@@ -94,7 +94,16 @@ def _settle_bits(tree: dict[str, Any], fewest_bits: Callable[[str], int] | None)
 
 def config_from_dict(tree: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:
     """Validate a plain tree; UserError with one line on the first thing that is wrong."""
-    return validated(Config, tree, origin or {})
+    return validated(Config, _renewed(tree), origin or {})
+
+
+def _renewed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with the keys of today: configurations of before are read as they were meant."""
+    log = tree.get("log")
+    if not isinstance(log, Mapping) or not isinstance(log.get("tensorboard"), bool):
+        return dict(tree)
+    rest = {key: value for key, value in log.items() if key != "tensorboard"}
+    return {**tree, "log": {"to": ["tensorboard"] if log["tensorboard"] else [], **rest}}
 
 
 S = TypeVar("S", bound=Section)

@@ -77,5 +77,6 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every: int = Field(default=10, ge=1)
     """Steps between progress lines; the JSON-lines log has a record for every step."""
-    tensorboard: bool = True
-    """Write tensorboard scalars, with tokens on the x axis."""
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where losses, rates, MFU, memory and validations are shown as well: `tensorboard` in RUN/tensorboard; `wandb` and
+    `mlflow` as their own environment variables say (docs/tracking.md). `[]`: nowhere but in the run's own logs."""

@@ -127,6 +127,16 @@ class Config(Section):
         return len(self.model.group_sizes) if self.model.head.kind == "chain" else self.diffusion.noise_samples
 
     @property
+    def exact(self) -> bool:
+        """Whether the nats per token are the model's own, and no upper bound of them."""
+        return self.model.head.kind != "diffusion"
+
+    @property
+    def loss_is_exact(self) -> bool:
+        """Whether those nats are the training loss itself."""
+        return self.exact and not self.diffusion.noisy_every
+
+    @property
     def start_blocks(self) -> int | None:
         """Tokens of the blocks in which batches say where documents begin; None: nothing asks for it."""
         return None if self.data.document_boundaries == "ignore" else self.model.block_size

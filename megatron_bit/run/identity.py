@@ -56,7 +56,7 @@ _KINDS: dict[Kind, str] = {
         fp8.recipe fp8.amax_history fp8.first_layers_bf16 fp8.last_layers_bf16
         evaluate.every evaluate.initial evaluate.samples evaluate.noise_samples
         checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.background checkpoint.initial
-        checkpoint.mirror log.every log.tensorboard
+        checkpoint.mirror log.every log.to
     """,
 }
 KINDS: dict[str, Kind] = {key: kind for kind, keys in _KINDS.items() for key in keys.split()}

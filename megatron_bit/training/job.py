@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -46,9 +47,26 @@ def main(config: Config) -> int:
         if other is error:
             raise
         raise other from None
+    if groups.rank == 0 and trainer.state.step >= config.train.steps:
+        print(_next(config), flush=True)
     trainer.lock.release()
     process_groups.shutdown()
     return EXIT_PREEMPTED if trainer.preempted else 0
+
+
+def _next(config: Config) -> str:
+    """What to do with a run that is finished."""
+    run = shlex.quote(config.run)
+    records = config.model.code == "raw"
+    return "\n".join(
+        (
+            f"{config.run} is finished. Next:",
+            f"  megatron-bit generate {run}{'' if records else ' --prompt TEXT'}",
+            f"  megatron-bit evaluate {run}",
+            f"  megatron-bit plot {run}",
+            f"  megatron-bit convert {run} --to hf DIR",
+        )
+    )
 
 
 def _last(error: Exception, config: Config) -> Exception:

@@ -17,6 +17,8 @@ from megatron_bit.config import Config
 from megatron_bit.optim.optimizer import Optimizer
 from megatron_bit.parallel.agree import on_every_rank, on_rank0
 from megatron_bit.parallel.groups import Groups
+from megatron_bit.parallel.split import train_flops
+from megatron_bit.planning.parameters import parameter_counts
 from megatron_bit.run import rewind
 from megatron_bit.run.folder import record_start
 from megatron_bit.run.identity import compare_run, of_checkpoint
@@ -54,7 +56,19 @@ class Start:
                 said = f"continuing {self.checkpoint} at step {state.step} {took}"
             said += f", behind sample {state.samples} (rewind {state.rewinds})" if gone_back else ""
             print(f"{config.run}: {groups.dims}, ZeRO-{groups.dims.zero_stage} on {device}; {said}", flush=True)
+            print(_banner(config), flush=True)
         return state
+
+
+def _banner(config: Config) -> str:
+    """What is trained on what, in one line."""
+    tokens = config.train.global_batch_size * config.data.seq_length
+    total = tokens * config.train.steps
+    return (
+        f"{sum(parameter_counts(config).values()):,} parameters, {train_flops(config) / 1e6:.4g} MFLOP a token; "
+        f"{tokens:,} tokens a step, {total:,} in {config.train.steps:,} steps: {total * train_flops(config):.3g} FLOP; "
+        f"data {', '.join(config.data.folders)}"
+    )
 
 
 def find_start(config: Config, mine: dict[str, Any], mirror: Mirror | None, groups: Groups) -> Start:

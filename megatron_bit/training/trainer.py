@@ -29,6 +29,7 @@ from megatron_bit.parallel.groups import Groups
 from megatron_bit.run.lock import RunLock
 from megatron_bit.run.state import TrainState
 from megatron_bit.training.step import forward_backward
+from megatron_bit.training.trackers.build import Trackers
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Trainer:
         self.identity = identity
         self.lock = lock  # held as long as the trainer lives
         self.mirror = mirror  # opened on rank 0
+        self.trackers = Trackers()  # opened on rank 0
         self.record: StepRecord | None = None
         self._settled = True
         self.asked_to_stop = False  # this rank got a signal

@@ -87,7 +87,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def test_a_run_from_beginning_to_end(train_args: Any, tmp_path: Path) -> None:
     """One process; stops at train.stop_at, and goes on when it is given the run folder."""
     folder = tmp_path / "run"
-    logs = ["log.tensorboard=true", "evaluate.every=2", "evaluate.samples=6", "log.every=2"]
+    logs = ["log.to=[tensorboard]", "evaluate.every=2", "evaluate.samples=6", "log.every=2"]
     first = run(*train_args(folder, "train.stop_at=3", *logs))
     assert (first.code, first.err) == (0, "")
     assert not (folder / "FINISHED").exists()

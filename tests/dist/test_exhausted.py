@@ -61,7 +61,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)
 def test_the_estimate_of_descriptors(world: int, layout: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
     """Enough, and not far from what a rank comes to have open."""
-    settings = {**SETTINGS, "log.tensorboard": True, "data.on_error": "skip", **layout}
+    settings = {**SETTINGS, "log.to": ["tensorboard"], "data.on_error": "skip", **layout}
     arguments = tiny_runs.overrides(tmp_path / "run", tiny_data, settings)
     for most, estimate in run_ranks(tiny_runs.train_counted, world, arguments):
         assert most <= estimate <= 1.6 * most, (most, estimate)

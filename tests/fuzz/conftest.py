@@ -21,7 +21,7 @@ TINY = {
     "data": {"path": "data", "seq_length": 64},
     "train": {"global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "steps": 2},
     "optim": {"warmup_steps": 1},
-    "log": {"tensorboard": False, "every": 1},
+    "log": {"to": [], "every": 1},
     "checkpoint": {"every": 1},
     "diffusion": {"noise_samples": 1},
 }  # fmt: skip

@@ -55,10 +55,10 @@ COMMON = {
     "parallel.timeout_minutes": MINUTES,
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {"parallel.zero_stage": 0, "log.tensorboard": True}),
+    "one": (1, {"parallel.zero_stage": 0, "log.to": ["tensorboard"]}),
     "one_zero1_mirror": (1, {"parallel.zero_stage": 1, "checkpoint.mirror": "MIRROR"}),
     "dp2_zero0": (2, {"parallel.zero_stage": 0, "checkpoint.every": 2, "optim.spike_guard": 3.0}),
-    "dp2_zero1_mirror": (2, {"parallel.zero_stage": 1, "checkpoint.mirror": "MIRROR", "log.tensorboard": True}),
+    "dp2_zero1_mirror": (2, {"parallel.zero_stage": 1, "checkpoint.mirror": "MIRROR", "log.to": ["tensorboard"]}),
     "dp2_zero2_bf16": (2, {"parallel.zero_stage": 2, "train.precision": "bf16"}),
     "dp2_zero3": (2, {"parallel.zero_stage": 3, "checkpoint.background": False}),
     "tp2_ema": (2, {"parallel.tp": 2, "parallel.zero_stage": 0, "optim.ema_decay": 0.9}),

@@ -40,7 +40,9 @@ def test_the_table_is_part_of_the_run(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"UserError: run folder .* is of another run: code table"):
         train(2)
     with pytest.raises(UserError, match="trained with another table of codes"):
-        to_hf(run, tmp_path / "other")
+        to_hf(run, tmp_path / "other", data=str(data))
+    to_hf(run, tmp_path / "other")  # the run has its own
+    assert (load_file(tmp_path / "other" / "model.safetensors")[CODE_TABLE] == table).all()
     code_path(data, 9).unlink()
     with pytest.raises(UserError, match=r"semantic-9.safetensors, which is not there"):
-        to_hf(run, tmp_path / "other")
+        to_hf(run, tmp_path / "another", data=str(data))

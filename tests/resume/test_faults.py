@@ -181,7 +181,7 @@ def test_tensorboard_on_a_full_disk_is_one_line(tiny_data: Path, tmp_path: Path)
     """Nothing of its writing thread, at the start or later; a run goes on without it."""
     run = tmp_path / "run"
     (run / "tensorboard").mkdir(parents=True)
-    settings = {"log.tensorboard": True, "log.every": 1}
+    settings = {"log.to": ["tensorboard"], "log.every": 1}
     arguments = _arguments(run, tiny_data, **settings)
     said = tmp_path / "said"
     code = run_ranks(tiny_runs.train_tensorboard_full, 1, arguments, said)
@@ -195,7 +195,7 @@ def test_what_is_done_again_stands_once_in_tensorboard_too(saved: int, tiny_data
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    settings = {"log.tensorboard": True, "checkpoint.every": 2, "log.every": 1}
+    settings = {"log.to": ["tensorboard"], "checkpoint.every": 2, "log.every": 1}
     assert run_ranks(tiny_runs.train, 1, _arguments(run, tiny_data, **settings, **{"train.stop_at": 4})) == [0]
     for step in range(saved + 1, 5):  # as if the run had died before they were saved
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
@@ -211,7 +211,7 @@ def test_tensorboard_has_what_the_log_has_when_a_run_is_killed(tiny_data: Path, 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    settings = {"log.tensorboard": True, "checkpoint.every": 2, "log.every": 1}
+    settings = {"log.to": ["tensorboard"], "checkpoint.every": 2, "log.every": 1}
     arguments = _arguments(run, tiny_data, **settings)
     with pytest.raises(AssertionError, match="died without a result"):
         run_ranks(tiny_runs.train_recorded, 1, arguments, tmp_path / "records", 3)

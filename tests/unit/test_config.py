@@ -62,9 +62,9 @@ def test_floats_of_the_command_line(text, value):
 
 
 def test_values_of_the_command_line():
-    config = load_config(overrides=["optim.betas=[0.8, 0.9]", "train.stop_at=null", "log.tensorboard=false", "run=a=b"])
+    config = load_config(overrides=["optim.betas=[0.8, 0.9]", "train.stop_at=null", "log.to=[]", "run=a=b"])
     assert config.optim.betas == (0.8, 0.9) and config.train.stop_at is None
-    assert config.log.tensorboard is False and config.run == "a=b"
+    assert config.log.to == () and config.run == "a=b"
 
 
 NO_TRUTH = "(command line): is yes or no, in YAML, and this key takes neither"
@@ -252,7 +252,9 @@ OVERRIDES = st.fixed_dictionaries(
             },
         ),
         "diffusion": st.fixed_dictionaries({"log_mean": st.floats(-2.0, 1.0)}),
-        "log": st.fixed_dictionaries({"tensorboard": st.booleans()}),
+        "log": st.fixed_dictionaries(
+            {"to": st.lists(st.sampled_from(["tensorboard", "wandb", "mlflow"]), unique=True)}
+        ),
         "model": st.fixed_dictionaries(
             {
                 "bits": st.integers(1, 62),

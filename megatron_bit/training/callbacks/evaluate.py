@@ -81,8 +81,8 @@ class EvaluateCallback(Callback):
         if trainer.groups.rank == 0:
             seconds = time.perf_counter() - begin
             print(
-                f"validation at step {trainer.state.step}: {mean:.3f} +- {error:.3f} nats/token bound "
-                f"({count} samples, {seconds:.1f} s)",
+                f"validation at step {trainer.state.step}: {mean:.3f} +- {error:.3f} nats/token"
+                f"{'' if trainer.config.exact else ' bound'} ({count} samples, {seconds:.1f} s)",
                 flush=True,
             )
             record = {
@@ -92,6 +92,10 @@ class EvaluateCallback(Callback):
                 "standard_error": error,
                 "samples": count,
             }
+            state = trainer.state
+            values = {"nats_per_token": mean, "standard_error": error}
+            trainer.trackers.scalars("validation", state.step, state.tokens, values)
+            trainer.trackers.flush()
             path = trainer.run / "validation.jsonl"
             try:
                 with open(path, "a", encoding="utf-8") as file:

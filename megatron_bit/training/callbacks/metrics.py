@@ -1,10 +1,9 @@
-"""What a person sees of a run: the progress line, the JSON-lines log (a record a step) and tensorboard."""
+"""What a person sees of a run: the progress line, the JSON-lines log (a record a step) and the trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 from typing import Any
 
@@ -19,7 +18,11 @@ from megatron_bit.parallel.agree import on_rank0
 from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.planning.hardware import peak_flops
+from megatron_bit.run.folder import RUN_ID
+from megatron_bit.training.trackers.tracker import About
 from megatron_bit.training.trainer import Callback, StepRecord, Trainer
+
+_SHOWN = ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second")  # of a record, to the trackers
 
 
 class MetricsCallback(Callback):
@@ -27,7 +30,6 @@ class MetricsCallback(Callback):
 
     def start(self, trainer: Trainer) -> None:
         self._records: list[tuple[StepRecord, float]] = []
-        self._writer: Any = None
         self._log: Any = None
         self._tty, self._said_lost = sys.stdout.isatty(), False
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -38,13 +40,11 @@ class MetricsCallback(Callback):
     def _open(self, trainer: Trainer) -> None:
         try:
             self._log = open(trainer.run / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-            if trainer.config.log.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                # what a start before has shown of steps that are done again is not shown twice, as in log.jsonl
-                folder = str(trainer.run / "tensorboard")
-                threading.excepthook = _excepthook
-                self._writer = SummaryWriter(folder, purge_step=trainer.state.tokens + 1)
+            config, state = trainer.config, trainer.state
+            about = About(
+                trainer.run, trainer.identity[RUN_ID], config.model_dump(mode="json"), state.step, state.tokens
+            )
+            trainer.trackers.open(config.log, about)
         except OSError as error:
             raise UserError(f"log {error.filename or trainer.run} cannot be written: {error.strerror}") from None
 
@@ -59,10 +59,11 @@ class MetricsCallback(Callback):
             self._flush(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        for file in (self._log, self._writer):
-            with contextlib.suppress(OSError):  # a full disk has been said, and a full buffer would say it once more
-                if file is not None:
-                    file.close()
+        with contextlib.suppress(OSError):  # a full disk has been said, and a full buffer would say it once more
+            if self._log is not None:
+                self._log.close()
+        if trainer.groups.rank == 0:
+            trainer.trackers.close(trainer.state.step >= trainer.config.train.steps)
 
     def _flush(self, trainer: Trainer) -> None:
         records, self._records = self._records, []
@@ -102,34 +103,40 @@ class MetricsCallback(Callback):
             self._log.flush()
         except OSError as error:
             raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None
-        if self._writer is not None:
-            self._show(trainer, lines)
-        self._print(trainer, lines, memory)
+        seconds = sum(line["seconds"] for line in lines) / len(lines)
+        mfu = self._mfu(trainer, per_step / seconds)
+        self._show(trainer, lines, mfu, memory)
+        self._print(trainer, lines, mfu, memory)
 
-    def _show(self, trainer: Trainer, lines: list[dict[str, Any]]) -> None:
-        """The same for tensorboard, which a run goes on without."""
-        try:
-            for line in lines:
-                for key in ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second"):
-                    self._writer.add_scalar(f"train/{key}", line[key], line["tokens"])
-            self._writer.add_scalar("train/skipped", trainer.state.skipped, trainer.state.tokens)
-            self._writer.add_scalar("train/replaced", trainer.state.replaced, trainer.state.tokens)
-            self._writer.flush()  # it keeps them for two minutes, and a killed run has its saved steps behind it
-        except OSError as error:  # of its writing thread, some time after
-            print(f"warning: tensorboard cannot be written: {error.strerror}; going on without", flush=True)
-            self._writer = None
+    def _mfu(self, trainer: Trainer, rate: float) -> float | None:
+        """Of all ranks at so many tokens a second; None where the device's peak is not known."""
+        if self._peak is None:
+            return None
+        return rate * train_flops(trainer.config) / (self._peak * trainer.groups.dims.world_size)
 
-    def _print(self, trainer: Trainer, lines: list[dict[str, Any]], memory: float) -> None:
+    def _show(self, trainer: Trainer, lines: list[dict[str, Any]], mfu: float | None, memory: float) -> None:
+        """The same for the trackers, and with the last line what is of all of them."""
+        state = trainer.state
+        now: dict[str, float] = {"skipped": state.skipped, "replaced": state.replaced, "memory_gib": memory / 2**30}
+        now |= {} if mfu is None else {"mfu": mfu}
+        for line in lines:
+            values = {key: line[key] for key in _SHOWN} | (now if line is lines[-1] else {})
+            trainer.trackers.scalars("train", line["step"], line["tokens"], values)
+        trainer.trackers.flush()
+
+    def _print(self, trainer: Trainer, lines: list[dict[str, Any]], mfu: float | None, memory: float) -> None:
         def mean(key: str) -> float:
             return sum(line[key] for line in lines) / len(lines)
 
         config, state = trainer.config, trainer.state
-        seconds = mean("seconds")
-        rate = config.train.global_batch_size * config.data.seq_length / seconds
-        if self._peak is None:
-            mfu = "n/a on CPU" if trainer.groups.device.type == "cpu" else "n/a"
+        rate = config.train.global_batch_size * config.data.seq_length / mean("seconds")
+        share = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
+        share += " on CPU" if trainer.groups.device.type == "cpu" else ""
+        loss = f"loss {mean('loss'):.4f}"
+        if config.loss_is_exact:  # a second time would be the same number
+            loss += " nats/token"
         else:
-            mfu = f"{100 * rate * train_flops(config) / (self._peak * trainer.groups.dims.world_size):.1f} %"
+            loss += f"  {'exact' if config.exact else 'bound'} {mean('nats_per_token_bound'):.3f} nats/token"
         # the pace of this whole start, which contains saves and validation
         pace = (time.perf_counter() - self._begin) / max(1, state.step - self._first_step)
         eta = _duration(pace * (trainer.last_step - state.step))
@@ -137,8 +144,7 @@ class MetricsCallback(Callback):
         skipped += f"  replaced {state.replaced}" if state.replaced else ""
         skipped += f"  rewinds {state.rewinds}" if state.rewinds else ""
         text = (
-            f"step {state.step}/{config.train.steps}  loss {mean('loss'):.4f}  "
-            f"bound {mean('nats_per_token_bound'):.3f} nats/token  {_count(rate)} tokens/s  MFU {mfu}  "
+            f"step {state.step}/{config.train.steps}  {loss}  {_count(rate)} tokens/s  MFU {share}  "
             f"grad norm {lines[-1]['grad_norm']:.3f}  lr {lines[-1]['lr']:.2e}  "
             f"memory {memory / 2**30:.2f} GiB  ETA {eta}{skipped}"
         )
@@ -146,12 +152,6 @@ class MetricsCallback(Callback):
             print(f"\r\x1b[K{text}", end="", flush=True)
         else:
             print(f"\r\x1b[K{text}" if self._tty else text, flush=True)
-
-
-def _excepthook(args: threading.ExceptHookArgs) -> None:
-    """What ends tensorboard's writing thread is raised once more where we write or flush, and is said there."""
-    if type(args.thread).__module__.split(".")[0] != "tensorboard":
-        threading.__excepthook__(args)
 
 
 def _memory_bytes() -> float:

@@ -135,7 +135,7 @@ ANOTHER: dict[str, list[str]] = {
     "checkpoint.initial": ["checkpoint.initial=true"],
     "checkpoint.mirror": ["checkpoint.mirror=file:///x"],
     "log.every": ["log.every=3"],
-    "log.tensorboard": ["log.tensorboard=false"],
+    "log.to": ["log.to=[]"],
 }
 
 
