@@ -16,7 +16,7 @@ from as_user import run
 from megatron_bit.config import LogConfig, config_from_dict, load_config
 from megatron_bit.errors import UserError
 from megatron_bit.training.trackers import build
-from megatron_bit.training.trackers.tracker import About, Background, Sent
+from megatron_bit.training.trackers.tracker import About, Background, Sent, shareable
 
 SETTINGS = ("checkpoint.every=2", "log.every=1", "evaluate.every=2", "evaluate.samples=2", "evaluate.initial=false")
 
@@ -159,6 +159,15 @@ def test_what_was_sent_is_known_at_the_next_start(tmp_path: Path) -> None:
     for damaged in ("", "[]", "{" * 9999, '{"wandb": {"train": "x", "id": 3}}'):
         (tmp_path / "trackers.json").write_text(damaged)
         assert Sent(tmp_path, "wandb").id is None and Sent(tmp_path, "wandb").is_new("train", 0)
+
+
+def test_no_secret_leaves_with_the_configuration() -> None:
+    pairs = ["data.sources=[{path: 'https://me:secret@host/d?token=secret'}, {path: 'pipe:curl -H secret {file}'}]"]
+    config = load_config(overrides=[*pairs, "checkpoint.mirror=s3://bucket/run", "run=a"])
+    shown = shareable(config.model_dump(mode="json"))
+    assert [source["path"] for source in shown["data"]["sources"]] == ["https://host/d", "pipe: a command"]
+    assert shown["checkpoint"]["mirror"] == "s3://bucket/run" and shown["run"] == "a"
+    assert "secret" not in json.dumps(shown)
 
 
 def test_configurations_of_before() -> None:

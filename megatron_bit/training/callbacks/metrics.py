@@ -19,7 +19,7 @@ from megatron_bit.parallel.ending import alone
 from megatron_bit.parallel.split import train_flops
 from megatron_bit.planning.hardware import peak_flops
 from megatron_bit.run.folder import RUN_ID
-from megatron_bit.training.trackers.tracker import About
+from megatron_bit.training.trackers.tracker import About, shareable
 from megatron_bit.training.trainer import Callback, StepRecord, Trainer
 
 _SHOWN = ("loss", "nats_per_token_bound", "lr", "grad_norm", "tokens_per_second")  # of a record, to the trackers
@@ -41,9 +41,8 @@ class MetricsCallback(Callback):
         try:
             self._log = open(trainer.run / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             config, state = trainer.config, trainer.state
-            about = About(
-                trainer.run, trainer.identity[RUN_ID], config.model_dump(mode="json"), state.step, state.tokens
-            )
+            shown = shareable(config.model_dump(mode="json"))
+            about = About(trainer.run, trainer.identity[RUN_ID], shown, state.step, state.tokens)
             trainer.trackers.open(config.log, about)
         except OSError as error:
             raise UserError(f"log {error.filename or trainer.run} cannot be written: {error.strerror}") from None

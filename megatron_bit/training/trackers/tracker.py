@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+from megatron_bit.io import trust
 
 FILE = "trackers.json"  # in the run folder: under which id a run is known elsewhere, and what was sent there
 CLOSE_SECONDS = 30.0  # that the end of a run waits for what is still to be sent
@@ -23,9 +26,23 @@ class About:
 
     folder: Path
     id: str  # of the run, 16 hex digits: the same at every start
-    config: Mapping[str, Any]  # resolved
+    config: Mapping[str, Any]  # resolved, and `shareable`
     step: int  # at which this start begins
     tokens: int
+
+
+def shareable(value: Any) -> Any:
+    """A configuration's tree for others' eyes: no command, and of a URL neither user, password nor query."""
+    if isinstance(value, Mapping):
+        return {key: shareable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(one) for one in value]
+    if not isinstance(value, str) or not trust.acts(value):
+        return value
+    if value.startswith(trust.PIPE):
+        return f"{trust.PIPE} a command"
+    url = urlsplit(value)
+    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
 
 
 class Tracker(Protocol):
