@@ -15,6 +15,7 @@ from megatron_bit.errors import UserError
 from megatron_bit.run.lock import Holder, holder
 
 SILENT_SECONDS = 600.0  # a rank on another machine that has not been heard for so long is taken for gone
+_LINE_BYTES = 1024  # a record of a log has fewer
 _FINAL = ("DIVERGED", "RANK_LOST")  # what a run says of itself at its end
 
 
@@ -87,6 +88,8 @@ class Log:
     def last(self, lines: int) -> list[str]:
         """What it says of its end, if it has one, and its last lines."""
         said = [f"{name}: {_text(self._run / name)}" for name in _FINAL if (self._run / name).exists()]
+        for path in (self._run / "log.jsonl", self._run / "validation.jsonl"):
+            self._seen[path] = _tail(path, lines * _LINE_BYTES)
         return said + list(_new(self._run, self._seen))[-lines:]
 
     def more(self) -> list[str]:
@@ -102,6 +105,17 @@ def _new(run: Path, seen: dict[Path, int]) -> Iterator[str]:
     found = [(int(r.get("step", 0)), 0, _step(r)) for r in _records(run / "log.jsonl", seen)]
     found += [(int(r.get("step", 0)), 1, _validation(r)) for r in _records(run / "validation.jsonl", seen)]
     return (text for *_, text in sorted(found))
+
+
+def _tail(path: Path, most: int) -> int:
+    """Where the first whole line of a file's last `most` bytes begins: a long run's log is not read from its start."""
+    try:
+        with open(path, "rb") as file:
+            begin = max(0, path.stat().st_size - most)
+            file.seek(begin)
+            return begin + (len(file.readline()) if begin else 0)
+    except OSError:
+        return 0
 
 
 def _records(path: Path, seen: dict[Path, int]) -> list[dict[str, Any]]:
@@ -136,7 +150,10 @@ def _validation(record: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+    try:
+        return f"{value:.4g}" if isinstance(value, int | float) else "-"
+    except OverflowError:  # an integer that no float holds
+        return "-"
 
 
 def _text(path: Path) -> str:

@@ -36,14 +36,15 @@ class Completion(BaseModel):
     max_tokens: int = Field(default=16, ge=1)
     n: int = Field(default=1, ge=1)
     stop: str | list[str] | None = None
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)  # without one every request has another text
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     user: str | None = None  # said to be for the operator's logs; there are none
-    steps: int | None = Field(default=None, ge=2, le=1024)
+    steps: int | None = Field(default=None, ge=1, le=1024)
     sampler: str | None = None
     guidance: float | None = Field(default=None, ge=0.0, le=100.0)
+    overlap: float | None = Field(default=None, ge=1.0)
 
 
 class Refused(Exception):

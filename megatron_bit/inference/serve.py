@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import os
+import secrets
 import socket
 import time
 import uuid
@@ -77,6 +78,7 @@ class Server:
             routes=[
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{model:path}", self.one_model),
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
             ],
@@ -108,8 +110,22 @@ class Server:
             self._authorize(request)
         except Refused as error:
             return error.response()
-        card = {"id": self._name, "object": "model", "created": self._begin, "owned_by": "megatron_bit"}
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def one_model(self, request: HttpRequest) -> Response:
+        try:
+            self._authorize(request)
+            self._check_model(request.path_params["model"])
+        except Refused as error:
+            return error.response()
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self._name, "object": "model", "created": self._begin, "owned_by": "megatron_bit"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            raise Refused(404, f"model {brief(name)} is not served here; it is {self._name!r}", "model")
 
     async def completions(self, request: HttpRequest) -> Response:
         try:
@@ -117,9 +133,8 @@ class Server:
             check_content_type(request.headers)
             body = self._read(await self._body(request))
             prompts = await asyncio.to_thread(self._prompts, body)  # others go on meanwhile
-            job = Request(
-                prompts, body.n, body.max_tokens, _stops(body), body.seed % 2**63, self._how(body)
-            )  # fmt: skip
+            seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
+            job = Request(prompts, body.n, body.max_tokens, _stops(body), seed, self._how(body))
             pieces = self._start(job)
         except Refused as error:
             self._requests.labels("refused").inc()
@@ -156,11 +171,12 @@ class Server:
 
     def _read(self, data: bytes) -> Completion:
         body = read_completion(data)
-        if body.model != self._name:
-            raise Refused(404, f"model {brief(body.model)} is not served here; it is {self._name!r}", "model")
+        self._check_model(body.model)
         if body.max_tokens > self._limits.max_tokens:
             asked = brief(body.max_tokens, quoted=False)
             raise Refused(400, f"max_tokens {asked} is more than {self._limits.max_tokens}", "max_tokens")
+        if body.steps == 1 and body.overlap is None:
+            raise Refused(400, "steps 1 is for overlap; without it at least 2", "steps")
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise Refused(
                 400, f"sampler {brief(body.sampler)} does not exist; it may be {', '.join(SAMPLERS)}", "sampler"
@@ -169,7 +185,7 @@ class Server:
 
     def _how(self, body: Completion) -> dict[str, Any]:
         """What was said of sampling; a diffusion head has no temperature but 1, and lets clients send that."""
-        given = {name: getattr(body, name) for name in ("steps", "sampler", "temperature", "guidance")}
+        given = {name: getattr(body, name) for name in ("steps", "sampler", "temperature", "guidance", "overlap")}
         how = {key: value for key, value in given.items() if value is not None}
         if self._generator.model.config.head_kind == "diffusion" and how.get("temperature") == 1.0:
             del how["temperature"]

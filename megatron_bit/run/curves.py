@@ -12,6 +12,7 @@ from typing import Any
 
 POINTS = 500  # of a training curve, at most: a picture has no more
 _TAIL_BYTES = 64 * 1024
+_NO_RECORD = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _records(path: Path, *keys: str) -> Iterator[tuple[float, ...]]:
                 try:
                     record: Any = json.loads(line)
                     values = tuple(float(record[key]) for key in keys)
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except _NO_RECORD:
                     continue
                 if all(math.isfinite(value) for value in values):
                     yield values
@@ -67,6 +68,6 @@ def _last_step(path: Path) -> float:
     for line in reversed(lines):
         try:
             return float(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except _NO_RECORD:
             continue
     return 0.0

@@ -150,3 +150,23 @@ def test_refusals(generator):
         generate(generator("names"), [[5]], 4, steps=4)
     with pytest.raises(ValueError, match=r"steps=0 has to be at least 1"):
         generate(generator("names"), [[5]], 4, steps=0, overlap=3)
+
+
+def test_serve_draws_along_a_front(generator):
+    from starlette.testclient import TestClient
+
+    from megatron_bit.inference import serve
+
+    served = serve.Server(generator("names"), "noisy", 1, 1, serve.Limits())
+    with TestClient(served.app, base_url="http://localhost") as client:
+
+        def ask(**body):
+            body = {"model": "noisy", "prompt": "def f(", "max_tokens": 12, "seed": 3, **body}
+            return client.post("/v1/completions", json=body)
+
+        for how in ({"overlap": 1}, {"overlap": 2.5, "steps": 6}):
+            want = generator("names").generate(["def f("], 12, seed=3, **how)[0]
+            assert ask(**how).json()["choices"][0]["text"] == want["text"]
+        for bad, said in (({"overlap": 0.5}, "overlap = '0.5'"), ({"steps": 1}, "steps 1 is for overlap")):
+            answer = ask(**bad)
+            assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text

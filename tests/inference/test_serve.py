@@ -80,12 +80,12 @@ def test_streaming_gives_the_same_text_in_pieces(running: _Running) -> None:
 
 def test_several_prompts_and_choices(running: _Running, generator: Generator) -> None:
     prompts = ["import os", PROMPT]
-    got = _complete(running.client(), prompt=prompts, n=2, max_tokens=12)
+    got = _complete(running.client(), prompt=prompts, n=2, max_tokens=12, seed=0)
     want = generator.generate([p for p in prompts for _ in range(2)], 12, steps=4)
     assert [c.text for c in got.choices] == [w["text"] for w in want]
     assert len({c.text for c in got.choices}) == 4
     ids = generator.text.encode(PROMPT)
-    assert _complete(running.client(), prompt=ids, max_tokens=12).choices[0].text == want_one(generator, ids)
+    assert _complete(running.client(), prompt=ids, max_tokens=12, seed=0).choices[0].text == want_one(generator, ids)
 
 
 def want_one(generator: Generator, ids: list[int]) -> str:
@@ -124,7 +124,7 @@ NOT_NEUTRAL = [
 
 
 def _post(running: _Running, body: dict[str, Any]) -> tuple[int, Any]:
-    data = json.dumps({"model": "tiny", "prompt": PROMPT, "steps": 2, "max_tokens": 2, **body}).encode()
+    data = json.dumps({"model": "tiny", "prompt": PROMPT, "steps": 2, "max_tokens": 2, "seed": 0, **body}).encode()
     request = urllib.request.Request(f"{running.url}/v1/completions", data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -142,6 +142,20 @@ def test_what_changes_nothing_is_accepted(running: _Running) -> None:
             assert answer["choices"][0]["text"] == want, body
     status, answer = _post(running, NEUTRAL)
     assert status == 200 and answer["usage"]["completion_tokens"] <= 16
+
+
+def test_without_a_seed_every_request_has_another_text(running: _Running) -> None:
+    texts = {_post(running, {"seed": None, "max_tokens": 30})[1]["choices"][0]["text"] for _ in range(4)}
+    assert len(texts) == 4
+    given = {_post(running, {"seed": 5, "max_tokens": 30})[1]["choices"][0]["text"] for _ in range(3)}
+    assert len(given) == 1
+
+
+def test_one_model_is_retrieved_by_its_name(running: _Running) -> None:
+    listed = running.client().models.list().data
+    assert [running.client().models.retrieve(model.id) for model in listed] == listed and listed[0].id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="model 'org/other' is not served here; it is 'tiny'"):
+        running.client().models.retrieve("org/other")
 
 
 def test_what_would_change_the_text_is_refused_by_name(running: _Running) -> None:
@@ -216,7 +230,7 @@ def test_the_official_client_with_everything_it_can_send(running: _Running) -> N
     ask = running.client().completions.create
     nothing: Any = {
         "best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None, "max_tokens": 5,
-        "n": 1, "presence_penalty": 0, "seed": None, "stop": None, "suffix": None, "temperature": 1, "top_p": 1,
+        "n": 1, "presence_penalty": 0, "seed": 7, "stop": None, "suffix": None, "temperature": 1, "top_p": 1,
         "user": "x",
     }  # fmt: skip
     whole = ask(model="tiny", prompt=PROMPT, **nothing).choices[0].text
