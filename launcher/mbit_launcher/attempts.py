@@ -139,7 +139,7 @@ def begin(submission: Submission, attempt: str, job: str, nodes: str, token: str
         _end(submission, last.attempt, step, "lost", f"a node was lost, or SLURM took it, at step {step}", True)
     profile, config = submission.profile(), submission.config()
     why = ""
-    if _finished(submission.run, config):
+    if finished(submission.run, config):
         why = "finished: all steps are done"
     elif (submission.run / "STOP").exists():
         why = f"{submission.run / 'STOP'} is there; `megatron-bit resume` removes it"
@@ -177,7 +177,7 @@ def end(submission: Submission, attempt: str, status: int, state: str, asked: bo
     stop_at = config.train.stop_at
     facts = Facts(
         step=_furthest(run, attempt, this.from_step),
-        finished=_finished(run, config),
+        finished=finished(run, config),
         stop_at=stop_at is not None and newest_step(run / "checkpoints") >= stop_at,
         stop_file=(run / "STOP").exists(),
         taken="" if state == "RUNNING" else state or "no longer there",
@@ -208,8 +208,8 @@ def _said(path: Path, begin: float) -> str:
     return _text(path) if path.exists() and path.stat().st_mtime >= begin else ""
 
 
-def _finished(run: Path, config: Config) -> bool:
-    """A marker alone may be of an earlier, shorter training of the same folder."""
+def finished(run: Path, config: Config) -> bool:
+    """Whether all steps of a run are done. A marker alone may be of an earlier, shorter training of the same folder."""
     return (run / "FINISHED").exists() and newest_step(run / "checkpoints") >= config.train.steps
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mbit_launcher import here, slurm
+from mbit_launcher.attempts import finished
 from mbit_launcher.preflight import cordoned
 from mbit_launcher.profile import ClusterProfile
 from mbit_launcher.queueing import queue, settle
@@ -21,7 +22,6 @@ from megatron_bit.errors import UserError
 from megatron_bit.io import trust
 from megatron_bit.io.files import write_atomic
 from megatron_bit.planning.dry_run import describe, with_vocabulary
-from megatron_bit.run.checkpoints import newest_step
 from megatron_bit.run.folder import resolve, with_absolute_paths
 
 _T = TypeVar("_T")
@@ -59,7 +59,7 @@ def prepare(config: Config, profile: ClusterProfile) -> Config:
             "parallel.tp, parallel.pp, parallel.zero_stage or cluster.nodes, lower train.micro_batch_size, or set "
             "parallel.recompute=full"
         )
-    if (run / "FINISHED").exists() and newest_step(run / "checkpoints") >= config.train.steps:
+    if finished(run, config):
         raise UserError(
             f"run {run} is finished: it has done train.steps {config.train.steps}; raise train.steps to go on"
         )

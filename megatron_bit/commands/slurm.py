@@ -92,6 +92,7 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
         args: key=value pairs that override them (cluster.key=value: the profile).
         cluster: another cluster profile.
     """
+    from mbit_launcher.attempts import finished
     from mbit_launcher.profile import split_overrides
     from mbit_launcher.status import find_some
     from mbit_launcher.submission import submissions
@@ -101,22 +102,21 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
 
     runs = find_some(run)
     overrides, changes = split_overrides(args)
-    if len(runs) > 1:
-        runs = [one for one in runs if not _told_finished(one)]
-    jobs = [one for one in runs if submissions(one) or cluster is not None]
-    if not jobs and len(runs) == 1:
+    if len(runs) == 1 and not submissions(runs[0]) and cluster is None:
         if changes:
             raise UserError(f"cluster.{changes[0]} has no use without a cluster: {runs[0]} was never submitted")
         return _resume_here(runs[0], overrides)
-    for one in runs:
-        if one not in jobs:
-            raise UserError(f"{one} was never submitted: give --cluster CLUSTER.yaml, or `megatron-bit train {one}`")
     prepared = []
-    for one in jobs:  # what is wrong with any of them is said before the first one is queued
+    for one in runs:  # what is wrong with any of them is said before the first one is queued
         made = submissions(one)
+        if not made and cluster is None:
+            raise UserError(f"{one} was never submitted: give --cluster CLUSTER.yaml, or `megatron-bit train {one}`")
         folder = made[-1].folder if made else one
         config = resolve_file(folder / "config.yaml", (*overrides, f"run={one}"))
-        prepared.append((one, config, _profile_of(one, cluster, changes)))
+        if len(runs) > 1 and finished(one, config):
+            print(f"{one}: finished")
+        else:
+            prepared.append((one, config, _profile_of(one, cluster, changes)))
     trust.check()
     from mbit_launcher import submit as launcher
 
@@ -124,13 +124,6 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
         for job in launcher.resume(one, config, profile):
             print(f"job {job.job}: {job.run}", flush=True)
     return 0
-
-
-def _told_finished(run: Path) -> bool:
-    if (run / "FINISHED").exists():
-        print(f"{run}: finished")
-        return True
-    return False
 
 
 def _profile_of(run: Path, cluster: Path | None, changes: tuple[str, ...]) -> ClusterProfile:

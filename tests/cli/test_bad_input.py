@@ -261,7 +261,7 @@ FOUND_LATER = {
     "another_seed": ["{root}/run", "train.seed is 1234 there and 3 here"],
     "busy_port": ["127.0.0.1:{port}", "choose a free one"],
     "no_port": ["MASTER_PORT"],
-    "data_on_one_node": ["data folder data does not exist", "(rank 1"],
+    "data_on_one_node": ["data does not exist; if it has moved", "(rank 1"],
     "damaged_alone": ["train-0", "is damaged", "copy it again", "(rank 1)"],
     "damaged_both": ["train-0", "is damaged", "copy it again"],
     "damaged_tp": ["train-0", "is damaged"],

@@ -165,6 +165,9 @@ def a_sweep_is_one_array(stage: Stage) -> None:
     lr = [yaml.safe_load((f / "slurm/0000/config.yaml").read_text())["optim"]["lr"] for f in folders]
     assert lr == [1e-3, 3e-4]
     assert command("resume", run.folder) == "".join(f"{folder}: finished\n" for folder in folders)
+    command("resume", run.folder, "train.steps=4")  # which they are not
+    for one in runs:
+        assert one.wait_until_over() == ["finished", "finished"]
 
 
 @cheap
