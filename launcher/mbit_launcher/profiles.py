@@ -1,9 +1,8 @@
-"""`megatron-bit cluster profiles`: the files of slurm/, which a wheel has too: to copy and change."""
+"""`megatron-bit cluster profiles`: the files of slurm/, to copy and change; in a wheel they are in `slurm_files`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 from megatron_bit.errors import UserError
@@ -35,7 +34,7 @@ def main(out: Path | None) -> int:
 
 def _files() -> Iterator[Path]:
     """Profiles first."""
-    packaged = Path(str(resources.files("mbit_launcher"))) / "slurm_files"
+    packaged = Path(__file__).parent / "slurm_files"  # scripts/hatch_build.py
     root = packaged if packaged.is_dir() else _CHECKOUT
     yield from sorted((root / "clusters").glob("*.yaml"))
     yield from sorted(root.glob("*.sbatch"))
