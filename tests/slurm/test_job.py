@@ -172,7 +172,7 @@ def a_sweep_is_one_array(stage: Stage) -> None:
 
 @cheap
 def a_sweep_is_watched_ended_and_resumed_by_its_folder(stage: Stage) -> None:
-    run = stage.stand_in(steps=60)
+    run = stage.stand_in(steps=900)  # three minutes: both are under way at the same time, however busy the machine is
     run.submit("--sweep", "optim.lr=1e-3,3e-4")
     runs = [Run(run.folder / name, run.config, run.profile) for name in ("optim.lr=1e-3", "optim.lr=3e-4")]
     for one in runs:
@@ -186,7 +186,8 @@ def a_sweep_is_watched_ended_and_resumed_by_its_folder(stage: Stage) -> None:
     assert [line for line in text.splitlines() if line.startswith("==== ")] == [f"==== {one.folder}" for one in runs]
     assert text.count(": stopped: a STOP file") == 2
     command("logs", run.folder, "--attempt", "1.0", code=2)
-    resumed = command("resume", run.folder)
+    saved = max(one.status()["checkpoint"] for one in runs)
+    resumed = command("resume", run.folder, f"train.steps={saved + 5}")
     assert [line.split(": ")[1] for line in resumed.splitlines()] == [str(one.folder) for one in runs]
     followed = command("logs", "-f", run.folder, timeout=300)
     for one in runs:
