@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import signal
 import sys
 import traceback
@@ -123,7 +124,7 @@ def main() -> None:
         out = exhausted(error)
         if out is not None:
             code = _say(out, rank, distributed)
-        elif isinstance(error, BrokenPipeError) and not distributed:  # who reads our output has left, as `| head` does
+        elif isinstance(error, BrokenPipeError) and not distributed and _reader_left():
             code = READER_LEFT
         elif isinstance(error, ConnectionError):  # another rank has gone, and says itself why
             code = 1
@@ -136,6 +137,13 @@ def main() -> None:
     if distributed and code:
         os._exit(code)  # tearing down groups would wait for ranks that are still in a collective
     sys.exit(code)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more, as behind `| head`: another broken pipe is a failure."""
+    watch = select.poll()
+    watch.register(1, 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def _flush() -> int:

@@ -182,8 +182,8 @@ def end(submission: Submission, attempt: str, status: int, state: str, asked: bo
         stop_file=(run / "STOP").exists(),
         taken="" if state == "RUNNING" else state or "no longer there",
         asked=asked,
-        hung=_text(logs / HUNG),
-        bad_nodes=_text(logs / BAD_NODES),
+        hung=words_of(logs / HUNG),
+        bad_nodes=words_of(logs / BAD_NODES),
         diverged=_said(run / "DIVERGED", this.begin),
         rank_lost=_said(run / "RANK_LOST", this.begin),
         status=status,
@@ -205,7 +205,7 @@ def _end(submission: Submission, attempt: str, step: int, outcome: str, reason: 
 
 def _said(path: Path, begin: float) -> str:
     """The text of a file that was written in an attempt; an earlier start may have left one."""
-    return _text(path) if path.exists() and path.stat().st_mtime >= begin else ""
+    return words_of(path) if path.exists() and path.stat().st_mtime >= begin else ""
 
 
 def finished(run: Path, config: Config) -> bool:
@@ -217,7 +217,8 @@ def _furthest(run: Path, attempt: str, least: int) -> int:
     return max([least, *(beat.step for beat in heartbeats.read(run, attempt))])
 
 
-def _text(path: Path) -> str:
+def words_of(path: Path) -> str:
+    """The text of a file in one line; "" if it is not there."""
     try:
         return " ".join(path.read_text(errors="replace").split())
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mbit_launcher import heartbeats
+from mbit_launcher.attempts import words_of
+from mbit_launcher.submission import parse_lines
 from megatron_bit.errors import UserError
 from megatron_bit.run.lock import Holder, holder
 
@@ -41,14 +42,18 @@ def state(run: Path) -> tuple[str, str, str]:
         return "running", held.host, f"process {held.pid}" + ("" if held.alive else f" on {held.host}, by its files")
     if (run / "FINISHED").exists():
         return "finished", "", ""
-    for name in _FINAL:
-        if (run / name).exists():
-            return "failed", "", f"{name}: {_text(run / name)}"
+    for said in _last_words(run):
+        return "failed", "", said
     beats = heartbeats.read(run)
     if not beats:
         return "not started", "", ""
     ended = all(beat.ended for beat in beats)
     return "stopped" if ended else "ended", "", f"`megatron-bit train {run}` goes on"
+
+
+def _last_words(run: Path) -> list[str]:
+    """What a run has said of its end by itself."""
+    return [f"{name}: {words_of(run / name)[:500]}" for name in _FINAL if (run / name).exists()]
 
 
 def ranks(run: Path) -> int:
@@ -87,10 +92,9 @@ class Log:
 
     def last(self, lines: int) -> list[str]:
         """What it says of its end, if it has one, and its last lines."""
-        said = [f"{name}: {_text(self._run / name)}" for name in _FINAL if (self._run / name).exists()]
         for path in (self._run / "log.jsonl", self._run / "validation.jsonl"):
             self._seen[path] = _tail(path, lines * _LINE_BYTES)
-        return said + list(_new(self._run, self._seen))[-lines:]
+        return _last_words(self._run) + list(_new(self._run, self._seen))[-lines:]
 
     def more(self) -> list[str]:
         """The lines that have come since; `over` says whether more can."""
@@ -128,15 +132,7 @@ def _records(path: Path, seen: dict[Path, int]) -> list[dict[str, Any]]:
         return []
     whole = data[: data.rfind(b"\n") + 1]
     seen[path] = seen.get(path, 0) + len(whole)
-    records = []
-    for line in whole.splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    return [r for r in parse_lines(whole.splitlines()) if isinstance(r.get("step"), int)]
 
 
 def _step(record: dict[str, Any]) -> str:
@@ -154,10 +150,3 @@ def _number(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, int | float) else "-"
     except OverflowError:  # an integer that no float holds
         return "-"
-
-
-def _text(path: Path) -> str:
-    try:
-        return " ".join(path.read_text(encoding="utf-8", errors="replace").split())[:500]
-    except OSError:
-        return ""

@@ -23,7 +23,7 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -261,11 +261,15 @@ def code_state() -> tuple[dict[str, Any], str]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON-lines file; none if it is not there. A last line that is cut is left out."""
-    records = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return parse_lines(path.read_text(encoding="utf-8").split("\n"))
     except OSError:
         return []
+
+
+def parse_lines(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    """Those that are JSON objects."""
+    records = []
     for line in lines:
         try:
             record = json.loads(line)

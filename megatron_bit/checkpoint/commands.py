@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_bit.config import flat
 from megatron_bit.errors import UserError
 from megatron_bit.io.text import shown
 from megatron_bit.run import checkpoints as folders
@@ -81,7 +82,7 @@ def diff(a: Path, b: Path, as_json: bool) -> int:
     """
     pair = [resolve(target)[-1] for target in (a, b)]
     metas = [folders.read_meta(folder) for folder in pair]
-    config = [dict(_leaves(meta["config"])) for meta in metas]
+    config = [dict(flat(meta["config"])) for meta in metas]
     changed = {
         key: [config[0].get(key), config[1].get(key)]
         for key in sorted(config[0].keys() | config[1].keys())
@@ -164,11 +165,3 @@ def rm(run: Path, steps: Sequence[int], force: bool) -> int:
     finally:
         lock.release()
     return 0
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

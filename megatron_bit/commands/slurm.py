@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from megatron_bit.commands.arguments import Args, split
 from megatron_bit.errors import UserError
-
-if TYPE_CHECKING:
-    from mbit_launcher.profile import ClusterProfile
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -93,7 +90,7 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
         cluster: another cluster profile.
     """
     from mbit_launcher.attempts import finished
-    from mbit_launcher.profile import split_overrides
+    from mbit_launcher.profile import load_profile, split_overrides
     from mbit_launcher.status import find_some
     from mbit_launcher.submission import submissions
 
@@ -115,8 +112,10 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
         config = resolve_file(folder / "config.yaml", (*overrides, f"run={one}"))
         if len(runs) > 1 and finished(one, config):
             print(f"{one}: finished")
-        else:
-            prepared.append((one, config, _profile_of(one, cluster, changes)))
+            continue
+        if cluster is None:
+            made[-1].check_profile()
+        prepared.append((one, config, load_profile(cluster or folder / "cluster.yaml", changes)))
     trust.check()
     from mbit_launcher import submit as launcher
 
@@ -124,18 +123,6 @@ def resume(run: RunFolder, args: Args = (), cluster: Path | None = None) -> int:
         for job in launcher.resume(one, config, profile):
             print(f"job {job.job}: {job.run}", flush=True)
     return 0
-
-
-def _profile_of(run: Path, cluster: Path | None, changes: tuple[str, ...]) -> ClusterProfile:
-    """The given profile, or that of the run's newest submission."""
-    from mbit_launcher.profile import load_profile
-    from mbit_launcher.submission import newest
-
-    if cluster is None:
-        last = newest(run)
-        last.check_profile()
-        cluster = last.folder / "cluster.yaml"
-    return load_profile(cluster, changes)
 
 
 def _resume_here(run: Path, overrides: tuple[str, ...]) -> int:

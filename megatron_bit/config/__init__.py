@@ -5,7 +5,7 @@ Layers, later wins: defaults < preset < YAML file < ``key=value`` on the command
 
 from megatron_bit.config.data import DataConfig, RemoteConfig, Verify
 from megatron_bit.config.diffusion import DiffusionConfig
-from megatron_bit.config.load import config_from_dict, leaves, load_config, preset_names, to_yaml, validated
+from megatron_bit.config.load import config_from_dict, flat, leaves, load_config, preset_names, to_yaml, validated
 from megatron_bit.config.model import MemoryConfig, ModelConfig
 from megatron_bit.config.section import Section
 from megatron_bit.config.train import LogConfig
@@ -24,6 +24,7 @@ __all__ = [
     "TextYaml",
     "Verify",
     "config_from_dict",
+    "flat",
     "leaves",
     "load_config",
     "preset_names",

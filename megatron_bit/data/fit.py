@@ -43,16 +43,14 @@ def check_data(model: ModelConfig, manifest: Manifest) -> None:
     if model.head.kind == "softmax":
         manifest.need_vocabulary("model.head.kind=softmax")
         return
-    check_records(manifest, model.code, model.bits)
-    if model.code == "raw":
-        return
-    check_fit(manifest.vocab_size, model.bits)
+    check_bits(manifest, model.code, model.bits)
     if model.code == LEARNED and not code_path(manifest.folder, model.bits).exists():
         raise missing_code(manifest, model.bits)
 
 
-def check_records(manifest: Manifest, code: str, bits: int) -> None:
-    """UserError if one of data and model is of raw records and the other is not, or of other ones."""
+def check_bits(manifest: Manifest, code: str, bits: int) -> None:
+    """UserError if one of data and model is of raw records and the other is not, or of other ones, or the vocabulary
+    does not fit."""
     there = manifest.raw_bits
     if there and (code, bits) != ("raw", there):
         raise UserError(
@@ -64,6 +62,8 @@ def check_records(manifest: Manifest, code: str, bits: int) -> None:
             f"model.code is raw, and {manifest.folder} holds tokens of a vocabulary; make records with `megatron-bit "
             f"prepare --raw-bits {bits}`, or set model.code=binary"
         )
+    if not there:
+        check_fit(manifest.vocab_size, bits)
 
 
 def check_fit(vocab_size: int, bits: int) -> None:

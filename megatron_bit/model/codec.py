@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_bit.config import ModelConfig
 from megatron_bit.data.codes import load_code
-from megatron_bit.data.fit import check_fit, check_records
+from megatron_bit.data.fit import check_bits, check_fit
 from megatron_bit.data.manifest import Manifest
 
 
@@ -45,11 +45,8 @@ def learned_table(code: str, manifest: Manifest, bits: int) -> Tensor | None:
         UserError: the data is of another kind, the vocabulary does not fit, or the folder has no such code (the error
             says what makes it), or a damaged or foreign one.
     """
-    check_records(manifest, code, bits)
-    if code == "raw":
-        return None
-    check_fit(manifest.vocab_size, bits)
-    return None if code in CODES else torch.from_numpy(load_code(manifest, bits).table)
+    check_bits(manifest, code, bits)
+    return None if code == "raw" or code in CODES else torch.from_numpy(load_code(manifest, bits).table)
 
 
 def build_codec(config: ModelConfig, vocab_size: int, learned: Tensor | None = None) -> Codec | RawCodec:

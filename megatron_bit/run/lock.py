@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,22 @@ def holder(run: Path) -> Holder | None:
     """
     path = run / "lock"
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        host, pid, job = str(said["host"]), int(said["pid"]), said.get("slurm_job")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        held = _parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    alive = _has_open(pid, path) if host == socket.gethostname() else None
-    return Holder(host, pid, str(said.get("since", "")), None if job is None else str(job), alive)
+    if held is None or held.host != socket.gethostname():
+        return held
+    return replace(held, alive=_has_open(held.pid, path))
+
+
+def _parsed(text: str) -> Holder | None:
+    """Who a lock file says has taken it; None if it is no such record."""
+    try:
+        said = json.loads(text)
+        job = said.get("slurm_job")
+        return Holder(str(said["host"]), int(said["pid"]), str(said["since"]), str(job) if job else None, None)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 def _has_open(pid: int, path: Path) -> bool:
@@ -115,10 +125,9 @@ def _has_open(pid: int, path: Path) -> bool:
     return False
 
 
-def _named(holder: str) -> str:
-    try:
-        said = json.loads(holder)
-        job = f", SLURM job {said['slurm_job']}" if said.get("slurm_job") else ""
-        return f"process {said['pid']} on {said['host']} since {said['since']}{job}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+def _named(text: str) -> str:
+    held = _parsed(text)
+    if held is None:
         return "another process"
+    job = f", SLURM job {held.slurm_job}" if held.slurm_job else ""
+    return f"process {held.pid} on {held.host} since {held.since}{job}"

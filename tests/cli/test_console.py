@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from as_user import COMMAND, Running, environment
 
+from megatron_bit import cli
+
 SETTINGS = ("train.steps=12", "log.every=1", "checkpoint.every=100", "train.micro_batch_size=4")
 
 
@@ -77,3 +79,13 @@ def test_a_reader_that_leaves_is_no_failure(words: list[str]) -> None:
     process.stdout.close()
     assert process.wait(60) == 128 + signal.SIGPIPE
     assert process.stderr.read() == b""
+
+
+def test_another_broken_pipe_is_a_failure(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(argv: list[str]) -> int:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and capfd.readouterr().err == "failed: of a worker\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -159,6 +160,21 @@ def test_what_was_sent_is_known_at_the_next_start(tmp_path: Path) -> None:
     for damaged in ("", "[]", "{" * 9999, '{"wandb": {"train": "x", "id": 3}}'):
         (tmp_path / "trackers.json").write_text(damaged)
         assert Sent(tmp_path, "wandb").id is None and Sent(tmp_path, "wandb").is_new("train", 0)
+
+
+def test_trackers_of_two_threads_do_not_forget_each_others_steps(tmp_path: Path) -> None:
+    def send(name: str) -> None:
+        sent = Sent(tmp_path, name)
+        for step in range(300):
+            sent.is_new("train", step)
+            sent.flush()
+
+    threads = [threading.Thread(target=send, args=(name,)) for name in ("wandb", "mlflow")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": {"train": 299}, "mlflow": {"train": 299}}
 
 
 def test_no_secret_leaves_with_the_configuration() -> None:

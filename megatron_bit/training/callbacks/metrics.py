@@ -102,10 +102,10 @@ class MetricsCallback(Callback):
             self._log.flush()
         except OSError as error:
             raise alone(UserError(f"{trainer.run / 'log.jsonl'} cannot be written: {error.strerror}")) from None
-        seconds = sum(line["seconds"] for line in lines) / len(lines)
-        mfu = self._mfu(trainer, per_step / seconds)
+        rate = per_step * len(lines) / sum(line["seconds"] for line in lines)
+        mfu = self._mfu(trainer, rate)
         self._show(trainer, lines, mfu, memory)
-        self._print(trainer, lines, mfu, memory)
+        self._print(trainer, lines, rate, mfu, memory)
 
     def _mfu(self, trainer: Trainer, rate: float) -> float | None:
         """Of all ranks at so many tokens a second; None where the device's peak is not known."""
@@ -123,12 +123,13 @@ class MetricsCallback(Callback):
             trainer.trackers.scalars("train", line["step"], line["tokens"], values)
         trainer.trackers.flush()
 
-    def _print(self, trainer: Trainer, lines: list[dict[str, Any]], mfu: float | None, memory: float) -> None:
+    def _print(
+        self, trainer: Trainer, lines: list[dict[str, Any]], rate: float, mfu: float | None, memory: float
+    ) -> None:
         def mean(key: str) -> float:
             return sum(line[key] for line in lines) / len(lines)
 
         config, state = trainer.config, trainer.state
-        rate = config.train.global_batch_size * config.data.seq_length / mean("seconds")
         share = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
         share += " on CPU" if trainer.groups.device.type == "cpu" else ""
         loss = f"loss {mean('loss'):.4f}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
+from megatron_bit.config import flat
 from megatron_bit.training.trackers.tracker import About, Sent
 
 _PARAMETERS = 100  # that one request may have
@@ -32,7 +32,7 @@ class Mlflow:
         tags = {"megatron_bit.run": about.id, "megatron_bit.folder": str(about.folder.absolute())}
         self._id = self._client.create_run(experiment, run_name=about.folder.name, tags=tags).info.run_id
         self._sent.named(self._id)
-        parameters = [Param(key, str(value)[:_LONGEST]) for key, value in _flat(about.config)]
+        parameters = [Param(key, str(value)[:_LONGEST]) for key, value in flat(about.config)]
         for begin in range(0, len(parameters), _PARAMETERS):
             self._client.log_batch(self._id, params=parameters[begin : begin + _PARAMETERS])
 
@@ -49,11 +49,3 @@ class Mlflow:
     def close(self, finished: bool) -> None:
         self._sent.flush()
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

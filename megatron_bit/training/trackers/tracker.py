@@ -17,6 +17,7 @@ from megatron_bit.io import trust
 
 FILE = "trackers.json"  # in the run folder: under which id a run is known elsewhere, and what was sent there
 CLOSE_SECONDS = 30.0  # that the end of a run waits for what is still to be sent
+_WRITING = threading.Lock()  # two trackers have a thread each, and one file
 _MOST_WAITING = 10_000  # calls; a tracker that cannot keep up loses the newest
 
 
@@ -93,7 +94,7 @@ class Sent:
         self._write()
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk is said by who writes the logs
+        with _WRITING, contextlib.suppress(OSError):  # a full disk is said by who writes the logs
             everything = {**_read(self._path), self._name: self._own}
             partial = self._path.with_name(f".{self._path.name}")
             partial.write_text(json.dumps(everything, indent=1))
