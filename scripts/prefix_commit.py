@@ -29,7 +29,8 @@ from megatron_bit.evaluation.samples import distinct, ratio
 from megatron_bit.evaluation.scoring import score
 from megatron_bit.evaluation.validation import Validation
 from megatron_bit.inference.generate import Generator
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import noise_bitlm as hf_noise
+from megatron_bit.inference.hf import settings_bitlm as hf_settings
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def generate(model: Any, prompts: Tensor, tokens: int, steps: int, least: float,
     end = prompts.shape[1] + tokens
     ids = torch.nn.functional.pad(prompts, (0, tokens + k))
     length, sequence = torch.full((rows,), prompts.shape[1]), torch.arange(rows)
-    settings = hf._Settings.read(
+    settings = hf_settings.Settings.read(
         None, {"steps": steps, "seed": seed, "max_new_tokens": tokens}, 0, None, "diffusion", False
     )
     blocks = 0
@@ -69,7 +70,7 @@ def confidence(model: Any, hidden: Tensor, drawn: Tensor, seed: int, sequence: T
     config = model.config
     level = torch.full((len(hidden), 1, 1), math.log(config.sigma_max))
     sigma = level.exp()[..., None, None]
-    noise = hf.gaussian(seed, hf.SAMPLING, sequence, block[:, None], 1, config.block_size, config.bits, 0)
+    noise = hf_noise.gaussian(seed, hf_noise.SAMPLING, sequence, block[:, None], 1, config.block_size, config.bits, 0)
     logits = model.posterior.logits(model.head(sigma * noise, level, hidden[:, None]), sigma * noise, sigma)
     scores = model.posterior.token_scores(logits[:, 0, 0], model.model.code_table).softmax(-1)
     return scores.gather(-1, drawn[..., None]).squeeze(-1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig
 
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import configuration_bitlm as hf_configuration
+from megatron_bit.inference.hf import modeling_bitlm as hf_modeling
 
 STEPS = 5
 
@@ -30,7 +31,7 @@ def chain_of(seed, **settings):
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1}
     head = {"head_kind": "chain", "head_hidden_size": 24, "head_intermediate_size": 32, "head_num_attention_heads": 2}
     given = {**sizes, **head, "max_position_embeddings": 24, "condition_drop": 0.5, "initializer_range": 0.3}
-    model = hf.BitLMForCausalLM(hf.BitLMConfig(**{**given, **settings})).eval()
+    model = hf_modeling.BitLMForCausalLM(hf_configuration.BitLMConfig(**{**given, **settings})).eval()
     model.generation_config = GenerationConfig(
         **({"pad_token_id": 0, "eos_token_id": 0} if settings["vocab_size"] else {})
     )

@@ -21,7 +21,8 @@ from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
 from megatron_bit.inference.generate import Generator, check_compiler
-from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig, BitLMForCausalLM
+from megatron_bit.inference.hf.configuration_bitlm import BitLMConfig
+from megatron_bit.inference.hf.modeling_bitlm import BitLMForCausalLM
 from megatron_bit.inference.hf_names import Source, model_arguments, softmax_config, training_dtype
 
 PEERS = ("softmax peer", "Llama")

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.models import Model
-from megatron_bit.inference.hf.modeling_bitlm import Decoder
+from megatron_bit.inference.hf.text_bitlm import Decoder
 from megatron_bit.inference.hf_names import Source, WeightsOf, softmax_config, training_dtype
 from megatron_bit.inference.text import DataText, FolderText, Text
 from megatron_bit.inference.tokenizer_json import check_folder

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_bit.config import Config
 from megatron_bit.inference.generate import Generator
-from megatron_bit.inference.hf.modeling_bitlm import Decoder
+from megatron_bit.inference.hf.text_bitlm import Decoder
 
 NOISE_SAMPLES = 16  # of a diffusion head that does not say how it was validated
 

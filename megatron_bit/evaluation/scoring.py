@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_bit.evaluation.models import Model
 from megatron_bit.evaluation.progress import Progress
-from megatron_bit.inference.hf.modeling_bitlm import common
+from megatron_bit.inference.hf.text_bitlm import common
 
 
 class Window(NamedTuple):

@@ -12,7 +12,7 @@ from megatron_bit.data.manifest import load_manifest
 from megatron_bit.data.stream import read_shard
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.models import Model
-from megatron_bit.inference.hf.modeling_bitlm import Detokenizer
+from megatron_bit.inference.hf.text_bitlm import Detokenizer
 
 
 class Validation:

@@ -27,7 +27,7 @@ from megatron_bit.io.files import sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-MODELING = Path(__file__).parent / "hf" / "modeling_bitlm.py"
+CODE = sorted((Path(__file__).parent / "hf").glob("*_bitlm.py"))  # goes with every BitLM
 
 
 def to_hf(
@@ -114,7 +114,7 @@ def _write_small_files(source: Source, folder: Path, dtype: str) -> None:
 def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
     from transformers import GenerationConfig
 
-    from megatron_bit.inference.hf.modeling_bitlm import BitLMConfig
+    from megatron_bit.inference.hf.configuration_bitlm import BitLMConfig
 
     arguments: dict[str, Any] = model_arguments(source.config, source.vocab_size, source.noise_table)
     BitLMConfig(
@@ -122,7 +122,7 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
         **common,
         architectures=["BitLMForCausalLM"],
         auto_map={
-            "AutoConfig": "modeling_bitlm.BitLMConfig",
+            "AutoConfig": "configuration_bitlm.BitLMConfig",
             "AutoModelForCausalLM": "modeling_bitlm.BitLMForCausalLM",
         },
     ).save_pretrained(folder)
@@ -130,7 +130,8 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
     chain = source.config.model.head.kind == "chain"
     how: dict[str, Any] = {} if chain else {"steps": 32, "sampler": "ode"}  # a chain: temperature, 1 if not said
     GenerationConfig(**ends, max_new_tokens=128, seed=0, **how).save_pretrained(folder)
-    shutil.copyfile(MODELING, folder / MODELING.name)
+    for file in CODE:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _begin_with(tokenizer: Any, eos: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from megatron_bit.inference.generate import Generator
-from megatron_bit.inference.hf.modeling_bitlm import TextStream
+from megatron_bit.inference.hf.text_bitlm import TextStream
 
 
 class Full(Exception):

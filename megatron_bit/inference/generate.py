@@ -1,4 +1,4 @@
-"""`megatron-bit generate`: from a run, a checkpoint or a converted folder, all through hf/modeling_bitlm.py."""
+"""`megatron-bit generate`: from a run, a checkpoint or a converted folder, all through the model in hf/."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from transformers.utils import logging as transformers_logging
 from megatron_bit.checkpoint.hf_config import read_json
 from megatron_bit.checkpoint.huggingface import check_shapes
 from megatron_bit.errors import UserError
-from megatron_bit.inference.hf.modeling_bitlm import (
-    NO_FRONT,
-    SAMPLERS,
-    UNGUIDED,
-    BitLMConfig,
-    BitLMForCausalLM,
-    TextStream,
-)
+from megatron_bit.inference.hf.configuration_bitlm import BitLMConfig
+from megatron_bit.inference.hf.modeling_bitlm import BitLMForCausalLM
+from megatron_bit.inference.hf.noise_bitlm import SAMPLERS
+from megatron_bit.inference.hf.settings_bitlm import NO_FRONT, UNGUIDED
+from megatron_bit.inference.hf.text_bitlm import TextStream
 from megatron_bit.inference.hf_names import Source, WeightsOf, model_arguments, training_dtype
 from megatron_bit.inference.text import DataText, FolderText, Records, Text
 from megatron_bit.io.files import lines_of

@@ -1,6 +1,6 @@
 """What a generator's tokens are to a person: text by one of several tokenizers, or raw records.
 
-How ids become text, piece by piece and behind a prompt, is in `hf/modeling_bitlm.py` (`Decoder`, `Detokenizer`,
+How ids become text, piece by piece and behind a prompt, is in `hf/text_bitlm.py` (`Decoder`, `Detokenizer`,
 `TextStream`), because a converted folder needs it too; generate, serve, stop strings and evaluate all use that.
 """
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
-from megatron_bit.inference.hf.modeling_bitlm import Decoder, TextStream
+from megatron_bit.inference.hf.text_bitlm import Decoder, TextStream
 from megatron_bit.inference.tokenizer_json import check_folder
 
 

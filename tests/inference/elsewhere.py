@@ -8,11 +8,24 @@ CASES.json maps a name to a folder; its inputs are in CASES.json.NAME, a safeten
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def saved_again(model: Any, folder: Path) -> Any:
+    """The model out of what `save_pretrained` writes: with all of its code."""
+    with tempfile.TemporaryDirectory() as again:
+        model.save_pretrained(again)
+        for file in folder.glob("*.py"):
+            assert Path(again, file.name).read_bytes() == file.read_bytes(), file.name
+        config = json.loads(Path(again, "config.json").read_text())
+        assert config["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
+        return AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 
 
 def main() -> None:
@@ -23,7 +36,7 @@ def main() -> None:
     out = {}
     for name, folder in json.loads(Path(sys.argv[1]).read_text()).items():
         given = load_file(f"{sys.argv[1]}.{name}")
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        model = saved_again(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         chain = model.config.head_kind == "chain"
         noisy = {} if chain else {"noisy_bits": given["noisy_bits"].float(), "log_sigma": given["log_sigma"]}

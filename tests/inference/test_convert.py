@@ -35,14 +35,16 @@ def tensors(folder):
 
 def test_files(converted):
     whole, sharded = converted["k4"].folder, converted["odd"].folder
-    names = {"config.json", "generation_config.json", "modeling_bitlm.py", "tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    names |= {file.name for file in convert.CODE}
     assert {p.name for p in whole.iterdir()} == {*names, "model.safetensors"}
     files = sorted(p.name for p in sharded.glob("*.safetensors"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {k: f for f in files for k in load_file(sharded / f)}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(sharded).values())
-    assert (whole / "modeling_bitlm.py").read_text() == convert.MODELING.read_text()
+    for file in convert.CODE:
+        assert (whole / file.name).read_text() == file.read_text()
     config = json.loads((whole / "config.json").read_text())
     assert config["training_step"] == 1
     identity = json.loads((converted["k4"].run / "identity.json").read_text())

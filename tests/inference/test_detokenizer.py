@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bit.data.tokenizer import Tokenizer
-from megatron_bit.inference.hf.modeling_bitlm import Decoder, Detokenizer, TextStream
+from megatron_bit.inference.hf.text_bitlm import Decoder, Detokenizer, TextStream
 from megatron_bit.inference.text import DataText, FolderText, Text
 from megatron_bit.inference.tokenizer_json import convert_tokenizer
 

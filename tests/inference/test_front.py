@@ -11,7 +11,8 @@ from generation import chain_of, generate, tokens
 
 from megatron_bit.cli import main
 from megatron_bit.inference.generate import Generator
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import bits_bitlm as hf_bits
+from megatron_bit.inference.hf import head_bitlm as hf_head
 from megatron_bit.model.chunk import TokenBatch
 
 NOISY = ["names", "memory"]
@@ -71,8 +72,8 @@ def test_text_of_a_row_is_its_own(name, overlap, steps, generator):
 
 
 def test_steps_are_evaluations_of_the_head(generator, monkeypatch):
-    counted, inner = [], hf.BitLMHead.groups
-    monkeypatch.setattr(hf.BitLMHead, "groups", lambda *given: counted.append(1) or inner(*given))
+    counted, inner = [], hf_head.BitLMHead.groups
+    monkeypatch.setattr(hf_head.BitLMHead, "groups", lambda *given: counted.append(1) or inner(*given))
     k = generator("names").model.config.block_size
     generate(generator("names"), [[]], 5 * k, overlap=math.inf, steps=3)
     read = len(generator("names").model.config.group_sizes)  # of no tokens yet, a group after the other
@@ -88,7 +89,7 @@ def test_noise_is_undone(overlap, steps):
     made = model.generate(
         torch.zeros(rows, 0, dtype=torch.int64), overlap=overlap, steps=steps, max_new_tokens=2, eos_token_id=[]
     )
-    values = hf.group_values(model.config, model.model.bits(made))  # [rows, K, G]
+    values = hf_bits.group_values(model.config, model.model.bits(made))  # [rows, K, G]
     with torch.no_grad():
         states = model._states(made[:1], torch.zeros(1, dtype=torch.int64))[:, :2, None].transpose(1, 2)
         expected = model.head.of_block("prior", states)[0, 0].unflatten(-1, (2, 8)).softmax(-1)

@@ -16,7 +16,12 @@ from transformers import GenerationConfig, TextStreamer
 from megatron_bit.diffusion import noise
 from megatron_bit.errors import UserError
 from megatron_bit.inference.generate import Generator
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import bits_bitlm as hf_bits
+from megatron_bit.inference.hf import chain_bitlm as hf_chain
+from megatron_bit.inference.hf import generation_bitlm as hf_generation
+from megatron_bit.inference.hf import head_bitlm as hf_head
+from megatron_bit.inference.hf import noise_bitlm as hf_noise
+from megatron_bit.inference.hf import settings_bitlm as hf_settings
 from megatron_bit.model import kernels
 from megatron_bit.model.chain import Before
 from megatron_bit.model.head import Newest
@@ -84,7 +89,7 @@ def test_cached_text_is_the_text_computed_again_for_every_block(name, length, ge
 def gumbel_of_block(seed, sequence, block, k, groups, values):
     """float64 [K, G, U]: minus the logarithm of minus the logarithm of the words' uniforms, four words a counter."""
     elements = torch.arange(-(-k * groups * values // 4))
-    words = hf._uniforms(seed, hf.SAMPLING, torch.tensor([sequence]), torch.tensor([[block]]), 1, elements)
+    words = hf_noise.uniforms(seed, hf_noise.SAMPLING, torch.tensor([sequence]), torch.tensor([[block]]), 1, elements)
     uniforms = torch.stack(words, -1).flatten()[: k * groups * values].double()
     return -torch.log(-torch.log(uniforms)).view(k, groups, values)
 
@@ -270,7 +275,7 @@ def test_states_with_a_cache_are_those_without(name, generator):
     model = generator(name).model
     k, most = model.config.block_size, model.config.max_position_embeddings // model.config.block_size
     ids, lead = torch.tensor([tokens(6, most * k), tokens(7, most * k)]), torch.tensor([0, 2])
-    context = hf._Context(model, lead.tolist(), most)
+    context = hf_generation.Context(model.model, lead.tolist(), most)
     with torch.no_grad():
         expected = model._states(ids[:, : (most - 1) * k], lead)
         for blocks in range(3, most):
@@ -382,13 +387,13 @@ SHAPES = [
 def test_text_does_not_depend_on_how_many_tokens_are_guessed_ahead(shape, rows, monkeypatch):
     """One group after another, against all numbers of tokens at once; 18 ways to draw, and two contexts."""
     k, groups = shape["block_size"], len(shape.get("group_sizes", [1] * shape["bits"]))
-    evaluations, inner, saved = [], hf.BitLMHead.groups, 0
-    monkeypatch.setattr(hf.BitLMHead, "groups", lambda *given: evaluations.append(1) or inner(*given))
+    evaluations, inner, saved = [], hf_head.BitLMHead.groups, 0
+    monkeypatch.setattr(hf_head.BitLMHead, "groups", lambda *given: evaluations.append(1) or inner(*given))
     for seed in range(3):
         model = chain_of(seed, **shape)
         given = torch.randint(0, shape["vocab_size"] or 256, (rows, 2 * k))
         if not shape["vocab_size"]:
-            given = hf.pack(torch.randn(rows, 2 * k, shape["bits"]))
+            given = hf_bits.pack(torch.randn(rows, 2 * k, shape["bits"]))
         ends = {"eos_token_id": []} if shape["vocab_size"] else {}
         for temperature, guidance in ((1.0, 1.0), (0.6, 1.0), (0.1, 1.0), (0.0, 1.0), (1.0, 2.5), (0.0, 0.5)):
             how = {"max_new_tokens": 10 * k, "seed": seed, "temperature": temperature, "guidance": guidance, **ends}
@@ -414,10 +419,12 @@ def test_draws_have_their_probabilities():
     """First groups of 20,000 sequences against what the head says of them."""
     model = chain_of(3, **SHAPES[0])
     count = 20_000
-    settings = hf._Settings.read(None, {"seed": 4, "temperature": 0.7, "max_new_tokens": 1}, 0, None, "chain", False)
-    noise = hf._gumbel(settings, model.config, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+    settings = hf_settings.Settings.read(
+        None, {"seed": 4, "temperature": 0.7, "max_new_tokens": 1}, 0, None, "chain", False
+    )
+    noise = hf_chain.gumbel(settings, model.config, torch.arange(count), torch.zeros(count, dtype=torch.int64))
     log_p = torch.randn(32, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
-    drawn = hf._draw(log_p.expand(count, 4, 2, 32), noise, 0.7)
+    drawn = hf_chain.draw(log_p.expand(count, 4, 2, 32), noise, 0.7)
     for place in (0, 3):
         for group in (0, 1):
             expected = (log_p / 0.7).softmax(-1) * count

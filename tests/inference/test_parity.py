@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_bit.diffusion import noise
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import noise_bitlm as hf_noise
 from megatron_bit.model.chunk import TokenBatch
 
 DIFFUSION = ["sharded_training", "k1", "k4", "odd", "groups", "direct", "logistic", "entropy_rate", "names_joint",
@@ -91,10 +91,10 @@ def test_noise_is_the_trainers():
     sample, seed = torch.tensor([3, 2**40 + 7]), 2**45 + 9
     block = torch.arange(5, 9).expand(2, -1)
     theirs = noise.gaussian(seed, noise.VALIDATION, sample, 5, 4, 3, 3, 7)  # [n K, b, M, B]
-    mine = hf.gaussian(seed, hf.VALIDATION, sample, block, 3, 3, 7)
+    mine = hf_noise.gaussian(seed, hf_noise.VALIDATION, sample, block, 3, 3, 7)
     assert torch.equal(mine.permute(1, 3, 0, 2, 4).flatten(0, 1), theirs)
     theirs = noise.stratified_levels(seed, noise.VALIDATION, sample, 5, 4, 3)
-    assert torch.equal(hf.stratified_levels(seed, hf.VALIDATION, sample, block, 3).transpose(0, 1), theirs)
-    assert (hf.VALIDATION, hf.SAMPLING, hf.RECONSTRUCTION, hf.LEVEL) == (
+    assert torch.equal(hf_noise.stratified_levels(seed, hf_noise.VALIDATION, sample, block, 3).transpose(0, 1), theirs)
+    assert (hf_noise.VALIDATION, hf_noise.SAMPLING, hf_noise.RECONSTRUCTION, hf_noise.LEVEL) == (
         noise.VALIDATION, noise.SAMPLING, noise.RECONSTRUCTION, noise._LEVEL,
     )  # fmt: skip

@@ -19,9 +19,10 @@ from megatron_bit.checkpoint.load import load_weights
 from megatron_bit.config import load_config
 from megatron_bit.errors import UserError
 from megatron_bit.evaluation.report import Request, evaluate, render
-from megatron_bit.inference.convert import to_hf
+from megatron_bit.inference.convert import CODE, to_hf
 from megatron_bit.inference.generate import Generator
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import bits_bitlm as hf_bits
+from megatron_bit.inference.hf import noise_bitlm as hf_noise
 from megatron_bit.model.build import build_model
 from megatron_bit.model.chain import Before
 from megatron_bit.parallel.groups import Groups
@@ -80,9 +81,9 @@ def random_records(seed: int, count: int) -> list[list[int]]:
 
 def test_packing_is_numpy_s() -> None:
     bits = np.random.default_rng(3).integers(0, 2, (2, 5, BITS), dtype=np.uint8)
-    packed = hf.pack(torch.from_numpy(bits) * 2.0 - 1)
+    packed = hf_bits.pack(torch.from_numpy(bits) * 2.0 - 1)
     assert np.array_equal(packed.numpy(), np.packbits(bits, axis=-1))
-    assert np.array_equal(hf.unpack(packed, BITS).numpy(), bits.astype(np.int8) * 2 - 1)
+    assert np.array_equal(hf_bits.unpack(packed, BITS).numpy(), bits.astype(np.int8) * 2 - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +91,7 @@ def test_the_folder_opens_in_transformers(kind: str, made: Callable[..., Any]) -
     from transformers import AutoModelForCausalLM
 
     _, folder = made(kind)
-    names = {"config.json", "generation_config.json", "model.safetensors", "modeling_bitlm.py"}
+    names = {"config.json", "generation_config.json", "model.safetensors", *(file.name for file in CODE)}
     assert {p.name for p in folder.iterdir()} == names
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 0
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -125,12 +126,12 @@ def test_a_chain_draws_what_the_head_that_trains_says(
     k, sizes = config.model.block_size, config.model.group_sizes
     prompt = random_records(5, 4)
     rows = [[0, 0, 0]] * (-len(prompt) % k) + prompt
-    start, codes = len(rows), [hf._codes(size, torch.zeros(1)) for size in sizes]
+    start, codes = len(rows), [hf_bits.codes_of(size, torch.zeros(1)) for size in sizes]
     while len(rows) < start + 12:
         block = len(rows) // k
         shape = (k, len(sizes), 2 ** max(sizes))
         elements = torch.arange(-(-k * len(sizes) * 2 ** max(sizes) // 4))
-        words = hf._uniforms(9, hf.SAMPLING, torch.tensor([6]), torch.tensor([[block]]), 1, elements)
+        words = hf_noise.uniforms(9, hf_noise.SAMPLING, torch.tensor([6]), torch.tensor([[block]]), 1, elements)
         uniforms = torch.stack(words, -1).flatten()[: k * len(sizes) * 2 ** max(sizes)]
         gumbel = -(-uniforms.log()).log().view(shape)
         window = torch.tensor([rows + [[0, 0, 0]] * k], dtype=torch.uint8)

@@ -13,7 +13,8 @@ from megatron_bit.diffusion.entropy_rate import BINS, EntropyRate
 from megatron_bit.diffusion.likelihood import token_bound
 from megatron_bit.diffusion.noise import NoiseDistribution, build_noise
 from megatron_bit.diffusion.posterior import BitPosterior, GroupPosterior
-from megatron_bit.inference.hf import modeling_bitlm as hf
+from megatron_bit.inference.hf import configuration_bitlm as hf_configuration
+from megatron_bit.inference.hf import noise_bitlm as hf_noise
 
 DISTRIBUTION = NoiseDistribution.from_config(DiffusionConfig())
 CODES = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)))  # two tokens of two bits
@@ -101,8 +102,10 @@ def test_uniform_bits_cost_ln2_each_wherever_the_integral_ends(sigma_min):
 
 def grid(steps):
     d = DISTRIBUTION
-    own = hf.BitLMConfig(sigma_min=d.sigma_min, sigma_max=d.sigma_max, sigma_log_mean=d.mean, sigma_log_std=d.std)
-    return hf.NoiseDistribution(own).grid(steps, torch.device("cpu"))
+    own = hf_configuration.BitLMConfig(
+        sigma_min=d.sigma_min, sigma_max=d.sigma_max, sigma_log_mean=d.mean, sigma_log_std=d.std
+    )
+    return hf_noise.NoiseDistribution(own).grid(steps, torch.device("cpu"))
 
 
 def sample(head, sequence, sampler="ode", steps=48, block=5):
@@ -110,14 +113,16 @@ def sample(head, sequence, sampler="ode", steps=48, block=5):
     blocks = torch.full((len(sequence), 1), block)
 
     def noise(i):
-        return hf.gaussian(9, hf.SAMPLING, sequence, blocks, 1, 2, 2, i)[:, 0].permute(2, 0, 1, 3)  # [2, b, 1, 2]
+        return hf_noise.gaussian(9, hf_noise.SAMPLING, sequence, blocks, 1, 2, 2, i)[:, 0].permute(
+            2, 0, 1, 3
+        )  # [2, b, 1, 2]
 
     def logits(z, log_sigma):
         residual = head(z, log_sigma.expand(1, len(sequence), 1))
         return residual + (2 * z / log_sigma.exp() ** 2).clamp(-CLIP, CLIP)
 
     levels = grid(steps)
-    z = hf.SAMPLERS[sampler](lambda z, log_sigma: torch.tanh(0.5 * logits(z, log_sigma)), noise, levels)
+    z = hf_noise.SAMPLERS[sampler](lambda z, log_sigma: torch.tanh(0.5 * logits(z, log_sigma)), noise, levels)
     return logits(z, levels[-1]).squeeze(2)
 
 
@@ -147,7 +152,7 @@ def test_samples_pass_a_chi_square_test(sampler, steps):
 
 
 def test_every_sampler_is_tested():
-    assert set(hf.SAMPLERS) == {"ode", "heun", "dpm", "em", "churn"}
+    assert set(hf_noise.SAMPLERS) == {"ode", "heun", "dpm", "em", "churn"}
 
 
 def test_a_sample_depends_on_its_sequence_and_block_alone():
