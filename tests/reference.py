@@ -198,7 +198,7 @@ def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             shapes["head.prior_last.weight"] = (outputs, d)
     if h.kind == "chain":
         shapes |= {"head.previous": (rows, w), "head.values": (rows, w), "head.stage": (len(groups), w)}
-        if config.diffusion.noisy_every:
+        if config.noisy_every:
             shapes |= {
                 "head.seen_levels.fc1.weight": (w, FEATURES),
                 "head.seen_levels.fc2.weight": (w, w),
@@ -615,7 +615,7 @@ class ReferenceModel:
         """Training loss and likelihood bound (nats a token), means over the tokens of a micro-batch."""
         if self.config.model.head.kind == "chain":
             nats = self.chain(tokens, sample)
-            again = self.noisy_chain(tokens, sample) if self.config.diffusion.noisy_every else nats[:0]
+            again = self.noisy_chain(tokens, sample) if self.config.noisy_every else nats[:0]
             loss = torch.cat((nats.flatten(), again.flatten())).mean()  # over all evaluations
             return loss, nats.detach().mean()
         d, m, k = self.config.diffusion, self.config.model, self.config.model.block_size
@@ -719,13 +719,13 @@ class ReferenceModel:
     def noisy_chain(self, tokens: Tensor, sample: Tensor) -> Tensor:
         """diffusion.noisy_every: nats [all, K] of the blocks that are evaluated once more, each by itself: the sequence
         with this block's tokens seen through noise, of which its own rows are taken."""
-        m, d, found = self.config.model, self.config.diffusion, []
+        m, found = self.config.model, []
         blocks, k = tokens.shape[1] // m.block_size, m.block_size
         hidden, kept = self.hidden(tokens, sample), self._kept(sample, blocks)
         come, eps = draw_front(self.config, sample, blocks)
         for b, number in enumerate(sample.tolist()):
-            for cell, first in enumerate(range(0, blocks, d.noisy_every)):
-                n = first + (number + cell) % min(d.noisy_every, blocks - first)
+            for cell, first in enumerate(range(0, blocks, self.config.noisy_every)):
+                n = first + (number + cell) % min(self.config.noisy_every, blocks - first)
                 row, rows = tokens[b : b + 1], slice(n * k, (n + 1) * k)
                 states, keeps = hidden[b : b + 1], None if kept is None else kept[b : b + 1]
                 x, decided = self.encode(row[:, rows])[0], come[b, n] >= 1  # [K, B], [K, G]

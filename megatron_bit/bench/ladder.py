@@ -76,7 +76,7 @@ def ladder(bits: int, peer_layers: int) -> list[Rung]:
             ),
             Rung(
                 "chain K=4 g=8 semantic, names, tied prior, a layer moved to the head, noisy blocks",
-                (*four, names, tied, *deeper, "diffusion.noisy_every=4"),
+                (*four, names, tied, *deeper, "diffusion.noisy_every=8"),
                 extra=True,
             ),
             Rung("chain K=8 g=8 semantic, names, tied prior", chain(8, 8, *semantic, names, tied), extra=True),

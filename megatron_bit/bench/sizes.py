@@ -22,6 +22,7 @@ WIDTHS = 16  # a width is a multiple of these
 # what a rung does not say it has not, whatever the preset has
 PLAIN = (
     "model.names=sum", "model.head.prior_rank=0", "model.head.token_before=false", "model.head.soft_prior=false",
+    "diffusion.noisy_every=0",
 )  # fmt: skip
 SIZES: dict[str, tuple[str, ...]] = {
     "small": (

@@ -211,7 +211,7 @@ def _bitlm(there: Mapping[str, Any], layers: Mapping[str, Any], code: str) -> di
         "log_std": there["sigma_log_std"],
         "noise": there["sigma_kind"],
         "levels_apart": 1 if there.get("levels_apart", False) else 0,  # at least; how many is up to the run
-        "noisy_every": 4 if there.get("noisy_blocks", False) else 0,  # of how many is up to the run
+        "noisy_every": 8 if there.get("noisy_blocks", False) else 0,  # of how many is up to the run
         "condition_drop": there["condition_drop"],
         "self_condition": 0.5 if there["self_condition"] else 0.0,
     }

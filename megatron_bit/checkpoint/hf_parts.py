@@ -113,7 +113,7 @@ def _block_head(config: Config) -> Iterator[Part]:
     if h.kind == "chain":
         yield same("head.previous", "head.previous", m.group_values, w)
         yield same("head.stages", "head.stage", len(m.group_sizes), w)
-        if diffusion.noisy_every:
+        if config.noisy_every:
             for fc, inputs in (("fc1", FREQUENCIES), ("fc2", w)):
                 yield same(f"head.seen_levels.{fc}.weight", f"head.seen_levels.{fc}.weight", w, inputs)
             yield same("head.seen_levels.slots", "head.seen_levels.slots", 2 * len(m.group_sizes), w)

@@ -42,12 +42,12 @@ def generate(
         prompt: one or more texts to continue; without any, a text from its beginning. Of records: hexadecimal digits.
         prompt_file: texts to continue, one a line, after those of --prompt. Of records: a file of them, one prompt.
         max_tokens: most tokens to produce for a prompt.
-        steps: denoising steps a block, of a diffusion head, default 32; with --overlap evaluations of the head a block,
-            default as many as it has groups of bits.
-        sampler: how a diffusion head removes the noise: ode (default), heun, dpm, em, churn.
-        temperature: of a chain head; default 1, and 0 takes the likeliest.
-        guidance: how far to go from the head's answer without the backbone to that with it; default 1, all the way, and
-            above 1 further, at twice the head's work. The run needs diffusion.condition_drop.
+        steps: denoising steps a block, of a diffusion head, default generate.steps of the run; with --overlap
+            evaluations of the head a block, default as many as it has groups of bits.
+        sampler: how a diffusion head removes the noise: ode, heun, dpm, em, churn; default generate.sampler.
+        temperature: of a chain head; default generate.temperature, and 0 takes the likeliest.
+        guidance: how far to go from the head's answer without the backbone to that with it; 1 is all the way, and above
+            1 further, at twice the head's work; default generate.guidance. The run needs diffusion.condition_drop.
         overlap: of a chain trained with diffusion.noisy_every: draw along a front of noise over so many groups of bits
             (1 or above; inf: all of a block together); default: one after the other.
         seed: the same seed gives the same text.

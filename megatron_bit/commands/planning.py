@@ -34,7 +34,7 @@ def plan(
 
     Args:
         args: a YAML file or a run folder, then key=value pairs.
-        preset: laptop, 125m, 1b or 8b.
+        preset: laptop, 125m, 1b, 8b or bitlm.
         nodes: number of nodes.
         gpus_per_node: GPUs of one node.
         device: a GPU whose facts are shipped: h100, h200 or a100.

@@ -30,7 +30,7 @@ def submit(
     Args:
         args: a YAML file or a run folder, then key=value pairs.
         cluster: the cluster profile, a YAML file; `megatron-bit cluster profiles` has examples.
-        preset: laptop, 125m, 1b or 8b.
+        preset: laptop, 125m, 1b, 8b or bitlm.
         sweep: key=a,b,c: a run for each value, as one job array, in RUN/key=a ...; several give all combinations.
         dry_run: print the script; write and submit nothing.
     """
@@ -62,7 +62,7 @@ def chain(
         count: number of jobs.
         args: a YAML file or a run folder, then key=value pairs.
         cluster: the cluster profile, a YAML file.
-        preset: laptop, 125m, 1b or 8b.
+        preset: laptop, 125m, 1b, 8b or bitlm.
         dry_run: print the script; write and submit nothing.
     """
     from mbit_launcher import submit as launcher

@@ -36,7 +36,7 @@ def train(
 
     Args:
         args: a YAML file or a run folder, then key=value pairs.
-        preset: laptop, 125m, 1b or 8b.
+        preset: laptop, 125m, 1b, 8b or bitlm.
         nproc: ranks to start on this machine.
         dry_run: print the resolved configuration, parameter counts, memory a rank and the layout; train nothing.
         world_size: with --dry-run, plan for this many ranks.

@@ -23,10 +23,11 @@ class DiffusionConfig(Section):
     """So many of the noise samples give every group of bits of the block (`model.group_bits` above 1) a level of its
     own: a neighbour that is clean enough to tell something is learned from while the group itself is not decided yet.
     The others have one level for the block, as validation and generation have; from them alone the log's bound is."""
-    noisy_every: int = Field(default=0, ge=0, le=2**20)
+    noisy_every: int | None = Field(default=0, ge=0, le=2**20)
     """Of a `chain`: one of every so many blocks is evaluated once more in training, with noise on what its groups of
     bits see of those before them in the block, at levels of their own. Such a head also draws and scores along a front
-    of noise over several groups, up to all of a block together (`overlap`). 0: none, the chain alone; 1: all blocks."""
+    of noise over several groups, up to all of a block together (`overlap`). 0: none, the chain alone; 1: all blocks;
+    null: 8 where it can be, which costs a chain nothing that was measured (docs/quality.md)."""
     sigma_min: float = Field(default=0.1, gt=0)
     """Smallest noise level (on bits of -1, +1)."""
     sigma_max: float = Field(default=160.0, gt=0)

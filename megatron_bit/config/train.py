@@ -1,4 +1,4 @@
-"""`train`, `fp8`, `evaluate`, `checkpoint` and `log`: a run and its steps."""
+"""`train`, `fp8`, `evaluate`, `generate`, `checkpoint` and `log`: a run and its steps."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ class EvaluateConfig(Section):
     """Validation samples; at most what the validation split holds."""
     noise_samples: int = Field(default=16, ge=2, le=4096)
     """Stratified noise levels a hidden state in validation."""
+
+
+class GenerateConfig(Section):
+    """What `generate`, `serve` and a converted folder do with this run's model unless they are told otherwise."""
+
+    steps: int = Field(default=32, ge=2, le=65536)
+    """Evaluations of a `diffusion` head a block. A chain has as many as the block has groups of bits."""
+    sampler: Literal["ode", "heun", "dpm", "em", "churn"] = "ode"
+    """How a `diffusion` head takes the noise off."""
+    temperature: float = Field(default=1.0, ge=0, lt=float("inf"))
+    """Of a `chain`; 0 takes the likeliest."""
+    guidance: float = Field(default=1.0, ge=0, lt=float("inf"))
+    """How far to go from the head's answer without the backbone to that with it; above 1 further. Another value than 1
+    needs `diffusion.condition_drop`."""
 
 
 class CheckpointConfig(Section):

@@ -12,7 +12,14 @@ from megatron_bit.config.model import ModelConfig
 from megatron_bit.config.optim import OptimConfig
 from megatron_bit.config.parallel import ParallelConfig
 from megatron_bit.config.section import Section
-from megatron_bit.config.train import CheckpointConfig, EvaluateConfig, Fp8Config, LogConfig, TrainConfig
+from megatron_bit.config.train import (
+    CheckpointConfig,
+    EvaluateConfig,
+    Fp8Config,
+    GenerateConfig,
+    LogConfig,
+    TrainConfig,
+)
 from megatron_bit.errors import UserError
 
 
@@ -27,6 +34,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     fp8: Fp8Config = Fp8Config()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
@@ -44,7 +52,7 @@ class Config(Section):
                 f"model.group_bits above 1, and they are {self.model.head.kind} and {self.model.group_bits}; set it "
                 f"to 0"
             )
-        if self.diffusion.noisy_every and (self.model.head.kind != "chain" or self.diffusion.noise == "entropy_rate"):
+        if self.diffusion.noisy_every and not self._sees_noise:
             raise ValueError(
                 f"diffusion.noisy_every {self.diffusion.noisy_every} needs model.head.kind chain and diffusion.noise "
                 f"lognormal or logistic, and they are {self.model.head.kind} and {self.diffusion.noise}; set it to 0"
@@ -54,6 +62,11 @@ class Config(Section):
                 f"diffusion.self_condition {self.diffusion.self_condition} needs a head that denoises, and "
                 f"model.head.kind is {self.model.head.kind}; set diffusion.self_condition=0, or "
                 "model.head.kind=diffusion"
+            )
+        if self.generate.guidance != 1.0 and not self.diffusion.condition_drop:
+            raise ValueError(
+                f"generate.guidance {self.generate.guidance:g} needs diffusion.condition_drop above 0 (0.1 is usual), "
+                "and it is 0; set it to 1"
             )
         if s % k:
             down = max(s // k, 1) * k
@@ -117,9 +130,22 @@ class Config(Section):
         return len(self.model.group_sizes) if self.diffusion.levels_apart else 1
 
     @property
+    def _sees_noise(self) -> bool:
+        """Whether the head is a chain that can learn from noisy blocks."""
+        return self.model.head.kind == "chain" and self.diffusion.noise != "entropy_rate"
+
+    @property
+    def noisy_every(self) -> int:
+        """`diffusion.noisy_every`, resolved: a block of one group has none before it that could be noisy."""
+        if self.diffusion.noisy_every is None:
+            groups = self.model.block_size * len(self.model.group_sizes)
+            return 8 if self._sees_noise and groups > 1 else 0
+        return self.diffusion.noisy_every
+
+    @property
     def noisy_share(self) -> float:
         """Of the blocks, those that a chain evaluates once more with noise on what they see."""
-        return 1.0 / self.diffusion.noisy_every if self.diffusion.noisy_every else 0.0
+        return 1.0 / self.noisy_every if self.noisy_every else 0.0
 
     @property
     def head_evaluations(self) -> int:
@@ -134,7 +160,16 @@ class Config(Section):
     @property
     def loss_is_exact(self) -> bool:
         """Whether those nats are the training loss itself."""
-        return self.exact and not self.diffusion.noisy_every
+        return self.exact and not self.noisy_every
+
+    @property
+    def generation(self) -> dict[str, float | int | str]:
+        """`generate`, as far as the head knows it: keys of transformers' GenerationConfig that are not its defaults."""
+        g = self.generate
+        how = {"temperature": g.temperature} if self.model.head.kind == "chain" else {}
+        if self.model.head.kind == "diffusion":
+            how = {"steps": g.steps, "sampler": g.sampler}
+        return {key: value for key, value in {**how, "guidance": g.guidance}.items() if value != 1.0}
 
     @property
     def start_blocks(self) -> int | None:

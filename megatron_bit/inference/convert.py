@@ -127,9 +127,7 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
         },
     ).save_pretrained(folder)
     ends = {key: common[key] for key in ("eos_token_id", "pad_token_id") if key in common}  # records have none
-    chain = source.config.model.head.kind == "chain"
-    how: dict[str, Any] = {} if chain else {"steps": 32, "sampler": "ode"}  # a chain: temperature, 1 if not said
-    GenerationConfig(**ends, max_new_tokens=128, seed=0, **how).save_pretrained(folder)
+    GenerationConfig(**ends, max_new_tokens=128, seed=0, **source.config.generation).save_pretrained(folder)
     for file in CODE:
         shutil.copyfile(file, folder / file.name)
 

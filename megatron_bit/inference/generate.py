@@ -99,13 +99,13 @@ class Generator:
         for name, tensor in source.tensors():
             weights[name] = tensor.to(self.device, dtype if tensor.is_floating_point() else None)
         self.model.load_state_dict(weights, assign=True)
-        self.step = source.step
+        self.step, how = source.step, source.config.generation
         if source.records:
-            self.model.generation_config = GenerationConfig()
+            self.model.generation_config = GenerationConfig(**how)
             self.text = Records(self.model.config.bits)
             return
         self.text = text = DataText(source.manifest.checked_tokenizer_path())
-        self.model.generation_config = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.eos_id)
+        self.model.generation_config = GenerationConfig(eos_token_id=text.eos_id, pad_token_id=text.eos_id, **how)
 
     def _open_converted(self, folder: Path) -> None:
         transformers_logging.disable_progress_bar()

@@ -183,7 +183,7 @@ def model_arguments(config: Config, vocab_size: int, noise_table: dict[str, Any]
         "sigma_kind": d.noise,
         "sigma_masses": noise.masses.tolist() if isinstance(noise, EntropyRate) else None,
         "levels_apart": d.levels_apart > 0,
-        "noisy_blocks": d.noisy_every > 0,
+        "noisy_blocks": config.noisy_every > 0,
         "condition_drop": d.condition_drop,
         "self_condition": d.self_condition > 0,
     }

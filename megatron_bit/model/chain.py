@@ -68,7 +68,7 @@ class ChainHead(BlockHead):
         w = config.model.head.hidden_size
         self.groups, self.remembers = groups, config.model.memory
         self.posterior = GroupPosterior(groups, matched=True)
-        self.seen_levels = SeenLevels(mcore, w, groups.count) if config.diffusion.noisy_every else None
+        self.seen_levels = SeenLevels(mcore, w, groups.count) if config.noisy_every else None
         self.recompute = config.recompute_head
         self.previous = value_table(mcore, groups, w)  # of the token before
         self.pairs = make_pairs(config, mcore, groups, w)  # the same
@@ -232,7 +232,7 @@ class ChainLM(BitInput):
 
     def loss(self, hidden: Tensor, batch: TokenBatch) -> LossOutput:
         """The mean over all evaluations, nats a token; as the bound the exact negative log-likelihood."""
-        every, k, (samples, length) = self.settings.diffusion.noisy_every, self.block_size, batch.tokens.shape[:2]
+        every, k, (samples, length) = self.settings.noisy_every, self.block_size, batch.tokens.shape[:2]
         noisy, seed = None, self.settings.train.seed
         if every:
             place = one_in(every, batch.sample, length // k, self.shards, self.shard, k)

@@ -38,7 +38,7 @@ def check_fp8_sizes(config: Config, tp: int, sequence_parallel: bool) -> None:
             f"{rows} has to be a multiple of {split * unit}{' under sequence parallelism' if split > 1 else ''} for "
             f"train.precision {config.train.precision} with fp8.recipe {config.fp8.recipe}; change one of the two"
         )
-    if every := config.diffusion.noisy_every:
+    if every := config.noisy_every:
         count = noisy_blocks(every, config.data.seq_length // m.block_size, split)
         noisy = config.train.micro_batch_size * count * m.block_size
         if noisy % unit:

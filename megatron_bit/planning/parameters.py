@@ -21,7 +21,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     head += (w + rows * d * h.prior) * m.head_outputs
     if h.kind == "chain":
         head += 2 * m.group_values * w + len(m.group_sizes) * w + m.prior_rank * (2 * m.group_values + rows * d)
-        if config.diffusion.noisy_every:
+        if config.noisy_every:
             head += FREQUENCIES * w + w * w + 2 * len(m.group_sizes) * w
     else:
         head += m.bits * w * (2 if config.diffusion.self_condition else 1)

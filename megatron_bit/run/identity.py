@@ -55,6 +55,7 @@ _KINDS: dict[Kind, str] = {
         data.on_error train.steps train.stop_at train.global_batch_size train.precision train.init_from
         fp8.recipe fp8.amax_history fp8.first_layers_bf16 fp8.last_layers_bf16
         evaluate.every evaluate.initial evaluate.samples evaluate.noise_samples
+        generate.steps generate.sampler generate.temperature generate.guidance
         checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.background checkpoint.initial
         checkpoint.mirror log.every log.to
     """,
@@ -112,7 +113,7 @@ def meaning(config: Config) -> dict[str, Any]:
     }
     if head.kind == "chain":
         of_chain = {"model.head.window": head.window, "model.head.prior_rank": m.prior_rank}
-        return {**values, **of_chain, NOISY: d.noisy_every > 0}
+        return {**values, **of_chain, NOISY: config.noisy_every > 0}
     sees = {"model.head.token_before": m.token_before, "model.head.soft_prior": m.soft_prior}
     shown = {SHOWN: d.self_condition > 0, TOLD: d.levels_apart > 0}
     return {**values, **sees, "diffusion.parameterization": d.parameterization, **shown}

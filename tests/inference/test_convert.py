@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from gloo_ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +52,22 @@ def test_files(converted):
     assert config["tokenizer_sha256"] == identity["tokenizer"] == sha256(converted["k4"].data / "tokenizer.model")
     assert config["code_fingerprint"] == identity["code table"]
     assert not list(whole.parent.glob("*.partial*"))
+
+
+def test_a_run_says_how_its_model_is_generated_from(converted, tmp_path):
+    """In the folder and of the run itself, unless it is told otherwise."""
+    told, changed = {"steps": 5, "sampler": "em", "guidance": 1.5}, tmp_path / "run"
+    settings = {f"generate.{key}": value for key, value in told.items()} | {"diffusion.condition_drop": 0.2}
+    made = tiny_runs.overrides(changed, converted["k4"].data, {**settings, "train.steps": 1})
+    assert run_ranks(tiny_runs.train, 1, made) == [0]
+    to_hf(changed, tmp_path / "folder")
+    how = json.loads((tmp_path / "folder" / "generation_config.json").read_text())
+    assert {key: how[key] for key in told} == told
+    run, folder, prompt = Generator(changed), Generator(tmp_path / "folder"), [[5, 6, 7]]
+    text = run.run(prompt, 24, streamer=None, seed=3)
+    assert text == folder.run(prompt, 24, streamer=None, seed=3) == run.run(prompt, 24, streamer=None, seed=3, **told)
+    for key, other in {"steps": 9, "sampler": "ode", "guidance": 1.0}.items():
+        assert run.run(prompt, 24, streamer=None, seed=3, **{key: other}) != text, key
 
 
 def test_dtypes_round_once(converted):

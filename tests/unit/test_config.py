@@ -49,7 +49,7 @@ def test_presets_are_valid_and_split_as_they_say(name):
 
     config = load_config(preset=name)
     ParallelDims.build(config, config.parallel.tp * config.parallel.pp)
-    assert set(preset_names()) == {"laptop", "125m", "1b", "8b"}
+    assert set(preset_names()) == {"laptop", "125m", "1b", "8b", "bitlm"}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,10 @@ MESSAGES = {
     "group_bits above 1, and they are diffusion, true and 1; leave it at false, or at null",
     "diffusion.levels_apart=2": "diffusion.levels_apart 2 needs model.head.kind diffusion and model.group_bits above "
     "1, and they are diffusion and 1; set it to 0",
+    "generate.guidance=9": "generate.guidance 9 needs diffusion.condition_drop above 0 (0.1 is usual), and it is 0; "
+    "set it to 1",
+    "generate.sampler=none": "generate.sampler = 'none' (command line): input should be 'ode', 'heun', 'dpm', 'em' or "
+    "'churn'",
     "diffusion.noisy_every=4": "diffusion.noisy_every 4 needs model.head.kind chain and diffusion.noise lognormal or "
     "logistic, and they are diffusion and lognormal; set it to 0",
     "diffusion.levels_apart=4": "diffusion: levels_apart 4 has to be smaller than noise_samples 4: one evaluation of a "
@@ -149,9 +153,42 @@ def test_names_and_the_prior_follow_the_head(given):
 @pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("given", FOLLOWING)
 def test_a_preset_goes_with_every_head(name, given):
-    model = load_config(preset=name).model
-    assert model.pairs and model.prior_rank == model.head.hidden_size
-    load_config(preset=name, overrides=given)
+    model, published = load_config(preset=name).model, name == "bitlm"  # which has what the paper has, and no more
+    assert model.pairs is not published and model.prior_rank == (0 if published else model.head.hidden_size)
+    config = load_config(preset=name, overrides=given)
+    assert config.noisy_every == (8 if config.model.head.kind == "chain" and not published else 0)
+
+
+NOISY = {  # beside diffusion.noisy_every=null
+    ("model.head.kind=chain",): 8,
+    ("model.head.kind=chain", "model.block_size=1"): 8,
+    ("model.head.kind=chain", "model.block_size=1", "model.bits=8", "model.group_bits=8"): 0,
+    ("model.head.kind=chain", "diffusion.noise=entropy_rate"): 0,
+    ("model.head.kind=diffusion",): 0,
+    ("model.head.kind=softmax", "model.block_size=1"): 0,
+}
+
+
+@pytest.mark.parametrize("given", NOISY)
+def test_noisy_blocks_follow_the_head(given):
+    config = load_config(overrides=["diffusion.noisy_every=null", *given])
+    assert (config.noisy_every, config.noisy_share > 0) == (NOISY[given], NOISY[given] > 0)
+    assert load_config(overrides=given).noisy_every == 0  # as of runs from before
+    if NOISY[given]:
+        assert load_config(overrides=["diffusion.noisy_every=3", *given]).noisy_every == 3
+
+
+def test_how_a_model_is_generated_from_follows_the_head():
+    drop, told = "diffusion.condition_drop=0.1", ["generate.steps=9", "generate.sampler=em", "generate.temperature=0.5"]
+    kinds = {kind: f"model.head.kind={kind}" for kind in ("diffusion", "chain")}
+    assert load_config(overrides=[kinds["diffusion"]]).generation == {"steps": 32, "sampler": "ode"}
+    assert load_config(overrides=[kinds["chain"]]).generation == {}
+    assert load_config(overrides=[*told, kinds["diffusion"]]).generation == {"steps": 9, "sampler": "em"}
+    guided = load_config(overrides=[*told, kinds["chain"], drop, "generate.guidance=2"])
+    assert guided.generation == {"temperature": 0.5, "guidance": 2.0}
+    paper = load_config(preset="bitlm")
+    assert paper.generation == {"steps": 15, "sampler": "ode", "guidance": 9.0}
+    assert (paper.model.bits, paper.model.block_size, paper.loss) == (18, 4, "mse")
 
 
 @pytest.mark.parametrize("override", MESSAGES)
@@ -170,7 +207,7 @@ def test_messages_that_need_two_keys():
         load_config(overrides=["train.steps=a", "train.seed=b"])
     with pytest.raises(UserError, match=r"^train.steps = {'a': 1} \(command line\): input should be a valid integer"):
         load_config(overrides=["train.steps=5", "train.steps.a=1"])
-    with pytest.raises(UserError, match="preset 'nope' does not exist; choose one of 125m, 1b, 8b, laptop"):
+    with pytest.raises(UserError, match="preset 'nope' does not exist; choose one of 125m, 1b, 8b, bitlm, laptop"):
         load_config(preset="nope")
 
 
@@ -197,7 +234,7 @@ def test_message_of_a_file(write, text):
 
 def test_missing_and_empty_file(write, tmp_path):
     with pytest.raises(
-        UserError, match=r"none\.yaml does not exist; give a YAML file, or --preset 125m\|1b\|8b\|laptop"
+        UserError, match=r"none\.yaml does not exist; give a YAML file, or --preset 125m\|1b\|8b\|bitlm\|laptop"
     ):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot be read"):

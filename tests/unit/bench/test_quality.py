@@ -39,7 +39,7 @@ def test_a_rung_has_of_names_and_prior_what_its_name_says(budget):
         config = load_config(preset="laptop", overrides=[*SIZES[budget], "model.bits=10", *rung.overrides])
         model = config.model
         assert (config.diffusion.levels_apart > 0) == ("levels apart" in rung.name), rung.name
-        assert (config.diffusion.noisy_every > 0) == ("noisy blocks" in rung.name), rung.name
+        assert (config.noisy_every > 0) == ("noisy blocks" in rung.name), rung.name
         tied = model.head.hidden_size if "tied prior" in rung.name else 0
         assert (model.pairs, model.prior_rank) == ("names" in rung.name, tied), rung.name
         assert (model.token_before, model.soft_prior) == ("token before" in rung.name, "soft prior" in rung.name)
