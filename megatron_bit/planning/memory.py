@@ -11,7 +11,7 @@ import functools
 
 from megatron_bit.config import Config
 from megatron_bit.parallel.dims import BUCKET, ParallelDims
-from megatron_bit.parallel.split import FREQUENCIES, split_layers
+from megatron_bit.parallel.split import FREQUENCIES, noisy_blocks, split_layers
 from megatron_bit.planning.parameters import local_parameters
 
 MAX_LIVE = 1e9  # elements: DeepSpeed's `stage3_max_live_parameters`
@@ -101,6 +101,15 @@ def layer_activations(config: Config, dims: ParallelDims) -> float:
     return 4 * d / shared + inside / dims.tp
 
 
+def _noisy_share(config: Config, dims: ParallelDims) -> float:
+    """Blocks that a rank evaluates once more with noise, for each of its own: `config.noisy_share`, rounded up to whole
+    blocks of a rank's part of the sequence."""
+    if not config.noisy_every:
+        return 0.0
+    blocks, shards = config.data.seq_length // config.model.block_size, dims.tp if dims.sequence_parallel else 1
+    return noisy_blocks(config.noisy_every, blocks, shards) * shards / blocks
+
+
 def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
     """Elements of the activations' width that autograd keeps of the head for one token on one rank."""
     m, h = config.model, config.model.head
@@ -116,11 +125,11 @@ def head_activations(config: Config, dims: ParallelDims, width: int) -> float:
     names, remembered = _pairs(config, h.hidden_size), 0.0
     if h.kind == "chain":
         names, remembered = 0.0, len(m.group_sizes) * _remembered(config, width)
-    if config.noisy_share:  # with keys and values of the window before each noisy block, gathered for it
+    if share := _noisy_share(config, dims):  # with keys and values of the window before each block, gathered for it
         windows = 4 * h.hidden_size * ((h.window - 1 + m.block_size) / m.block_size - 2) / dims.tp
-        layer += config.noisy_share * (layer + windows)
-        ends *= 1.0 + config.noisy_share
-        remembered *= 1.0 + config.noisy_share
+        layer += share * (layer + windows)
+        ends *= 1.0 + share
+        remembered *= 1.0 + share
     each = h.num_layers * layer + (ends + names) / shared
     return config.head_evaluations * each + _once(config, dims, width) + remembered
 
@@ -132,9 +141,9 @@ def _once(config: Config, dims: ParallelDims, width: int) -> float:
     if m.head.kind != "chain":
         return 0.0
     once = _pairs(config, w) + (2 * groups + 1) * m.prior_rank
-    if config.noisy_share:
+    if share := _noisy_share(config, dims):
         seen = m.head_outputs * (1 + 3 * 4 / width) + groups * (FREQUENCIES + 3 * w)
-        once += config.noisy_share * (once + seen)
+        once += share * (once + seen)
     return once / (dims.tp if dims.sequence_parallel else 1)
 
 
@@ -154,10 +163,11 @@ def head_inputs(config: Config, dims: ParallelDims, width: int) -> float:
     if m.head.kind == "chain":  # inputs of all stages, values of groups (int64), logits of the prior
         groups = len(m.group_sizes)
         kept = (groups * m.head.hidden_size + groups * 8 / width + m.head_outputs * m.head.prior) / shared
-        if config.noisy_share:  # and the states; of what tells the stages apart there is one more for each
-            kept += config.noisy_share * (kept + m.hidden_size / shared)
-            kept += (1 + config.noisy_share) * groups * m.head.hidden_size / shared
-        return kept + groups * _remembered(config, width) * (1.0 + config.noisy_share)
+        share = _noisy_share(config, dims)
+        if share:  # and the states; of what tells the stages apart there is one more for each
+            kept += share * (kept + m.hidden_size / shared)
+            kept += (1 + share) * groups * m.head.hidden_size / shared
+        return kept + groups * _remembered(config, width) * (1.0 + share)
     # noisy bits; terms of the loss
     return config.head_evaluations * (m.bits + 3) * (4 / width) / shared
 

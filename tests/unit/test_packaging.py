@@ -52,7 +52,7 @@ def test_the_four_packages_import_from_anywhere(tmp_path):
 
 def test_presets_come_with_the_package(tmp_path):
     code = "from megatron_bit.config import preset_names; print(*preset_names())"
-    assert python(code, tmp_path) == "125m 1b 8b laptop"
+    assert python(code, tmp_path) == "125m 1b 8b bitlm laptop"
 
 
 @pytest.fixture(scope="module")
