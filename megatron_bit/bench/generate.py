@@ -90,7 +90,8 @@ def main(
             rows.append({**row, "evaluations": evaluations.get(row["model"])})
     result = {
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}"
+        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {precision}"
         f"{', compiled' * compiled}",
         "model": f"{config.model.num_layers} layers of {config.model.hidden_size}, K={config.model.block_size}, "
         f"{config.model.head.kind} head {config.model.head.num_layers} of {config.model.head.hidden_size}, "

@@ -105,7 +105,7 @@ def main(
         return EXIT_PREEMPTED
     report = {
         "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {jobs} runs at a time",
         "minutes": round((time.monotonic() - begin) / 60, 1),
         "tokens": (max(budgets) if budgets else target.train.steps) * per_step,
         "vocabulary": manifest.vocab_size,

@@ -117,7 +117,7 @@ def _measure(config: Config, reference: Any, steps: int, repeats: int) -> dict[s
     tokens = config.train.global_batch_size * config.data.seq_length
     ratios = [a / b for a, b in zip(timings["trainer"], timings["plain loop"], strict=True)]
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}",
         "steps_per_stretch": steps,
         "ms_per_step": {name: spread([1e3 * t for t in values]) for name, values in timings.items()},

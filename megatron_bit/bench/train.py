@@ -177,7 +177,8 @@ def _result(
         )
     m, t = config.model, config.train
     return {
-        "machine": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{device}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
         "model": f"{m.num_layers} layers of {m.hidden_size}, K={m.block_size}, {m.head.kind} head, {m.bits} bits; "
         f"{t.global_batch_size} x {config.data.seq_length} tokens a step in micro-batches of {t.micro_batch_size}, "
         f"random tokens; {steps} steps a stretch",

@@ -214,7 +214,7 @@ def bench_quality(
         raise UserError(
             f"--steps {steps} and --tokens {' '.join(tokens)} both say how long a rung is; give one of them"
         )
-    jobs = jobs or (os.cpu_count() or 1 if budget == "small" else 1)
+    jobs = jobs or (len(os.sched_getaffinity(0)) if budget == "small" else 1)
     return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens, minutes, sizes)
 
 

@@ -269,7 +269,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="which trials: the same seed draws the same faults")
     parser.add_argument("--trial", type=int, nargs="+", help="these trials alone: the `seed` of a finding")
     parser.add_argument("--out", type=Path, default=Path("kill"), help="results, and the folders of what was found")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     options = parser.parse_args()
     data = options.out / "data"
     if not data.exists():

@@ -1,10 +1,12 @@
 """The ladder of `bench quality`: equal sizes, distinct rungs, and a table from runs that are there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from megatron_bit.bench.commands import Commands
 from megatron_bit.bench.ladder import REFERENCE, fit_width, ladder, peer_of, select
 from megatron_bit.bench.quality import main
 from megatron_bit.bench.report import Result, render
@@ -156,3 +158,11 @@ def test_a_run_whose_time_is_over_goes_on(tiny_data: Path, tmp_path: Path, capsy
     after = (run / "log.jsonl").read_text().splitlines()
     assert len(before) < 400 and after[: len(before)] == before  # what was saved is not trained again
     assert [json.loads(line)["step"] for line in after] == list(range(1, 401))
+
+
+@pytest.mark.parametrize(("allowed", "jobs", "threads"), [({0}, 1, "1"), ({0, 3, 5, 7}, 2, "2"), ({0, 1}, 4, "1")])
+def test_runs_share_the_cores_that_the_job_may_use(monkeypatch, allowed, jobs, threads):
+    """And not those that the machine has: threads that wait for one another on a core of a cpuset take 40 times as long."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    assert Commands(jobs, None).environment["OMP_NUM_THREADS"] == threads
