@@ -162,7 +162,7 @@ def test_a_run_whose_time_is_over_goes_on(tiny_data: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize(("allowed", "jobs", "threads"), [({0}, 1, "1"), ({0, 3, 5, 7}, 2, "2"), ({0, 1}, 4, "1")])
 def test_runs_share_the_cores_that_the_job_may_use(monkeypatch, allowed, jobs, threads):
-    """And not those that the machine has: threads that wait for one another on a core of a cpuset take 40 times as long."""
+    """And not those that the machine has: threads that wait for one another on one core take 40 times as long."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
     assert Commands(jobs, None).environment["OMP_NUM_THREADS"] == threads
