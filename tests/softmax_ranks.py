@@ -44,4 +44,4 @@ def loss_and_gradients(
             places = tuple((s.start, s.stop) for s in part.slices())
             gradients[part.name] = (places, part.of(gradient).numpy().copy())
     process_groups.shutdown()
-    return output.metrics.tolist(), bound.metrics.tolist(), gradients
+    return output.metrics.tolist(), bound.per_sample.tolist(), gradients

@@ -46,6 +46,10 @@ class BitGroups(nn.Module):
         """What groups have, [..., G], to each of their bits, [..., B]."""
         return x[..., self.places // self.columns.shape[1]]
 
+    def sums(self, x: Tensor) -> Tensor:
+        """What bits have, [..., B], summed over each group, [..., G]."""
+        return self._split(x).sum(-1)
+
     def index(self, x: Tensor) -> Tensor:
         """Bits [..., B] to the values of their groups, int64 [..., G]."""
         return ((self._split(x) > 0) * self.weights).sum(-1)

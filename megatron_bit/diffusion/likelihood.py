@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from megatron_bit.diffusion.bit_groups import BitGroups
 from megatron_bit.diffusion.noise import (
     RECONSTRUCTION,
     VALIDATION,
@@ -22,6 +24,7 @@ Head = Callable[[Tensor, Tensor], Tensor]  # (z [s, b, M, B], log_sigma [n, b, M
 def token_bound(
     head: Head,
     posterior: Posterior,
+    groups: BitGroups,
     x: Tensor,
     sample: Tensor,
     distribution: Distribution,
@@ -31,7 +34,7 @@ def token_bound(
     block_size: int,
     noise_samples: int,
 ) -> Tensor:
-    """Each token's share of its block's bound on -ln p(block | context), in nats; unbiased over the noise.
+    """Each group's share of its block's bound on -ln p(block | context), in nats; unbiased over the noise.
 
     Only the sum over a block is a bound: the tokens of a block are denoised together, and one may look at another.
 
@@ -44,7 +47,7 @@ def token_bound(
         sample: int64 [b], indices of the validation samples; the noise is the same at every validation.
 
     Returns:
-        float32 [s, b].
+        float32 [s, b, G].
     """
     s, bits = x.shape[0], x.shape[-1]
     blocks = s // block_size
@@ -54,11 +57,13 @@ def token_bound(
     per_token = log_sigma.repeat_interleave(block_size, dim=0)
     sigma = per_token.exp()[..., None]
     z = x + sigma * eps
-    error = posterior.squared_error(posterior.logits(head(z, log_sigma), z, sigma), x).sum(-1)
-    integral = (error / (per_token.exp().square() * distribution.density(per_token))).mean(-1)
+    error = posterior.squared_error(posterior.logits(head(z, log_sigma), z, sigma), x)
+    weight = 1.0 / (per_token.exp().square() * distribution.density(per_token))
+    integral = (groups.sums(error) * weight[..., None]).mean(-2)
 
     lowest = log_sigma[..., :1] * 0 + math.log(distribution.sigma_min)
     sigma = lowest.repeat_interleave(block_size, dim=0).exp()[..., None]
     z = x + sigma * gaussian(seed, RECONSTRUCTION, sample, first_block, blocks, 1, block_size, bits)
-    reconstruction = posterior.cross_entropy(posterior.logits(head(z, lowest), z, sigma), x).sum(-1).squeeze(-1)
-    return integral + reconstruction + bits / (2.0 * distribution.sigma_max**2)
+    reconstruction = posterior.cross_entropy(posterior.logits(head(z, lowest), z, sigma), x).squeeze(2)
+    above = groups.sums(torch.full_like(x[:, :, 0], 0.5 / distribution.sigma_max**2))
+    return integral + reconstruction + above

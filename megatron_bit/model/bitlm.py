@@ -96,11 +96,13 @@ class BitInput(ModelChunk):
         return hidden * ~dropped.repeat_interleave(k, dim=0)
 
     def of_samples(self, nats: Tensor, batch: TokenBatch) -> BoundOutput:
-        """Bounds of whole samples from those of this rank's tokens, float32 [s, b]."""
-        per_sample = nats.sum(0) / batch.tokens.shape[1]
+        """Bounds of whole samples from those of the groups of this rank's tokens, float32 [s, b, G]."""
+        k = self.settings.model.block_size
+        mean = nats.unflatten(0, (-1, k)).sum(0).transpose(0, 1) * (k / batch.tokens.shape[1])
         if self.shards > 1:
-            dist.all_reduce(per_sample, group=self.tp_group)
-        return BoundOutput.of(per_sample)
+            mean = mean.contiguous()
+            dist.all_reduce(mean, group=self.tp_group)
+        return BoundOutput.of(mean)
 
     def _bounds(self, length: int) -> tuple[int, int]:
         """First and last (exclusive) position of the sequence that this rank's activations hold."""
@@ -228,6 +230,7 @@ class BitLM(BitInput):
         nats = token_bound(
             lambda z, log_sigma: head(z, log_sigma, hidden, newest=newest),
             self.posterior,
+            self.bit_groups,
             x,
             batch.sample,
             self.noise,

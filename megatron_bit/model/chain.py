@@ -251,7 +251,7 @@ class ChainLM(BitInput):
 
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The exact negative log-likelihood of every sample."""
-        return self.of_samples(self._evaluate(hidden, batch).sum(-1), batch)
+        return self.of_samples(self._evaluate(hidden, batch), batch)
 
     def front_bound(self, hidden: Tensor, batch: TokenBatch, overlap: float) -> BoundOutput:
         """The likelihood bound of every sample along a front (diffusion/front.py), unbiased over the noise.
@@ -268,20 +268,21 @@ class ChainLM(BitInput):
         assert self.head is not None
         posterior = self.head.posterior
         speed = 1.0 if math.isinf(overlap) else (k * groups.count - 1 + overlap) / overlap
-        total, logits = torch.zeros_like(x[..., 0]), x
+        total, logits = torch.zeros_like(groups.sums(x)), x
         for i in range(count):
             come = progress(t[..., i], k * groups.count, overlap)
             noisy = self._noised(batch, place, come, eps[:, :, i])
             logits = self._evaluate(hidden, batch, noisy, logits=True).flatten(-2)
             sigma = groups.spread(noisy.log_sigma.exp())
-            error = posterior.squared_error(posterior.logits(logits[len(x) :], noisy.z, sigma), x)
+            error = groups.sums(posterior.squared_error(posterior.logits(logits[len(x) :], noisy.z, sigma), x))
             moving = _of_tokens(((come > 0) & (come < 1))[place.mine], k)
             weight = moving / (noisy.log_sigma.exp().square() * self.noise.density(noisy.log_sigma))
-            total = total + (error * groups.spread(weight)).sum(-1) * (speed / count)
+            total = total + error * weight * (speed / count)
         sigma = torch.full_like(x[..., :1], self.noise.sigma_min)
         z = x + sigma * gaussian(seed, RECONSTRUCTION, *keys, 1, k, x.shape[-1]).squeeze(2)
-        read = posterior.cross_entropy(posterior.logits(logits[: len(x)], z, sigma), x).sum(-1)  # all before is decided
-        return self.of_samples(total + read + x.shape[-1] / (2.0 * self.noise.sigma_max**2), batch)
+        read = posterior.cross_entropy(posterior.logits(logits[: len(x)], z, sigma), x)  # all before is decided
+        above = groups.sums(torch.full_like(x, 0.5 / self.noise.sigma_max**2))
+        return self.of_samples(total + read + above, batch)
 
     def _evaluate(
         self, hidden: Tensor, batch: TokenBatch, noisy: NoisyBlocks | None = None, logits: bool = False

@@ -34,12 +34,17 @@ class BoundOutput(NamedTuple):
     """What the last chunk returns in validation: the same on every TP rank."""
 
     loss: Tensor  # float32 scalar, the mean bound of the micro-batch
-    metrics: Tensor  # float32 [b], the bound of each sample (nats per token)
+    metrics: Tensor  # float32 [b, K, G], nats of each sample's tokens by their place in the block and by group of bits
 
     @classmethod
-    def of(cls, per_sample: Tensor) -> BoundOutput:
-        """From the bounds of the micro-batch's samples, float32 [b]."""
-        return cls(per_sample.mean(), per_sample)
+    def of(cls, nats: Tensor) -> BoundOutput:
+        """From the means over the blocks of each sample, float32 [b, K, G]."""
+        return cls(nats.sum(-1).mean(), nats)
+
+    @property
+    def per_sample(self) -> Tensor:
+        """float32 [b], the bound of each sample (nats per token)."""
+        return self.metrics.sum(-1).mean(-1)
 
 
 class Place(NamedTuple):

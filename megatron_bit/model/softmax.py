@@ -123,4 +123,4 @@ class SoftmaxLM(ModelChunk):
     def bound(self, hidden: Tensor, batch: TokenBatch) -> BoundOutput:
         """The exact cross-entropy of every sample, without noise."""
         assert self.head is not None
-        return BoundOutput.of(self.head(hidden, batch.tokens).mean(0))
+        return BoundOutput.of(self.head(hidden, batch.tokens).mean(0)[:, None, None])

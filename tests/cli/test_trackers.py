@@ -79,6 +79,13 @@ def test_wandb_has_each_step_once(train_args: Any, tmp_path: Path) -> None:
     found = [(row["step"], row["validation/nats_per_token"]) for row in history if "validation/nats_per_token" in row]
     lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     assert found == [(line["step"], line["nats_per_token_bound"]) for line in lines] and len(found) == 3
+    shares = [row for row in history if "validation/nats_per_token" in row]
+    for kind in ("place", "group"):
+        whole = [line[f"nats_by_{kind}"] for line in lines]
+        assert [
+            [row[f"validation/{kind}_{i}"] for i in range(len(v))] for row, v in zip(shares, whole, strict=True)
+        ] == whole
+        assert f"validation/{kind}_{len(whole[0])}" not in shares[0]
 
 
 def test_mlflow_has_each_step_once(train_args: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,13 @@ def test_the_same_number_in_every_layout(
     assert found["samples"] == alone["samples"] == 11
     for key in ("nats_per_token_bound", "standard_error"):
         assert found[key] == pytest.approx(alone[key], abs=1e-6), key
+    for key in ("nats_by_place", "nats_by_group"):
+        assert found[key] == pytest.approx(alone[key], abs=1e-6), key
+    by_place, by_group = alone["nats_by_place"], alone["nats_by_group"]
+    places = 1 if head == "softmax" else 3
+    assert len(by_place) == places and len(by_group) == {"diffusion": 9, "chain": 2, "softmax": 1}[head]
+    assert sum(by_place) / places == pytest.approx(alone["nats_per_token_bound"], rel=1e-9)
+    assert sum(by_group) == pytest.approx(alone["nats_per_token_bound"], rel=1e-9)
 
 
 def test_no_more_than_the_split_has(tiny_data: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_the_bound_is_the_trainers(name, overlap, generator, trainer, inputs):
     given, ours = inputs[name], trainer(name)
     with torch.no_grad():
         hidden = ours.model.hidden(given["tokens"])
-        bound = ours.model.front_bound(hidden, TokenBatch(given["tokens"], given["sample"]), overlap).metrics
+        bound = ours.model.front_bound(hidden, TokenBatch(given["tokens"], given["sample"]), overlap).per_sample
     how = {"noise_samples": 3, "seed": 11, "sequence_ids": given["sample"], "overlap": overlap}
     score = generator(name).model.score(given["tokens"], **how)
     torch.testing.assert_close(score.nats / given["tokens"].shape[1], bound, rtol=1e-5, atol=0)

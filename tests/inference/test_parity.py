@@ -51,12 +51,15 @@ def test_states_and_log_odds(name, elsewhere, trainer, inputs):
 def test_score_is_the_bound_of_validation(name, elsewhere, trainer, inputs):
     given, ours = inputs[name], trainer(name)
     with torch.no_grad():
-        bound = ours.model(TokenBatch(given["tokens"], given["sample"])).metrics  # nats per token, a sample each
+        found = ours.model(TokenBatch(given["tokens"], given["sample"]))
     nats = elsewhere[f"{name}/nats"]
     torch.testing.assert_close(elsewhere[f"{name}/nats_per_token"].sum(1), nats, rtol=1e-5, atol=0)
     mine = nats / given["tokens"].shape[1]
-    torch.testing.assert_close(mine, bound, rtol=2e-6, atol=0)
+    torch.testing.assert_close(mine, found.per_sample, rtol=2e-6, atol=0)
     assert mine.min() > 0.5
+    k = ours.config.model.block_size  # and by place in the block
+    by_place = elsewhere[f"{name}/nats_per_token"].unflatten(1, (-1, k)).mean(1)
+    torch.testing.assert_close(by_place, found.metrics.sum(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_close(elsewhere):

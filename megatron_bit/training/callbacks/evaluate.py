@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_bit.config import Config
 from megatron_bit.data.batches import BatchStream
 from megatron_bit.errors import UserError
 from megatron_bit.io.measured import json_of
@@ -77,7 +78,7 @@ class EvaluateCallback(Callback):
 
     def _report(self, trainer: Trainer) -> None:
         begin = time.perf_counter()
-        mean, error, count = self.bound(trainer)
+        mean, error, count, parts = self.bound(trainer)
         if trainer.groups.rank == 0:
             seconds = time.perf_counter() - begin
             print(
@@ -91,9 +92,14 @@ class EvaluateCallback(Callback):
                 "nats_per_token_bound": mean,
                 "standard_error": error,
                 "samples": count,
+                "nats_by_place": parts.sum(1).tolist(),
+                "nats_by_group": parts.mean(0).tolist(),
             }
             state = trainer.state
             values = {"nats_per_token": mean, "standard_error": error}
+            for kind in ("place", "group"):
+                shares = record[f"nats_by_{kind}"]
+                values |= {f"{kind}_{i}": share for i, share in enumerate(shares) if len(shares) > 1}
             trainer.trackers.scalars("validation", state.step, state.tokens, values)
             trainer.trackers.flush()
             path = trainer.run / "validation.jsonl"
@@ -103,15 +109,17 @@ class EvaluateCallback(Callback):
             except OSError as error:
                 raise alone(UserError(f"{path} cannot be written: {error.strerror}")) from None
 
-    def bound(self, trainer: Trainer) -> tuple[float, float, int]:
-        """(mean, standard error over samples, samples) of the bound, the same on every rank and in every layout.
+    def bound(self, trainer: Trainer) -> tuple[float, float, int, torch.Tensor]:
+        """(mean, standard error over samples, samples) of the bound, the same on every rank and in every layout;
+        and float64 [K, G], nats at each place of a block by group of bits: it is the mean over K of their sums over G.
 
         The last round goes on behind the samples that were asked for, so that every rank has as many micro-batches;
         those do not count.
         """
         assert self._stream is not None
         optimizer, groups = trainer.optimizer, trainer.groups
-        totals = torch.zeros(3, dtype=torch.float64, device=groups.device)
+        parts = _parts(trainer.config)
+        totals = torch.zeros(2 + math.prod(parts), dtype=torch.float64, device=groups.device)
         for chunk in optimizer.chunks:
             chunk.eval()
         try:
@@ -119,7 +127,9 @@ class EvaluateCallback(Callback):
                 steps = self._stream.steps(0)
                 for _ in range(self._rounds):
                     batches = [trainer.to_device(batch) for batch in next(steps)]
-                    totals += self._sums(batches, trainer)
+                    sums = self._sums(batches, trainer)
+                    if sums is not None:  # else the bound is computed elsewhere
+                        totals += sums
         except UserError as error:  # a damaged shard
             raise alone(error) from None
         finally:
@@ -127,21 +137,29 @@ class EvaluateCallback(Callback):
             for chunk in optimizer.chunks:
                 chunk.train()
         dist.all_reduce(totals)
-        total, squares, count = (totals / groups.dims.tp).tolist()
-        mean = total / count
+        squares, count, *shares = (totals / groups.dims.tp).tolist()
+        table = torch.tensor(shares, dtype=torch.float64).view(parts) / count
+        mean = table.sum(1).mean().item()
         variance = max(0.0, squares / count - mean * mean)
-        return mean, math.sqrt(variance / max(1.0, count - 1)), round(count)
+        return mean, math.sqrt(variance / max(1.0, count - 1)), round(count), table
 
-    def _sums(self, batches: Sequence[TokenBatch], trainer: Trainer) -> torch.Tensor:
-        """float64 [3]: sum, sum of squares and count of this rank's samples; zero where the bound is not computed."""
+    def _sums(self, batches: Sequence[TokenBatch], trainer: Trainer) -> torch.Tensor | None:
+        """float64 [2 + K G]: sum of squares and count of this rank's samples, and the sums of their parts; None where
+        the bound is not computed."""
         optimizer = trainer.optimizer
         if optimizer.managed:
             outputs = [optimizer.forward(batch)[1] for batch in batches]
         else:
             outputs = pipeline(batches, optimizer.chunks, trainer.groups, forward_only=True)
         if not outputs:
-            return torch.zeros(3, dtype=torch.float64, device=trainer.groups.device)
-        bounds = torch.cat(list(outputs)).double()
+            return None
         counts = torch.cat([batch.sample for batch in batches]) < self._count
-        bounds = bounds.where(counts, 0.0)
-        return torch.stack((bounds.sum(), bounds.square().sum(), counts.sum().double()))
+        bounds = torch.cat(list(outputs)).double().where(counts[:, None, None], 0.0)
+        squares = bounds.sum(-1).mean(-1).square().sum()
+        return torch.cat((torch.stack((squares, counts.sum().double())), bounds.sum(0).flatten()))
+
+
+def _parts(config: Config) -> tuple[int, int]:
+    """Places of a block and groups of bits that a bound has parts of."""
+    m = config.model
+    return (1, 1) if m.head.kind == "softmax" else (m.block_size, len(m.group_sizes))

@@ -37,11 +37,12 @@ def bound(head, x, sigma_min=0.1, block_size=2, posterior=None, distribution=Non
     distribution = distribution or NoiseDistribution(sigma_min, 160.0, DISTRIBUTION.mean, DISTRIBUTION.std)
     sample = torch.arange(x.shape[1])
     posterior = posterior or BitPosterior(x.shape[-1], True)
+    groups = posterior.groups if isinstance(posterior, GroupPosterior) else BitGroups([1] * x.shape[-1])
     values = token_bound(
-        head, posterior, x, sample, distribution, seed=3, first_block=0, block_size=block_size, noise_samples=16
+        head, posterior, groups, x, sample, distribution, seed=3, first_block=0, block_size=block_size, noise_samples=16
     )
-    assert values.shape == x.shape[:2]
-    rows = values.unflatten(0, (-1, block_size)).sum(1).flatten().double()  # nats a block
+    assert values.shape == (*x.shape[:2], groups.count)
+    rows = values.sum(-1).unflatten(0, (-1, block_size)).sum(1).flatten().double()  # nats a block
     return float(rows.mean()), float(rows.std()) / math.sqrt(len(rows))
 
 

@@ -47,8 +47,8 @@ def test_each_sample_is_alone(make_config, make_model):
     torch.testing.assert_close(together, alone.mean(0), rtol=1e-5, atol=0)  # of training: loss and bound
     model.eval()
     with torch.no_grad():  # of validation: one for each sample
-        together = model(TokenBatch(tokens, sample)).metrics
-        alone = torch.cat([model(TokenBatch(tokens[i : i + 1], sample[i : i + 1])).metrics for i in range(3)])
+        together = model(TokenBatch(tokens, sample)).per_sample
+        alone = torch.cat([model(TokenBatch(tokens[i : i + 1], sample[i : i + 1])).per_sample for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     assert together.shape == (3,) and together.unique().numel() == 3
     model.train()

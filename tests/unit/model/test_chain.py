@@ -47,5 +47,9 @@ def test_loss_and_bound_are_the_same_number_and_need_no_noise(make_config, make_
     assert torch.equal(outputs[0].metrics, outputs[1].metrics)
     assert outputs[0].metrics[0] == outputs[0].metrics[1]
     model.eval()
-    bounds = model(TokenBatch(tokens, torch.arange(2))).metrics
+    found = model(TokenBatch(tokens, torch.arange(2)))
+    bounds = found.per_sample
+    apart = model._evaluate(model.hidden(tokens), of(tokens)).unflatten(0, (5, 3)).mean(0).transpose(0, 1)
+    torch.testing.assert_close(found.metrics, apart)
+    assert apart.shape == (2, 3, 3) and apart.flatten().unique().numel() == 18
     assert bounds.shape == (2,) and bounds.mean().item() == pytest.approx(outputs[0].metrics[0].item(), rel=1e-5)

@@ -82,7 +82,7 @@ def bounds(model, given, overlap, times):
     """Means and standard errors of each sample's bound, over noise of its own."""
     many = TokenBatch(given.tokens.repeat(times, 1), torch.arange(times)[:, None].add(1000 * given.sample).flatten())
     with torch.no_grad():
-        found = model.front_bound(model.hidden(many.tokens), many, overlap).metrics.view(times, -1).double()
+        found = model.front_bound(model.hidden(many.tokens), many, overlap).per_sample.view(times, -1).double()
     return found.mean(0), found.std(0) / math.sqrt(times)
 
 
@@ -91,7 +91,7 @@ def test_a_front_of_one_group_is_the_exact_likelihood(more, make_config, make_mo
     config = make_config(3, 1, *CHAIN, *more, "evaluate.noise_samples=32")
     model, given = make_model(config).eval(), batch(config, 2)
     with torch.no_grad():
-        exact = model(given).metrics.double()
+        exact = model(given).per_sample.double()
     mean, error = bounds(model, given, 1.0, 400)
     assert ((mean - exact).abs() < 4 * error + 1e-3).all() and (error < 0.03 * exact).all()
 
@@ -103,7 +103,7 @@ def test_an_exact_denoiser_is_on_the_likelihood_along_every_path(overlap, make_c
     model, given = make_model(config).eval(), batch(config, 2)
     model.head.output.weight.data.zero_()
     with torch.no_grad():
-        exact = model(given).metrics.double()
+        exact = model(given).per_sample.double()
     mean, error = bounds(model, given, overlap, 300)
     assert ((mean - exact).abs() < 4 * error + 1e-3).all() and (error < 0.03 * exact).all()
 
@@ -115,10 +115,11 @@ def test_a_bound_leaves_no_more_than_all_probability(make_config, make_model, mo
     model = make_model(config, 16).eval()
     for weight in (model.head.output.weight, model.head.values):
         weight.data.mul_(2)
-    monkeypatch.setattr(model, "of_samples", lambda nats, _: BoundOutput.of(nats[0]))  # of the first token alone
+    # of the first token alone
+    monkeypatch.setattr(model, "of_samples", lambda nats, _: BoundOutput.of(nats[0][:, None]))
     given = TokenBatch(torch.stack((torch.arange(16), torch.zeros(16, dtype=torch.int64)), 1), torch.arange(16))
     with torch.no_grad():
-        exact = model(given).metrics.double()
+        exact = model(given).per_sample.double()
     assert (-exact).exp().sum() == pytest.approx(1, abs=1e-4)
     assert exact.std() > 0.3
     for overlap in (2.0, math.inf):

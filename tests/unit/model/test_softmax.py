@@ -139,7 +139,7 @@ def test_loss_bound_and_every_gradient(groups, make_config, rows, qk_norm, atten
         bound = model.eval()(data)
     per_sample = nats.detach().mean(1)
     torch.testing.assert_close(bound.loss, per_sample.mean(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(bound.metrics, per_sample, rtol=1e-6, atol=0)
+    torch.testing.assert_close(bound.per_sample, per_sample, rtol=1e-6, atol=0)
 
 
 def test_the_probabilities_of_all_tokens_sum_to_one(groups, make_config):
