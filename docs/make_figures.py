@@ -266,12 +266,57 @@ def curves() -> Picture:
     return p
 
 
+def steps() -> Picture:
+    """Every line of docs/steps.json: nats of generated text over evaluations of the head a block."""
+    found = json.loads((Path(__file__).parent / "steps.json").read_text())
+    p, left, right, top, bottom = Picture(900, 380), 80, 660, 30, 320
+    dashes = {"chain": ("", "7 4", "2 3", "12 3 2 3"), "joint": ("", "7 4", "2 3")}
+    low, high, most = 3.0, 9.4, 32
+
+    def place(count: float, nats: float) -> tuple[float, float]:
+        x = left + (right - left) * math.log(count / 4) / math.log(most / 4)
+        return round(x, 1), round(top + (bottom - top) * (high - nats) / (high - low), 1)
+
+    def line(*points: tuple[float, float], width: float, dash: str = "") -> None:
+        path = " ".join(f"{x},{y}" for x, y in points)
+        p.parts.append(f'<polyline points="{path}" class="line" stroke-width="{width}" stroke-dasharray="{dash}"/>')
+
+    p.label(left - 10, 20, "nats per token of generated text, under AR", anchor="start")
+    for name in ("real text", "AR's own"):
+        y = place(4, found[name])[1]
+        line((left, y), (right, y), width=0.6, dash="1 2")
+        p.label(right + 6, y + (9 if name == "real text" else -1), f"{name} {found[name]:.2f}", "soft", 11, "start")
+    seen: dict[str, int] = {}
+    for one in found["lines"]:
+        kind, points = one["kind"], [place(*point) for point in one["points"]]
+        dash = dashes[kind][seen.setdefault(kind, 0)]
+        seen[kind] += 1
+        line(*points, width=2.4 if kind == "chain" else 1.2, dash=dash)
+        for x, y in points:
+            p.parts.append(f'<circle cx="{x}" cy="{y}" r="3" class="tip"/>')
+        x, y = points[-1]
+        below = {"joint, em": 8, "joint, churn": 20, "front of all": 18}.get(one["name"], 4)
+        p.label(x + 10, y + below, one["name"], size=12, anchor="start")
+    for value in range(4, 10):
+        p.label(left - 16, place(4, value)[1] + 4, f"{value}", "soft", 11, anchor="end")
+    for count in (4, 6, 8, 16, 32):
+        p.label(place(count, low)[0], bottom + 20, f"{count}", "soft", 11)
+    p.label(
+        (left + right) / 2,
+        bottom + 42,
+        "evaluations of the head a block of 4 tokens (8 groups); thick: a chain, thin: joint diffusion",
+        "soft",
+        11,
+    )
+    return p
+
+
 def main() -> None:
     dark = len(sys.argv) == 3 and sys.argv[1] == "--dark"
     folder = Path(sys.argv[2]) if dark else Path(__file__).parent / "img"
     folder.mkdir(exist_ok=True)
     for name, picture in (("data_flow", data_flow()), ("layout_8_ranks", layout()), ("quality", quality()),
-                          ("curves", curves())):  # fmt: skip
+                          ("curves", curves()), ("steps", steps())):  # fmt: skip
         if picture is not None:
             (folder / f"{name}.svg").write_text(picture.svg(dark), encoding="utf-8")
 

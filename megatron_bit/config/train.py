@@ -60,10 +60,11 @@ class EvaluateConfig(Section):
 class GenerateConfig(Section):
     """What `generate`, `serve` and a converted folder do with this run's model unless they are told otherwise."""
 
-    steps: int = Field(default=32, ge=2, le=65536)
+    steps: int = Field(default=16, ge=2, le=65536)
     """Evaluations of a `diffusion` head a block. A chain has as many as the block has groups of bits."""
-    sampler: Literal["ode", "heun", "dpm", "em", "churn"] = "ode"
-    """How a `diffusion` head takes the noise off."""
+    sampler: Literal["ode", "heun", "dpm", "em", "churn"] = "em"
+    """How a `diffusion` head takes the noise off: along the probability-flow ODE (`ode`: Euler, `heun`, `dpm`), or with
+    fresh noise at every step (`em`: the reverse SDE, `churn`: EDM's). docs/quality.md has what each gives."""
     temperature: float = Field(default=1.0, ge=0, lt=float("inf"))
     """Of a `chain`; 0 takes the likeliest."""
     guidance: float = Field(default=1.0, ge=0, lt=float("inf"))

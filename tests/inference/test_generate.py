@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -52,7 +53,7 @@ def by_the_trainer(ours, prompt, count, seed, sequence, guidance=None):
             bits = ours.model.codec.encode(torch.tensor([[ids[-1] if ids else 0]]))
             newest = Newest(ours.model.bit_groups.index(bits), torch.tensor([[blocks > 0]]))
         with torch.no_grad():
-            for now, after in zip(grid, [*grid[1:].tolist(), None], strict=True):
+            for step, (now, after) in enumerate(zip(grid, [*grid[1:].tolist(), None], strict=True)):
                 level = now.expand(1, 1, 1)
                 outputs = ours.model.head.evaluate(z, level, hidden, estimate, newest=newest)
                 if guidance is not None:
@@ -62,7 +63,11 @@ def by_the_trainer(ours, prompt, count, seed, sequence, guidance=None):
                 x_hat = ours.model.posterior.mean(odds)
                 estimate = None if estimate is None else x_hat  # of the step before
                 if after is not None:
-                    z = x_hat + (after - now).exp() * (z - x_hat)
+                    kept = (2.0 * (after - now)).exp()
+                    place = (torch.tensor([sequence]), torch.tensor([[blocks]]))
+                    fresh = hf_noise.gaussian(seed, hf_noise.SAMPLING, *place, 1, k, m.bits, step + 1)
+                    fresh = fresh[0, 0].transpose(0, 1)[:, None]  # [K, b, M, B]
+                    z = x_hat + kept * (z - x_hat) + math.exp(after) * (1.0 - kept).sqrt() * fresh
         ids += likeliest(ours.model, odds[:, 0, 0])
     return ids[begin : begin + count]
 

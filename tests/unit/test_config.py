@@ -181,7 +181,7 @@ def test_noisy_blocks_follow_the_head(given):
 def test_how_a_model_is_generated_from_follows_the_head():
     drop, told = "diffusion.condition_drop=0.1", ["generate.steps=9", "generate.sampler=em", "generate.temperature=0.5"]
     kinds = {kind: f"model.head.kind={kind}" for kind in ("diffusion", "chain")}
-    assert load_config(overrides=[kinds["diffusion"]]).generation == {"steps": 32, "sampler": "ode"}
+    assert load_config(overrides=[kinds["diffusion"]]).generation == {"steps": 16, "sampler": "em"}
     assert load_config(overrides=[kinds["chain"]]).generation == {}
     assert load_config(overrides=[*told, kinds["diffusion"]]).generation == {"steps": 9, "sampler": "em"}
     guided = load_config(overrides=[*told, kinds["chain"], drop, "generate.guidance=2"])

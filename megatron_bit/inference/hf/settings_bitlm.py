@@ -36,7 +36,7 @@ class Settings:
         cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str, records: bool
     ) -> Settings:
         values: dict[str, Any] = {
-            "max_new_tokens": 128, "seed": 0, "steps": 32, "sampler": "ode", "temperature": 1.0, "guidance": 1.0,
+            "max_new_tokens": 128, "seed": 0, "steps": 16, "sampler": "em", "temperature": 1.0, "guidance": 1.0,
             "ahead": 0, "overlap": 0.0,
         }  # fmt: skip
         other = {"temperature", "ahead", "overlap"}
