@@ -127,7 +127,7 @@ def _write_bitlm(source: Source, folder: Path, common: dict[str, Any]) -> None:
         },
     ).save_pretrained(folder)
     ends = {key: common[key] for key in ("eos_token_id", "pad_token_id") if key in common}  # records have none
-    GenerationConfig(**ends, max_new_tokens=128, seed=0, **source.config.generation).save_pretrained(folder)
+    GenerationConfig(**ends, max_new_tokens=128, do_sample=True, **source.config.generation).save_pretrained(folder)
     for file in CODE:
         shutil.copyfile(file, folder / file.name)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 
 def saved_again(model: Any, folder: Path) -> Any:
@@ -54,6 +54,11 @@ def main() -> None:
             "text": text[:, prompts.input_ids.shape[1] :],
             "special": tokenizer("</s> a", return_tensors="pt").input_ids,
         }
+        if chain and model.dtype == torch.float32:  # the way that takes no tensor in hand
+            pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+            (said,) = pipe("def f(", max_new_tokens=17, seed=5, temperature=1.0, return_full_text=False)
+            alone = model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=17, seed=5)[0]
+            assert tokenizer.decode(alone, skip_special_tokens=True) == "def f(" + said["generated_text"], said
         out.update({f"{name}/{key}": value.contiguous() for key, value in results.items()})
     assert "megatron_bit" not in sys.modules
     save_file(out, sys.argv[2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ class Row:
             self.text.add(token)
             self.open = not self.text.ended
         return token
+
+
+def _ask(criteria: Sequence[Callable[..., Any]], rows: list[Row], ids: Tensor) -> None:
+    """End the rows for which one of transformers' StoppingCriteria says so, of ids [b, S + new]."""
+    for criterion in criteria:
+        done = torch.as_tensor(criterion(ids, None)).expand(len(rows))
+        for row, end in zip(rows, done.tolist(), strict=True):
+            row.open = row.open and not end
 
 
 class Context:
@@ -130,6 +138,8 @@ class BitLMGenerationMixin(GenerationMixin):
         streamer: Any = None,
         tokenizer: Any = None,
         sequence_ids: Tensor | Sequence[int] | None = None,
+        num_return_sequences: int | None = None,
+        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Continue texts, a block of K tokens at a time; every row is what it would be alone.
@@ -145,12 +155,17 @@ class BitLMGenerationMixin(GenerationMixin):
             streamer: gets the prompt and then tokens, as transformers' streamers expect it.
             tokenizer: needed for `stop_strings`.
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
+            num_return_sequences: texts for each prompt, one behind the other; b counts them all.
+            stopping_criteria: asked after every token, with the ids so far and None for scores; a row for which one
+                says True ends behind that token.
             kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text;
-                records have no end), seed; of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a
-                chain temperature and ahead (tokens of which all groups are guessed and checked at once; default 0: one
-                group after another. The text does not depend on it, but for rounding); of one that has learned from
-                noisy blocks also overlap (default 0: none; 1 and above: a front of noise over so many groups; inf: all
-                of a block together) and steps (evaluations of the head a block; default: as many as it has groups).
+                records have no end), seed (default: a fresh one from torch's generator, so that manual_seed fixes it);
+                of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a chain temperature,
+                do_sample=False (the likeliest, as temperature 0) and ahead (tokens of which all groups are guessed and
+                checked at once; default 0: one group after another. The text does not depend on it, but for rounding);
+                of one that has learned from noisy blocks also overlap (default 0: none; 1 and above: a front of noise
+                over so many groups; inf: all of a block together) and steps (evaluations of the head a block; default:
+                as many as it has groups). Of transformers' others the values that change nothing (NEUTRAL).
                 guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
                 at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
                 the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
@@ -167,7 +182,13 @@ class BitLMGenerationMixin(GenerationMixin):
             raise ValueError("generate: give the prompt once, as `inputs` or as `input_ids`")
         given = inputs if input_ids is None else input_ids
         assert given is not None
-        settings = self._settings(generation_config or self.generation_config, kwargs, given.shape[1], tokenizer)
+        own = generation_config or self.generation_config
+        times = num_return_sequences or getattr(own, "num_return_sequences", None) or 1
+        if times < 1:
+            raise ValueError(f"generate: num_return_sequences={times} has to be at least 1")
+        given = given.repeat_interleave(times, dim=0)
+        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(times, dim=0)
+        settings = self._settings(own, kwargs, given.shape[1], tokenizer)
         k, device = self.config.block_size, self.device
         tokens, lead = self._blocks(given.to(device), attention_mask)
         sequence = self._sequences(sequence_ids, len(given))
@@ -195,6 +216,12 @@ class BitLMGenerationMixin(GenerationMixin):
                         taken = [row.take(token) for row, token in zip(rows, column.tolist(), strict=True)]
                         column = torch.tensor(taken)
                     made.append(column)
+                    if stopping_criteria:
+                        _ask(
+                            stopping_criteria,
+                            rows,
+                            torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1),
+                        )
                     if streamer is not None:
                         streamer.put(column)
         if streamer is not None:

@@ -7,17 +7,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from .noise_bitlm import SAMPLERS
 from .text_bitlm import Decoder
 
 NO_FRONT = "needs a chain trained with diffusion.noisy_every above 0, and this model is none; leave it out"
+# what clients of transformers send and that changes nothing here; another value is refused by its name
+NEUTRAL: dict[str, Any] = {
+    "do_sample": True, "use_cache": True, "num_beams": 1, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
+    "typical_p": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0,
+}  # fmt: skip
 UNGUIDED = "needs a model trained with diffusion.condition_drop above 0, and this one was not; leave it out, or 1"
 
 
 @dataclass
 class Settings:
+    """How texts are drawn."""
+
     max_new_tokens: int
     eos: frozenset[int]
     pad: int
@@ -36,7 +44,7 @@ class Settings:
         cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str, records: bool
     ) -> Settings:
         values: dict[str, Any] = {
-            "max_new_tokens": 128, "seed": 0, "steps": 16, "sampler": "em", "temperature": 1.0, "guidance": 1.0,
+            "max_new_tokens": 128, "seed": None, "steps": 16, "sampler": "em", "temperature": 1.0, "guidance": 1.0,
             "ahead": 0, "overlap": 0.0,
         }  # fmt: skip
         other = {"temperature", "ahead", "overlap"}
@@ -46,8 +54,10 @@ class Settings:
             other = {"sampler"} if front else {"sampler", "steps"}
         ends = set() if records else {"eos_token_id", "pad_token_id", "stop_strings"}
         known = {*values, "max_length", *ends} - other
-        aside = {"transformers_version", "bos_token_id", "_from_model_config"}
+        aside = {"transformers_version", "bos_token_id", "_from_model_config", "num_return_sequences"}
         own = {k: v for k, v in (base.to_diff_dict() if base is not None else {}).items() if k not in aside}
+        own, kwargs = (_without_neutral(source) for source in (own, kwargs))
+        greedy = kind == "chain" and kwargs.pop("do_sample", None) is False
         if "max_length" in kwargs:
             own.pop("max_new_tokens", None)
         unknown = sorted({*own, *kwargs} - known)
@@ -56,8 +66,12 @@ class Settings:
                 f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head{' over records' * records}; it "
                 f"knows {', '.join(sorted(known))}"
             )
-        for source in (own, {k: v for k, v in kwargs.items() if v is not None}):
+        for source in (own, kwargs):
             values.update(copy.copy(source))
+        if greedy:  # whatever temperature the model's own configuration has
+            values["temperature"] = 0.0
+        if values["seed"] is None:  # fresh, and torch.manual_seed (transformers' set_seed) makes it the same again
+            values["seed"] = int(torch.randint(2**62, ()))
         length = values.get("max_length")
         if length is not None and "max_new_tokens" not in {**own, **kwargs}:
             values["max_new_tokens"] = int(length) - given
@@ -90,6 +104,11 @@ class Settings:
             str(values["sampler"]), float(values["temperature"]), float(values["guidance"]),
             int(values["ahead"]), float(values["overlap"]), Decoder.of(tokenizer) if stops else None,
         )  # fmt: skip
+
+
+def _without_neutral(values: dict[str, Any]) -> dict[str, Any]:
+    given = {k: v for k, v in values.items() if v is not None}
+    return {k: v for k, v in given.items() if not (k in NEUTRAL and v == NEUTRAL[k] and type(v) is type(NEUTRAL[k]))}
 
 
 def _check_overlap(values: dict[str, Any]) -> None:
