@@ -31,6 +31,7 @@ from .configuration_bitlm import BitLMConfig
 from .front_bitlm import Front
 from .generation_bitlm import BitLMGenerationMixin
 from .head_bitlm import BitLMHead
+from .logits_bitlm import NextTokens
 from .noise_bitlm import RECONSTRUCTION, VALIDATION, NoiseDistribution, gaussian, stratified_levels
 from .posterior_bitlm import Posterior
 
@@ -42,11 +43,13 @@ from .text_bitlm import Decoder  # noqa: F401  # isort: skip
 
 @dataclass
 class BitLMOutput(ModelOutput):
-    """last_hidden_state [b, S + K, D]: row p conditions token p, the last K rows the block that is not there yet.
-    logits [b, n, M, K, outputs]: the head's answer, if noisy bits were given."""
+    """loss: mean nats of the labels. logits: of a chain [b, S, V], log-probabilities of the token behind each; where
+    noisy bits were given the head's answer [b, n, M, K, outputs]. last_hidden_state [b, n K + K, D]: row p conditions
+    token p, the last K rows the block that is not there yet."""
 
-    last_hidden_state: Tensor | None = None
+    loss: Tensor | None = None
     logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 @dataclass
@@ -72,27 +75,88 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         noisy_bits: Tensor | None = None,
         log_sigma: Tensor | None = None,
+        *,
+        output_logits: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
     ) -> BitLMOutput:
-        """States of a text, and with noisy bits the head's answer.
+        """Of a chain the next token's log-probabilities, and the loss of labels; a diffusion head's answer to noise.
+
+        A chain's blocks are counted from a row's first token, so that logits[:, i] depends on the tokens up to i alone
+        (`score(blocks="start")` has the same nats). Their price: see docs/inference.md.
 
         Args:
-            input_ids: int64 [b, S]. S is filled up in front to whole blocks (with end-of-document tokens), n of them.
+            input_ids: int64 [b, S]; padding on either side.
             attention_mask: [b, S], 0 where a row has no token.
-            noisy_bits: float32 [b, n, M, K, B], x + sigma eps for the n blocks of the text.
+            labels: int64 [b, S], -100 or the ids themselves; shifted here, as everywhere in transformers.
+            noisy_bits: float32 [b, n, M, K, B], x + sigma eps for the n blocks of the text, counted from its end: it is
+                filled up in front with end-of-document tokens.
             log_sigma: float32 [b, n, M], ln sigma of each.
+            output_logits: default: unless there are labels.
+            logits_to_keep: of the last so many columns; 0: of all.
+            num_items_in_batch: what the loss is a mean over, where it is not the labels given here.
+            use_cache, return_dict: changes nothing, there is no cache here and always a BitLMOutput.
 
-        A chain head has no noise: `score` gives its likelihoods.
+        Raises:
+            ValueError: logits or labels of a diffusion head or of records; labels of other tokens; too long a text.
         """
-        k = self.config.block_size
-        ids, lead = self._blocks(input_ids, attention_mask)
-        states = self._states(ids, lead)
-        logits = None
         if noisy_bits is not None and log_sigma is not None:
-            newest = self._newest(ids, lead)
+            k = self.config.block_size
+            ids, lead = self._blocks(input_ids, attention_mask)
+            states, newest = self._states(ids, lead), self._newest(ids, lead)
             logits = self._evaluate(noisy_bits, log_sigma, states[:, :-k].unflatten(1, (-1, k)), newest)
-        return BitLMOutput(last_hidden_state=states, logits=logits)
+            return BitLMOutput(logits=logits, last_hidden_state=states)
+        wanted = labels is None if output_logits is None else output_logits
+        chain = self.config.head_kind == "chain" and self.config.vocab_size
+        if not chain and (wanted or labels is not None):
+            which = (
+                "records have no ids" if not self.config.vocab_size else "a diffusion head decides K tokens together"
+            )
+            raise ValueError(
+                f"forward: {which}, so there are no logits of the next token; `score` gives the likelihood (or its "
+                "bound), `output_logits=False` the states alone"
+            )
+        if not chain:
+            return BitLMOutput(last_hidden_state=self._states(*self._blocks(input_ids, attention_mask)))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
+        ids, states = self._from_start("forward", input_ids, mask)
+        after = mask.cumsum(1)  # [b, S]: how many tokens there are up to each column, so where the next one is
+        loss = logits = None
+        with torch.no_grad():
+            if labels is not None:
+                loss = self._loss(ids, states, input_ids, after, labels.to(ids.device), num_items_in_batch)
+            if wanted:
+                logits = NextTokens(self.head, self.model).log_p(ids, states, after[:, -logits_to_keep:])
+        return BitLMOutput(loss=loss, logits=logits, last_hidden_state=states)
+
+    def _from_start(self, what: str, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows moved to the left and filled up behind by 1 to K: ids [b, n K] and states [b, n K, D]."""
+        most, length = self.config.max_position_embeddings, input_ids.shape[1]
+        if length > most and int(mask.sum(1).max()) > most:
+            raise ValueError(f"{what}: {length} tokens are more than the {most} the model was trained at")
+        k = self.config.block_size
+        order = (1 - mask).argsort(dim=1, stable=True)
+        ids = input_ids.gather(1, order).masked_fill(mask.gather(1, order) == 0, self._eos())
+        ids = F.pad(ids, (0, k - length % k), value=self._eos())
+        position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return ids, self.model(fill_front(ids, k, 0)[:, :-k], position)
+
+    def _loss(
+        self, ids: Tensor, states: Tensor, input_ids: Tensor, after: Tensor, labels: Tensor, items: Any
+    ) -> Tensor:
+        counted = labels != -100
+        if bool((counted & (labels != input_ids)).any()):
+            raise ValueError("forward: labels have to be input_ids, or -100; for other tokens gather from the logits")
+        counted = counted & (after > 1)  # the first token of a row has nothing before it
+        counted[:, :1] = False
+        position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        nats = Chain(self.head, self.model).read(ids, states, position).gather(1, (after - 1).clamp(min=0))
+        return (nats * counted).sum() / (counted.sum() if items is None else items)
 
     def compile_parts(self, **options: Any) -> None:
         """Compile what `generate` calls: the backbone's pass and the head's evaluation. `options` are torch.compile's;
@@ -124,6 +188,7 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
         seed: int = 0,
         sequence_ids: Tensor | None = None,
         overlap: float = 0.0,
+        blocks: str = "end",
     ) -> BitLMScore:
         """The likelihood bound in nats, as validation reports it: unbiased, with the noise of (seed, sequence).
 
@@ -136,10 +201,21 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ...
             overlap: of a chain that has learned from noisy blocks: the bound along a front of noise over so many groups
                 of bits (1 or above; inf: all of a block together).
+            blocks: counted from the end of a row, as `generate` does, which fills it up in front ("end"); or, of a
+                chain, from its first token ("start"): the nats of `forward`'s logits, of whole blocks the same.
 
         Raises:
-            ValueError: longer than the model was trained for; an overlap of another model.
+            ValueError: longer than the model was trained for; an overlap or blocks of another model.
         """
+        if blocks == "start" and self.config.head_kind == "chain" and self.config.vocab_size and not overlap:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
+            ids, states = self._from_start("score", input_ids, mask)
+            position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+            own = Chain(self.head, self.model).read(ids, states, position)
+            nats = own.gather(1, (mask.cumsum(1) - 1).clamp(min=0)) * mask
+            return BitLMScore(nats=nats.sum(1), nats_per_token=nats)
+        if blocks != "end":
+            raise ValueError(f"score: blocks={blocks!r} has to be 'end', or of a chain's text without overlap 'start'")
         if overlap:
             self._check_front("score", overlap)
         k = self.config.block_size
