@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .noise_bitlm import SAMPLERS, SAMPLING, NoiseDistribution, gaussian
 from .posterior_bitlm import Posterior
 from .settings_bitlm import NO_FRONT, UNGUIDED, Settings
 from .text_bitlm import TextStream
+from .tokenwise_bitlm import Tokenwise
 
 
 class Row:
@@ -43,14 +44,6 @@ class Row:
             self.text.add(token)
             self.open = not self.text.ended
         return token
-
-
-def _ask(criteria: Sequence[Callable[..., Any]], rows: list[Row], ids: Tensor) -> None:
-    """End the rows for which one of transformers' StoppingCriteria says so, of ids [b, S + new]."""
-    for criterion in criteria:
-        done = torch.as_tensor(criterion(ids, None)).expand(len(rows))
-        for row, end in zip(rows, done.tolist(), strict=True):
-            row.open = row.open and not end
 
 
 class Context:
@@ -138,8 +131,7 @@ class BitLMGenerationMixin(GenerationMixin):
         streamer: Any = None,
         tokenizer: Any = None,
         sequence_ids: Tensor | Sequence[int] | None = None,
-        num_return_sequences: int | None = None,
-        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+        stopping_criteria: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Continue texts, a block of K tokens at a time; every row is what it would be alone.
@@ -155,24 +147,26 @@ class BitLMGenerationMixin(GenerationMixin):
             streamer: gets the prompt and then tokens, as transformers' streamers expect it.
             tokenizer: needed for `stop_strings`.
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
-            num_return_sequences: texts for each prompt, one behind the other; b counts them all.
-            stopping_criteria: asked after every token, with the ids so far and None for scores; a row for which one
-                says True ends behind that token.
+            stopping_criteria: transformers' own, a list of them or one; asked after every token, without scores.
             kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text;
-                records have no end), seed (default: a fresh one from torch's generator, so that manual_seed fixes it);
-                of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS), of a chain temperature,
-                do_sample=False (the likeliest, as temperature 0) and ahead (tokens of which all groups are guessed and
-                checked at once; default 0: one group after another. The text does not depend on it, but for rounding);
-                of one that has learned from noisy blocks also overlap (default 0: none; 1 and above: a front of noise
-                over so many groups; inf: all of a block together) and steps (evaluations of the head a block; default:
-                as many as it has groups). Of transformers' others the values that change nothing (NEUTRAL).
+                records have no end), num_return_sequences, seed (default: a fresh one of
+                torch's generator, so that torch.manual_seed decides it); of a diffusion head
+                steps (at least 2) and sampler (a key of SAMPLERS), of a
+                chain temperature and ahead (tokens of which all groups are guessed and checked at once; default 0: one
+                group after another. The text does not depend on it, but for rounding); of one that has learned from
+                noisy blocks also overlap (default 0: none; 1 and above: a front of noise over so many groups; inf: all
+                of a block together) and steps (evaluations of the head a block; default: as many as it has groups).
                 guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
                 at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
                 the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
                 goes on seeing the newest tokens, those of earlier blocks with their conditions.
 
+                Of a chain over tokens do_sample=False (the likeliest token), top_k, top_p, repetition_penalty and
+                min_new_tokens: drawn token after token from `forward`'s logits, at their price.
+
         Returns:
-            int64 [b, S + new]: the given ids and the new ones; what follows a row's end is pad_token_id.
+            int64 [b * num_return_sequences, S + new]: the given ids and the new ones; what follows a
+                row's end is pad_token_id.
 
         Raises:
             ValueError: an argument that means nothing here (sampling temperature, beams, ...), a wrong value, or
@@ -182,14 +176,12 @@ class BitLMGenerationMixin(GenerationMixin):
             raise ValueError("generate: give the prompt once, as `inputs` or as `input_ids`")
         given = inputs if input_ids is None else input_ids
         assert given is not None
-        own = generation_config or self.generation_config
-        times = num_return_sequences or getattr(own, "num_return_sequences", None) or 1
-        if times < 1:
-            raise ValueError(f"generate: num_return_sequences={times} has to be at least 1")
-        given = given.repeat_interleave(times, dim=0)
-        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(times, dim=0)
-        settings = self._settings(own, kwargs, given.shape[1], tokenizer)
+        settings = self._settings(generation_config or self.generation_config, kwargs, given.shape[1], tokenizer)
         k, device = self.config.block_size, self.device
+        if settings.copies > 1:
+            given = given.repeat_interleave(settings.copies, dim=0)
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat_interleave(settings.copies, dim=0)
         tokens, lead = self._blocks(given.to(device), attention_mask)
         sequence = self._sequences(sequence_ids, len(given))
         if streamer is not None:
@@ -198,7 +190,12 @@ class BitLMGenerationMixin(GenerationMixin):
         context = Context(self.model, lead.tolist(), tokens.shape[1] // k + -(-settings.max_new_tokens // k))
         chain = None
         if self.config.head_kind == "chain":
-            chain = (Front if settings.overlap else Chain)(self.head, self.model)
+            if settings.tokenwise:
+                own = torch.full((len(given),), given.shape[1]) if attention_mask is None else attention_mask.sum(1)
+                first = tokens.shape[1] - own.to(device)
+                chain = Tokenwise(self.head, self.model, settings, first, tokens.shape[1])
+            else:
+                chain = (Front if settings.overlap else Chain)(self.head, self.model)
         made: list[Tensor] = []  # columns of new tokens
         while len(made) < settings.max_new_tokens and any(row.open for row in rows):
             states, position = context.advance(tokens)
@@ -217,11 +214,9 @@ class BitLMGenerationMixin(GenerationMixin):
                         column = torch.tensor(taken)
                     made.append(column)
                     if stopping_criteria:
-                        _ask(
-                            stopping_criteria,
-                            rows,
-                            torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1),
-                        )
+                        so_far = torch.cat((given, torch.stack(made, dim=1).to(given.device)), dim=1)
+                        for row, ends in zip(rows, _ends(stopping_criteria, so_far), strict=True):
+                            row.open = row.open and not ends
                     if streamer is not None:
                         streamer.put(column)
         if streamer is not None:
@@ -302,3 +297,9 @@ class BitLMGenerationMixin(GenerationMixin):
         if eos is None:
             raise ValueError("generation_config.eos_token_id is not set; texts are filled up with it to whole blocks")
         return eos[0] if isinstance(eos, list) else eos
+
+
+def _ends(criteria: Any, ids: Tensor) -> list[bool]:
+    """What stopping criteria say of the rows [b, S]."""
+    found = [torch.as_tensor(one(ids, None)) for one in (criteria if isinstance(criteria, list) else [criteria])]
+    return torch.stack([one.to("cpu").bool().expand(len(ids)) for one in found]).any(0).tolist()

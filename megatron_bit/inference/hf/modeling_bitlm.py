@@ -38,6 +38,7 @@ from .posterior_bitlm import Posterior
 # transformers 4 copies the files that this one names, and not those that they name
 from .embedding_bitlm import Memory  # noqa: F401  # isort: skip
 from .settings_bitlm import Settings  # noqa: F401  # isort: skip
+from .tokenwise_bitlm import Tokenwise  # noqa: F401  # isort: skip
 from .text_bitlm import Decoder  # noqa: F401  # isort: skip
 
 

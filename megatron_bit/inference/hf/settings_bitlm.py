@@ -14,12 +14,20 @@ from .noise_bitlm import SAMPLERS
 from .text_bitlm import Decoder
 
 NO_FRONT = "needs a chain trained with diffusion.noisy_every above 0, and this model is none; leave it out"
-# what clients of transformers send and that changes nothing here; another value is refused by its name
-NEUTRAL: dict[str, Any] = {
-    "do_sample": True, "use_cache": True, "num_beams": 1, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
-    "typical_p": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0,
-}  # fmt: skip
 UNGUIDED = "needs a model trained with diffusion.condition_drop above 0, and this one was not; leave it out, or 1"
+# of a whole token: a chain's token after token, of a joint head's none
+WHOLE = {"do_sample": None, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+NEUTRAL = {  # what says that nothing is asked for
+    "use_cache": True, "num_beams": 1, "return_dict_in_generate": False, "output_scores": False, "do_sample": True,
+    "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "early_stopping": False,
+    "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0, "min_length": 0,
+    "min_new_tokens": 0, "num_return_sequences": 1, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "output_attentions": False, "output_hidden_states": False, "output_logits": False,
+}  # fmt: skip
+
+
+def _neutral(name: str, value: Any) -> bool:
+    return name in NEUTRAL and (value is None or value == NEUTRAL[name])
 
 
 @dataclass
@@ -37,27 +45,46 @@ class Settings:
     guidance: float
     ahead: int
     overlap: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    min_new_tokens: int
+    greedy: bool  # the likeliest token, and not the likeliest value of each group
+    copies: int  # of each prompt
     decoder: Decoder | None  # where there are stop strings
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether the distribution of whole tokens is needed."""
+        other = self.top_k or self.top_p < 1.0 or self.repetition_penalty != 1.0 or self.min_new_tokens
+        return bool(self.greedy or other)
 
     @classmethod
     def read(
-        cls, base: GenerationConfig | None, kwargs: dict[str, Any], given: int, tokenizer: Any, kind: str, records: bool
+        cls,
+        base: GenerationConfig | None,
+        kwargs: dict[str, Any],
+        length: int,
+        tokenizer: Any,
+        kind: str,
+        records: bool,
     ) -> Settings:
         values: dict[str, Any] = {
             "max_new_tokens": 128, "seed": None, "steps": 16, "sampler": "em", "temperature": 1.0, "guidance": 1.0,
-            "ahead": 0, "overlap": 0.0,
+            "ahead": 0, "overlap": 0.0, "num_return_sequences": 1, **WHOLE,
         }  # fmt: skip
-        other = {"temperature", "ahead", "overlap"}
+        other = {"temperature", "ahead", "overlap", *WHOLE}
         if kind == "chain":
             values["steps"] = 0  # as many as a block has groups
             front = kwargs.get("overlap") or getattr(base, "overlap", 0)
             other = {"sampler"} if front else {"sampler", "steps"}
+            other |= {*WHOLE} if records else set()
         ends = set() if records else {"eos_token_id", "pad_token_id", "stop_strings"}
         known = {*values, "max_length", *ends} - other
-        aside = {"transformers_version", "bos_token_id", "_from_model_config", "num_return_sequences"}
+        aside = {"transformers_version", "bos_token_id", "_from_model_config"}
         own = {k: v for k, v in (base.to_diff_dict() if base is not None else {}).items() if k not in aside}
-        own, kwargs = (_without_neutral(source) for source in (own, kwargs))
-        greedy = kind == "chain" and kwargs.pop("do_sample", None) is False
+        own = {k: v for k, v in own.items() if kwargs.get(k) is None}
+        own, kwargs = ({k: v for k, v in given.items() if not _neutral(k, v)} for given in (own, kwargs))
         if "max_length" in kwargs:
             own.pop("max_new_tokens", None)
         unknown = sorted({*own, *kwargs} - known)
@@ -66,15 +93,11 @@ class Settings:
                 f"generate: {unknown[0]} means nothing to a BitLM with a {kind} head{' over records' * records}; it "
                 f"knows {', '.join(sorted(known))}"
             )
-        for source in (own, kwargs):
+        for source in (own, {k: v for k, v in kwargs.items() if v is not None}):
             values.update(copy.copy(source))
-        if greedy:  # whatever temperature the model's own configuration has
-            values["temperature"] = 0.0
-        if values["seed"] is None:  # fresh, and torch.manual_seed (transformers' set_seed) makes it the same again
-            values["seed"] = int(torch.randint(2**62, ()))
-        length = values.get("max_length")
-        if length is not None and "max_new_tokens" not in {**own, **kwargs}:
-            values["max_new_tokens"] = int(length) - given
+        most = values.get("max_length")
+        if most is not None and "max_new_tokens" not in {**own, **kwargs}:
+            values["max_new_tokens"] = int(most) - length
         eos = values.get("eos_token_id")
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         pad = values.get("pad_token_id")
@@ -99,16 +122,38 @@ class Settings:
                 f"generate: sampler={values['sampler']!r} does not exist; choose one of {', '.join(SAMPLERS)}"
             )
         pad = pad if pad is not None else eos[0] if eos else 0
-        return cls(
+        if values["seed"] is None:  # of torch's own generator, so that torch.manual_seed and set_seed decide it
+            values["seed"] = int(torch.randint(2**62, ()))
+        if values["do_sample"] is False:
+            values["temperature"] = 0.0
+        made = cls(
             int(values["max_new_tokens"]), frozenset(eos), pad, stops, int(values["seed"]), int(values["steps"]),
             str(values["sampler"]), float(values["temperature"]), float(values["guidance"]),
-            int(values["ahead"]), float(values["overlap"]), Decoder.of(tokenizer) if stops else None,
+            int(values["ahead"]), float(values["overlap"]), int(values["top_k"]), float(values["top_p"]),
+            float(values["repetition_penalty"]), int(values["min_new_tokens"]), values["do_sample"] is False,
+            int(values["num_return_sequences"]), Decoder.of(tokenizer) if stops else None,
         )  # fmt: skip
+        made.check()
+        return made
 
-
-def _without_neutral(values: dict[str, Any]) -> dict[str, Any]:
-    given = {k: v for k, v in values.items() if v is not None}
-    return {k: v for k, v in given.items() if not (k in NEUTRAL and v == NEUTRAL[k] and type(v) is type(NEUTRAL[k]))}
+    def check(self) -> None:
+        """ValueError for what is out of its range, or cannot be meant together."""
+        for name, right, allowed in (
+            ("top_k", self.top_k >= 0, "0 (all) or above"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0, and at most 1 (all)"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0; 1 is none"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "0 or above"),
+        ):
+            if not right:
+                raise ValueError(f"generate: {name}={getattr(self, name)} has to be {allowed}")
+        if self.copies < 1:
+            raise ValueError(f"generate: num_return_sequences={self.copies} has to be at least 1")
+        if self.tokenwise and (self.guidance != 1.0 or self.ahead or self.overlap):
+            raise ValueError(
+                "generate: do_sample=False, top_k, top_p, repetition_penalty and min_new_tokens are of whole tokens, "
+                "and guidance, ahead and overlap of groups of bits; leave out one or the other (temperature=0 is the "
+                "likeliest value of each group)"
+            )
 
 
 def _check_overlap(values: dict[str, Any]) -> None:
