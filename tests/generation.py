@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import torch
 from transformers import GenerationConfig
 
@@ -9,6 +12,14 @@ from megatron_bit.inference.hf import configuration_bitlm as hf_configuration
 from megatron_bit.inference.hf import modeling_bitlm as hf_modeling
 
 STEPS = 5
+
+
+def run_card(folder):
+    """What the code of a converted folder's README.md prints, run beside the folder as it stands there."""
+    (code,) = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    with contextlib.chdir(folder.parent), contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code.split("```")[0], {})
+    return out.getvalue().strip()
 
 
 def tokens(seed, length):

@@ -21,6 +21,7 @@ import torch
 
 from megatron_bit.data.tokenizer import Tokenizer
 from megatron_bit.errors import UserError
+from megatron_bit.inference.card import write_card
 from megatron_bit.inference.hf_names import CODE_TABLE, Source, WeightsOf, model_arguments, softmax_config
 from megatron_bit.inference.safetensors_stream import Spec, write_shards
 from megatron_bit.io.files import sync_folder
@@ -61,6 +62,7 @@ def to_hf(
     try:
         with temporary_folder(out) as folder:
             _write_small_files(source, folder, dtype)
+            write_card(source, folder, out.name)
             written = _write_weights(source, folder, DTYPES[dtype], shard_bytes)
             sync_folder(folder)
             give_name(folder, out)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from generation import run_card
 from gloo_ranks import run_ranks
 
 from megatron_bit.checkpoint.load import load_weights
@@ -92,7 +93,8 @@ def test_the_folder_opens_in_transformers(kind: str, made: Callable[..., Any]) -
 
     _, folder = made(kind)
     names = {"config.json", "generation_config.json", "model.safetensors", *(file.name for file in CODE)}
-    assert {p.name for p in folder.iterdir()} == names
+    assert {p.name for p in folder.iterdir()} - {"curves.svg"} == {*names, "README.md"}
+    assert run_card(folder) == "torch.Size([1, 32, 3])"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 0
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     given = torch.tensor([random_records(1, 5)], dtype=torch.uint8)

@@ -11,6 +11,7 @@ import pytest
 import tiny_runs
 import torch
 import torch.nn.functional as F
+from generation import run_card
 from gloo_ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -54,7 +55,8 @@ def peer(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pyte
 
 def test_the_folder_is_an_ordinary_one(peer: Peer) -> None:
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {p.name for p in peer.folder.iterdir()} == names
+    assert {p.name for p in peer.folder.iterdir()} - {"curves.svg"} == {*names, "README.md"}
+    assert run_card(peer.folder)
     config = json.loads((peer.folder / "config.json").read_text())
     identity = json.loads((peer.run / "identity.json").read_text())
     assert config["tokenizer_sha256"] == identity["tokenizer"] and config["code_fingerprint"] == "none"
