@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,14 @@ def gumbel(settings: Settings, config: BitLMConfig, sequence: Tensor, block: Ten
     number: of several of them.
     """
     shape = (config.block_size, len(config.group_sizes), 2 ** max(config.group_sizes))
-    elements = torch.arange(-(-math.prod(shape) // 4), device=block.device)
-    drawn = uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements, number)
-    flat = torch.stack(drawn, -1).flatten(1)
-    return -(-flat[:, : math.prod(shape)].log()).log().unflatten(1, shape)
+    return gumbels(settings.seed, sequence, block, math.prod(shape), number).unflatten(1, shape)
+
+
+def gumbels(seed: int, sequence: Tensor, block: Tensor, count: int, number: int) -> Tensor:
+    """So many of them for each row, float32 [b, count]."""
+    elements = torch.arange(-(-count // 4), device=block.device)
+    drawn = uniforms(seed, SAMPLING, sequence, block[:, None], 1, elements, number)
+    return -(-torch.stack(drawn, -1).flatten(1)[:, :count].log()).log()
 
 
 def draw(log_p: Tensor, noise: Tensor, temperature: float) -> Tensor:
@@ -74,6 +80,16 @@ class Codes:
     def tokens(self, values: Tensor) -> Tensor:
         """Values of all groups int64 [..., G], of a token each, to ids int64 [...]."""
         return self.ids[torch.searchsorted(self.codes, self.join(values))]
+
+
+class Written(NamedTuple):
+    """Tokens from a beginning, and what conditions each."""
+
+    values: Tensor  # int64 [b, s, G]
+    position: Tensor  # int64 [b, s]
+    context: Tensor  # [b, s, W]
+    prior: Tensor | None  # [b, s, outputs]
+    tie: Tensor | None  # [b, s, rank]
 
 
 @dataclass
@@ -157,28 +173,36 @@ class Chain:
         Returns:
             their nats, float32 [b, s].
         """
-        context, prior, tied = self._of_block(states)
-        place = torch.arange(ids.shape[1], device=ids.device) % self.config.block_size
-        values = self._values(ids)
-        behind = F.pad(values, (0, 0, self.reach, 0))[:, :-1]
-        known, nats = self._known(values, behind, position), torch.zeros(ids.shape[:2], device=ids.device)
-        tie = self.head.tie(tied, values)
-        slots = torch.arange(ids.shape[1], device=ids.device)
-        sight = HeadSight.of(self.config, position, position, slots, context.dtype)
-        most = self.config.head_window - 1 + self.config.block_size
-        self.cache = HeadCache(self.config, len(known), len(ids), most, context)
-        kept = min(most, len(slots))  # the newest, as many as it has slots
-        new, old = slice(len(slots) - kept, None), slice(most - kept, None)
+        text = self._written(ids, states, position)
+        length, most = ids.shape[1], self.config.head_window - 1 + self.config.block_size
+        self.cache = HeadCache(self.config, text.values.shape[-1], len(ids), most, text.context)
+        kept = min(most, length)  # the newest, as many as it has slots
+        new, old = slice(length - kept, None), slice(most - kept, None)
         self.cache.position[:, old] = position[:, new]
-        for i in range(len(known)):  # one group after another: the memory is that of one
-            stage, own = slice(i, i + 1), HeadCache(self.config, 1, len(ids), len(slots), context)
+        nats = torch.zeros(ids.shape[:2], device=ids.device)
+        for i, (log_p, own) in enumerate(self._each_group(text)):
+            nats = nats - log_p.gather(-1, text.values[..., i, None]).squeeze(-1)
+            self.cache.keys[:, i : i + 1, ..., old, :] = own.keys[..., new, :]
+            self.cache.values[:, i : i + 1, ..., old, :] = own.values[..., new, :]
+        return nats
+
+    def _written(self, ids: Tensor, states: Tensor, position: Tensor) -> Written:
+        return Written(self._values(ids), position, *self._of_block(states))
+
+    def _each_group(self, text: Written) -> Iterator[tuple[Tensor, HeadCache]]:
+        """One group after another, so that the memory is that of one: its log-probabilities [b, s, U] behind what is
+        before it, and its keys and values of all tokens."""
+        values, position, context, prior, tied = text
+        rows, length = position.shape
+        slots = torch.arange(length, device=position.device)
+        known = self._known(values, F.pad(values, (0, 0, self.reach, 0))[:, :-1], position)
+        tie, place = self.head.tie(tied, values), slots % self.config.block_size
+        sight = HeadSight.of(self.config, position, position, slots, context.dtype)
+        for i in range(len(known)):
+            stage, own = slice(i, i + 1), HeadCache(self.config, 1, rows, length, context)
             told = None if tie is None else tie[stage]
             given = (known[stage], context, self.head.modulations(context, stage), prior, told, place, sight)
-            log_p = self.head.groups(stage, *given, own.keys, own.values)
-            nats = nats - log_p[0].gather(-1, values[..., i, None]).squeeze(-1)
-            self.cache.keys[:, stage, ..., old, :] = own.keys[..., new, :]
-            self.cache.values[:, stage, ..., old, :] = own.values[..., new, :]
-        return nats
+            yield self.head.groups(stage, *given, own.keys, own.values)[0], own
 
     def advance(
         self, tokens: Tensor, states: Tensor, position: Tensor, settings: Settings, sequence: Tensor, block: Tensor

@@ -149,13 +149,12 @@ class BitLMGenerationMixin(GenerationMixin):
             sequence_ids: int64 [b], keys of the noise; default 0, 1, ... The same (seed, sequence) gives the same text.
             stopping_criteria: transformers' own, a list of them or one; asked after every token, without scores.
             kwargs: max_new_tokens or max_length, eos_token_id, pad_token_id, stop_strings (looked for in the new text;
-                records have no end), num_return_sequences, seed (default: a fresh one of
-                torch's generator, so that torch.manual_seed decides it); of a diffusion head
-                steps (at least 2) and sampler (a key of SAMPLERS), of a
-                chain temperature and ahead (tokens of which all groups are guessed and checked at once; default 0: one
-                group after another. The text does not depend on it, but for rounding); of one that has learned from
-                noisy blocks also overlap (default 0: none; 1 and above: a front of noise over so many groups; inf: all
-                of a block together) and steps (evaluations of the head a block; default: as many as it has groups).
+                records have no end), num_return_sequences, seed (default: a fresh one of torch's generator, so that
+                torch.manual_seed decides it); of a diffusion head steps (at least 2) and sampler (a key of SAMPLERS),
+                of a chain temperature and ahead (tokens of which all groups are guessed and checked at once; default
+                0: one group after another. The text does not depend on it, but for rounding); of one that has learned
+                from noisy blocks also overlap (default 0: none; 1 and above: a front of noise over so many groups; inf:
+                all of a block together) and steps (evaluations of the head a block; default: as many as it has groups).
                 guidance (default 1): unconditional + guidance * (conditional - unconditional) of the head's outputs,
                 at the price of a second evaluation of the head where it is not 1. Unconditional is the head without
                 the backbone's states of the block that is being drawn, as training had it (condition_drop); a chain
@@ -165,8 +164,8 @@ class BitLMGenerationMixin(GenerationMixin):
                 min_new_tokens: drawn token after token from `forward`'s logits, at their price.
 
         Returns:
-            int64 [b * num_return_sequences, S + new]: the given ids and the new ones; what follows a
-                row's end is pad_token_id.
+            int64 [b * num_return_sequences, S + new]: the given ids and the new ones; what follows a row's end is
+                pad_token_id.
 
         Raises:
             ValueError: an argument that means nothing here (sampling temperature, beams, ...), a wrong value, or

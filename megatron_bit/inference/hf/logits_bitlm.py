@@ -39,21 +39,11 @@ class NextTokens(Chain):
             states: [b, n K, D], that condition them.
             at: int64 [b, s].
         """
-        config, device = self.config, ids.device
-        context, prior, tied = self._of_block(states)
-        position = torch.arange(ids.shape[1], device=device).expand(ids.shape)
-        values = self._values(ids)
-        behind = F.pad(values, (0, 0, self.reach, 0))[:, :-1]
-        known, tie = self._known(values, behind, position), self.head.tie(tied, values)
-        place, slots = position[0] % config.block_size, position[0]
-        sight = HeadSight.of(config, position, position, slots, context.dtype)
+        device = ids.device
+        text = self._written(ids, states, torch.arange(ids.shape[1], device=device).expand(ids.shape))
         out = torch.zeros(at.numel(), len(self.ordered), device=device)
         row = torch.arange(len(ids), device=device)[:, None].expand(at.shape).flatten()
-        for i in range(len(known)):
-            stage, own = slice(i, i + 1), HeadCache(config, 1, len(ids), len(slots), context)
-            told = None if tie is None else tie[stage]
-            given = (known[stage], context, self.head.modulations(context, stage), prior, told, place, sight)
-            log_p = self.head.groups(stage, *given, own.keys, own.values)[0]
+        for i, (log_p, own) in enumerate(self._each_group(text)):
             if i == 0:  # behind nothing: what reading has said
                 out += log_p[row, at.flatten()][:, self.ordered[:, 0]]
                 continue
@@ -63,8 +53,8 @@ class NextTokens(Chain):
             for first in range(0, len(row), step):
                 here = slice(first, first + step)
                 where = (row[here], at.flatten()[here])
-                asked = [None if t is None else t[where][:, None] for t in (context, prior, tied)]
-                before = self._begun(values, *where)
+                asked = [None if t is None else t[where][:, None] for t in (text.context, text.prior, text.tie)]
+                before = self._begun(text.values, *where)
                 for low in range(0, count, PREFIXES):
                     high = min(count, low + PREFIXES)
                     tokens = slice(edges[low], edges[high])

@@ -124,19 +124,19 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
             )
         if not chain:
             return BitLMOutput(last_hidden_state=self._states(*self._blocks(input_ids, attention_mask)))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
-        ids, states = self._from_start("forward", input_ids, mask)
-        after = mask.cumsum(1)  # [b, S]: how many tokens there are up to each column, so where the next one is
+        ids, states, after = self._from_start("forward", input_ids, _mask(input_ids, attention_mask))
         loss = logits = None
         with torch.no_grad():
             if labels is not None:
-                loss = self._loss(ids, states, input_ids, after, labels.to(ids.device), num_items_in_batch)
+                nats = self._nats_from_start(ids, states, after)
+                loss = _loss(nats, input_ids, after, labels.to(ids.device), num_items_in_batch)
             if wanted:
                 logits = NextTokens(self.head, self.model).log_p(ids, states, after[:, -logits_to_keep:])
         return BitLMOutput(loss=loss, logits=logits, last_hidden_state=states)
 
-    def _from_start(self, what: str, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows moved to the left and filled up behind by 1 to K: ids [b, n K] and states [b, n K, D]."""
+    def _from_start(self, what: str, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows moved to the left and filled up behind by 1 to K: ids [b, n K] and states [b, n K, D]; and how many
+        tokens there are up to each column, [b, S], which is where the next one is."""
         most, length = self.config.max_position_embeddings, input_ids.shape[1]
         if length > most and int(mask.sum(1).max()) > most:
             raise ValueError(f"{what}: {length} tokens are more than the {most} the model was trained at")
@@ -145,19 +145,12 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
         ids = input_ids.gather(1, order).masked_fill(mask.gather(1, order) == 0, self._eos())
         ids = F.pad(ids, (0, k - length % k), value=self._eos())
         position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return ids, self.model(fill_front(ids, k, 0)[:, :-k], position)
+        return ids, self.model(fill_front(ids, k, 0)[:, :-k], position), mask.cumsum(1)
 
-    def _loss(
-        self, ids: Tensor, states: Tensor, input_ids: Tensor, after: Tensor, labels: Tensor, items: Any
-    ) -> Tensor:
-        counted = labels != -100
-        if bool((counted & (labels != input_ids)).any()):
-            raise ValueError("forward: labels have to be input_ids, or -100; for other tokens gather from the logits")
-        counted = counted & (after > 1)  # the first token of a row has nothing before it
-        counted[:, :1] = False
+    def _nats_from_start(self, ids: Tensor, states: Tensor, after: Tensor) -> Tensor:
+        """Of what `_from_start` gives, in the columns that the tokens had, [b, S]; some number for padding."""
         position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        nats = Chain(self.head, self.model).read(ids, states, position).gather(1, (after - 1).clamp(min=0))
-        return (nats * counted).sum() / (counted.sum() if items is None else items)
+        return Chain(self.head, self.model).read(ids, states, position).gather(1, (after - 1).clamp(min=0))
 
     def compile_parts(self, **options: Any) -> None:
         """Compile what `generate` calls: the backbone's pass and the head's evaluation. `options` are torch.compile's;
@@ -209,11 +202,8 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
             ValueError: longer than the model was trained for; an overlap or blocks of another model.
         """
         if blocks == "start" and self.config.head_kind == "chain" and self.config.vocab_size and not overlap:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
-            ids, states = self._from_start("score", input_ids, mask)
-            position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-            own = Chain(self.head, self.model).read(ids, states, position)
-            nats = own.gather(1, (mask.cumsum(1) - 1).clamp(min=0)) * mask
+            mask = _mask(input_ids, attention_mask)
+            nats = self._nats_from_start(*self._from_start("score", input_ids, mask)) * mask
             return BitLMScore(nats=nats.sum(1), nats_per_token=nats)
         if blocks != "end":
             raise ValueError(f"score: blocks={blocks!r} has to be 'end', or of a chain's text without overlap 'start'")
@@ -277,6 +267,21 @@ class BitLMForCausalLM(BitLMPreTrainedModel, BitLMGenerationMixin):
         k = self.config.block_size
         position = torch.arange(ids.shape[1] + k, device=ids.device) - lead[:, None] * k
         return self.model(fill_front(ids, k, 0), position)
+
+
+def _mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """int64 [b, S], all ones where none is given."""
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
+
+
+def _loss(nats: Tensor, input_ids: Tensor, after: Tensor, labels: Tensor, items: Any) -> Tensor:
+    """The mean over the labels, or their sum over `items`."""
+    counted = labels != -100
+    if bool((counted & (labels != input_ids)).any()):
+        raise ValueError("forward: labels have to be input_ids, or -100; for other tokens gather from the logits")
+    counted = counted & (after > 1)  # the first token of a row has nothing before it
+    counted[:, :1] = False
+    return (nats * counted).sum() / (counted.sum() if items is None else items)
 
 
 def _where_given(nats: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -18,11 +18,11 @@ UNGUIDED = "needs a model trained with diffusion.condition_drop above 0, and thi
 # of a whole token: a chain's token after token, of a joint head's none
 WHOLE = {"do_sample": None, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 NEUTRAL = {  # what says that nothing is asked for
-    "use_cache": True, "num_beams": 1, "return_dict_in_generate": False, "output_scores": False, "do_sample": True,
-    "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "early_stopping": False,
-    "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0, "min_length": 0,
-    "min_new_tokens": 0, "num_return_sequences": 1, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "output_attentions": False, "output_hidden_states": False, "output_logits": False,
+    **WHOLE, "do_sample": True, "use_cache": True, "num_beams": 1, "return_dict_in_generate": False,
+    "output_scores": False, "length_penalty": 1.0, "early_stopping": False, "no_repeat_ngram_size": 0, "typical_p": 1.0,
+    "num_beam_groups": 1, "diversity_penalty": 0.0, "min_length": 0, "num_return_sequences": 1,
+    "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "output_attentions": False,
+    "output_hidden_states": False, "output_logits": False,
 }  # fmt: skip
 
 

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from .backbone_bitlm import BitLMModel
+from .chain_bitlm import gumbels
 from .head_bitlm import BitLMHead
 from .logits_bitlm import NextTokens
-from .noise_bitlm import SAMPLING, uniforms
 from .settings_bitlm import Settings
 
 
@@ -73,7 +73,4 @@ class Tokenwise(NextTokens):
         if settings.temperature == 0.0:
             return scores.argmax(-1)
         scores = torch.as_tensor(self.warpers(text, scores))  # type: ignore[arg-type]
-        elements = torch.arange(-(-scores.shape[1] // 4), device=text.device)
-        drawn = uniforms(settings.seed, SAMPLING, sequence, block[:, None], 1, elements, place)
-        noise = -(-torch.stack(drawn, -1).flatten(1)[:, : scores.shape[1]].log()).log()
-        return (scores + noise).argmax(-1)
+        return (scores + gumbels(settings.seed, sequence, block, scores.shape[1], place)).argmax(-1)
