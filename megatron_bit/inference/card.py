@@ -42,7 +42,8 @@ def write_card(source: Source, folder: Path, name: str) -> None:
     tested = [point for point in curves.validation if point[1] <= source.step]
     if len(train) > 1 or len(tested) > 1:
         (folder / PICTURE).write_text(_picture(train, [(p[0], p[2]) for p in tested]), encoding="utf-8")
-    text = _text(source, name, tested[-1] if tested else None, (folder / PICTURE).exists())
+    own = source.weights == "trained"  # an average of them was not validated
+    text = _text(source, name, tested[-1] if tested and own else None, (folder / PICTURE).exists())
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from gloo_ranks import run_ranks
 
 from megatron_bit.inference.convert import to_hf
 
-SETTINGS = {"train.steps": 3, "evaluate.every": 1, "checkpoint.every": 1, "log.every": 1}
+SETTINGS = {"optim.ema_decay": 0.5, "train.steps": 3, "evaluate.every": 1, "checkpoint.every": 1, "log.every": 1}
 
 
 def front_of(folder: Path) -> tuple[dict[str, Any], str]:
@@ -49,6 +49,13 @@ def test_figures_are_the_run_s_at_the_step_of_the_checkpoint(step: int, run: tup
     assert len(circles) == sum(record["step"] <= step for record in recorded)
     if step == 3:
         assert run_card(folder).startswith("The ")
+
+
+def test_averaged_weights_have_no_figure_of_others(run: tuple[str, Path], tmp_path: Path) -> None:
+    """Validation is of the weights that are trained."""
+    to_hf(run[1], folder := tmp_path / "model", weights="ema")
+    front, text = front_of(folder)
+    assert "model-index" not in front and "Validation split" not in text and "their running average" in text
 
 
 def test_a_run_that_has_recorded_nothing(run: tuple[str, Path], tmp_path: Path) -> None:
