@@ -7,11 +7,11 @@ then runs its command line. The nats are those of `megatron-bit evaluate`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_bit.errors import UserError
+from megatron_bit.io.text import shown
 
 NAME = "megatron_bit"
 NEW_TOKENS = 256  # of a text whose task does not say
@@ -25,9 +25,12 @@ def registered() -> Any:
         from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise UserError("lm_eval is not installed: pip install 'megatron-bit[eval]'") from None
+    from megatron_bit.evaluation import tasks
     from megatron_bit.evaluation.loading import open_model
     from megatron_bit.evaluation.progress import Progress
-    from megatron_bit.evaluation.scoring import encode_behind, score
+    from megatron_bit.evaluation.scoring import score
+    from megatron_bit.evaluation.task_files import Item
+    from megatron_bit.inference.hf.text_bitlm import TextStream
 
     @register_model(NAME)
     class Harness(LM):
@@ -54,43 +57,31 @@ def registered() -> Any:
             unknown = sorted(unused.keys() - {"device", "max_batch_size"})
             if unknown:
                 raise UserError(f"--model_args {unknown[0]} is not known; give pretrained, data, weights or seed")
-            if str(batch_size).startswith("auto"):
-                raise UserError(f"--batch_size {batch_size} is not known; give a number")
+            if weights not in ("trained", "ema"):
+                raise UserError(f"--model_args weights={weights} is not known; give trained or ema")
+            self._batch_size, self._seed = _number("--batch_size", batch_size, 1), _number("seed", seed, 0)
             self._own = open_model(Path(pretrained), data, weights)
             if self._own.record_bits:
                 raise UserError(f"{pretrained} is a model of raw records, and tasks are of text")
-            self._batch_size, self._seed = int(batch_size), int(seed)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """(ln p(continuation | context), whether greedy generation writes it); of a diffusion head minus the bound
             that `evaluate`'s tasks have, and False."""
-            pairs = []
-            for context, text in (request.args for request in requests):
-                ids, count = encode_behind(self._own, context, text)
-                pairs.append((ids[: len(ids) - count], ids[len(ids) - count :]))
-            nats = self._nats([[*context, *target] for context, target in pairs])
-            out = []
-            for start in range(0, len(pairs), self._batch_size):
-                some = pairs[start : start + self._batch_size]
-                hits = self._own.greedy([context for context, _ in some], [target for _, target in some])
-                for i, (_, target) in enumerate(some):
-                    row = nats[start + i]
-                    cost = row[len(row) - len(target) :].double().sum().item()
-                    out.append((-cost, bool(hits and hits[i])))
-            return out
+            items = [Item(context, (text,), 0) for context, text in (request.args for request in requests)]
+            costs = tasks.costs("lm_eval", self._own, items, seed=self._seed, batch_size=self._batch_size)
+            hits = tasks.written("lm_eval", self._own, items, batch_size=self._batch_size)
+            return [(-cost, bool(hits and hits[i])) for i, (cost,) in enumerate(costs)]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             """ln p of whole texts, in windows where they are longer than the context."""
             rows = [self._own.encode(text) for (text,) in (request.args for request in requests)]
-            return [-row.double().sum().item() for row in self._nats(rows)]
+            progress = Progress("lm_eval")
+            nats = score(self._own, rows, seed=self._seed, batch_size=self._batch_size, progress=progress)
+            return [-row.double().sum().item() for row in nats]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             """Text up to the first of `until`, or an end of the document; greedy unless do_sample says otherwise."""
             return [self._until(i, *request.args) for i, request in enumerate(requests)]
-
-        def _nats(self, rows: Sequence[Sequence[int]]) -> list[Any]:
-            progress = Progress("lm_eval")
-            return score(self._own, rows, seed=self._seed, batch_size=self._batch_size, progress=progress)
 
         def _until(self, number: int, context: str, asked: dict[str, Any]) -> str:
             stops = asked.get("until") or []
@@ -105,18 +96,25 @@ def registered() -> Any:
             (made,) = self._own.generate([ids], most, [number], self._seed, how)
             if self._own.eos_id in made:
                 made = made[: made.index(self._own.eos_id)]
-            whole, before = self._own.decode([*ids, *made]), self._own.decode(ids)
-            text = whole[len(before) :]
-            return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+            stream = TextStream(self._own.decoder, ids, stops)
+            return stream.add(*made) + stream.flush()
 
     return Harness
+
+
+def _number(name: str, value: int | str, least: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise UserError(f"{name} {value} has to be a whole number of at least {least}")
+    return number
 
 
 def main() -> None:
     """lm_eval's command line, with ours among its models."""
     import sys
-
-    from megatron_bit.errors import EXIT_USER_ERROR
 
     try:
         registered()
@@ -124,8 +122,8 @@ def main() -> None:
 
         cli_evaluate()
     except UserError as error:
-        print(f"megatron-bit: error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        print(f"megatron-bit: error: {shown(error)}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ class LastWord:
 def rank(task: str, model: Model, items: Sequence[Item], *, seed: int, batch_size: int) -> Ranking:
     """Score every choice of every item. A text longer than the context is scored in windows (`scoring.windows`)."""
     raw, normed = [], []
-    for item, costs in zip(items, _costs(task, model, items, seed=seed, batch_size=batch_size), strict=True):
+    for item, each in zip(items, costs(task, model, items, seed=seed, batch_size=batch_size), strict=True):
         sizes = [len(choice.encode()) for choice in item.choices]
-        raw.append(int(np.argmin(costs)) == item.label)
-        normed.append(int(np.argmin(np.divide(costs, sizes))) == item.label)
+        raw.append(int(np.argmin(each)) == item.label)
+        normed.append(int(np.argmin(np.divide(each, sizes))) == item.label)
     return Ranking(
         task=task,
         items=len(items),
@@ -82,15 +82,8 @@ def last_word(task: str, model: Model, items: Sequence[Item], *, seed: int, batc
     group of bits after another, generated behind the context (`generate` with temperature 0). Denoising a block has
     nothing of the kind: its tokens come together, from noise.
     """
-    nats = [costs[0] for costs in _costs(task, model, items, seed=seed, batch_size=batch_size)]
-    hits: list[bool] | None = []
-    for start in Progress(f"{task}, greedy").over(range(0, len(items), batch_size), step=batch_size, total=len(items)):
-        pairs = [_pair(model, item.context, item.choices[0]) for item in items[start : start + batch_size]]
-        found = model.greedy([context for context, _ in pairs], [target for _, target in pairs])
-        if found is None:
-            hits = None
-            break
-        hits += found
+    nats = [each[0] for each in costs(task, model, items, seed=seed, batch_size=batch_size)]
+    hits = written(task, model, items, batch_size=batch_size)
     mean = float(np.mean(nats))
     return LastWord(
         task=task,
@@ -104,12 +97,24 @@ def last_word(task: str, model: Model, items: Sequence[Item], *, seed: int, batc
     )
 
 
+def written(task: str, model: Model, items: Sequence[Item], *, batch_size: int) -> list[bool] | None:
+    """Whether greedy generation writes the first choice of every item; None where it is not defined."""
+    hits: list[bool] = []
+    for start in Progress(f"{task}, greedy").over(range(0, len(items), batch_size), step=batch_size, total=len(items)):
+        pairs = [_pair(model, item.context, item.choices[0]) for item in items[start : start + batch_size]]
+        found = model.greedy([context for context, _ in pairs], [target for _, target in pairs])
+        if found is None:
+            return None
+        hits += found
+    return hits
+
+
 def _pair(model: Model, context: str, choice: str) -> tuple[list[int], list[int]]:
     ids, count = encode_behind(model, context, choice)
     return ids[: len(ids) - count], ids[len(ids) - count :]
 
 
-def _costs(task: str, model: Model, items: Sequence[Item], *, seed: int, batch_size: int) -> list[list[float]]:
+def costs(task: str, model: Model, items: Sequence[Item], *, seed: int, batch_size: int) -> list[list[float]]:
     """Nats of every choice of every item."""
     rows, counts, keys = [], [], []
     for i, item in enumerate(items):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_bit.errors import UserError
 from megatron_bit.evaluation import tasks
 from megatron_bit.evaluation.harness import registered
 from megatron_bit.evaluation.loading import open_model
@@ -65,7 +66,7 @@ def test_it_says_what_evaluate_says(name: str, converted: Any, tmp_path: Path, m
     )  # fmt: skip
     ours = open_model(run)
     ranking = tasks.rank("choose", ours, ITEMS, seed=0, batch_size=2)
-    costs = tasks._costs("choose", ours, ITEMS, seed=0, batch_size=2)
+    costs = tasks.costs("choose", ours, ITEMS, seed=0, batch_size=2)
     samples = {kind: sorted(some, key=lambda s: s["doc_id"]) for kind, some in found["samples"].items()}
     theirs = [[-float(answer[0][0]) for answer in sample["resps"]] for sample in samples["choose"]]
     if ours.exact:  # a bound's noise has the number of the text as its key, and there all choices of an item have one
@@ -98,3 +99,17 @@ def test_its_command_line(converted: Any, tmp_path: Path) -> None:
     command[6] = f"pretrained={tmp_path / 'none'}"
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 2 and "is not a folder" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"batch_size": "auto"}, "--batch_size auto has to be a whole number of at least 1"),
+        ({"seed": "x"}, "seed x has to be a whole number"),
+        ({"weights": "best"}, "weights=best is not known; give trained or ema"),
+        ({"dtype": "bfloat16"}, "dtype is not known"),
+    ],
+)
+def test_arguments_that_mean_nothing(given: dict[str, str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        registered()(str(tmp_path), **given)
