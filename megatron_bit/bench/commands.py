@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_bit.bench.machine import cores
 from megatron_bit.errors import EXIT_PREEMPTED, UserError
 
 
@@ -23,7 +24,7 @@ class Commands:
     """`megatron-bit` in processes that share the cores, until a moment at which they are asked to save and leave."""
 
     def __init__(self, jobs: int, minutes: float | None) -> None:
-        threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+        threads = str(max(1, cores() // jobs))
         self.environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.running: set[subprocess.Popen[str]] = set()

@@ -6,8 +6,6 @@ Two of them, with transformers' cache: what `convert` makes of a run with `model
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.utils import logging as transformers_logging
 
+from megatron_bit.bench.machine import machine
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
 from megatron_bit.errors import UserError
@@ -89,9 +88,7 @@ def main(
         for row in _measure(runs, batch, tokens, repeats, device):
             rows.append({**row, "evaluations": evaluations.get(row["model"])})
     result = {
-        "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, "
-        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {precision}"
+        "machine": f"{machine(torch.cuda.get_device_name() if device.type == 'cuda' else '')}, {precision}"
         f"{', compiled' * compiled}",
         "model": f"{config.model.num_layers} layers of {config.model.hidden_size}, K={config.model.block_size}, "
         f"{config.model.head.kind} head {config.model.head.num_layers} of {config.model.head.hidden_size}, "

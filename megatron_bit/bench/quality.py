@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import shlex
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from megatron_bit.bench import curves
 from megatron_bit.bench.commands import Commands, Paused
 from megatron_bit.bench.ladder import Rung, fit_width, ladder, other_parameters, select
+from megatron_bit.bench.machine import cores
 from megatron_bit.bench.report import Result, render
 from megatron_bit.bench.sizes import Size, sizes
 from megatron_bit.config import Config, leaves, load_config
@@ -105,7 +105,7 @@ def main(
         return EXIT_PREEMPTED
     report = {
         "command": shlex.join(["megatron-bit", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {jobs} runs at a time",
+        "machine": f"{platform.machine()}, {cores()} cores, {jobs} runs at a time",
         "minutes": round((time.monotonic() - begin) / 60, 1),
         "tokens": (max(budgets) if budgets else target.train.steps) * per_step,
         "vocabulary": manifest.vocab_size,

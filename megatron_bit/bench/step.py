@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_bit.bench.machine import machine
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config, load_config, to_yaml
 from megatron_bit.errors import UserError
@@ -117,8 +117,7 @@ def _measure(config: Config, reference: Any, steps: int, repeats: int) -> dict[s
     tokens = config.train.global_batch_size * config.data.seq_length
     ratios = [a / b for a, b in zip(timings["trainer"], timings["plain loop"], strict=True)]
     return {
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
+        "machine": machine(),
         "steps_per_stretch": steps,
         "ms_per_step": {name: spread([1e3 * t for t in values]) for name, values in timings.items()},
         "tokens_per_second": {name: spread([tokens / t for t in values]) for name, values in timings.items()},

@@ -6,7 +6,6 @@ One process. All are built at once and take their steps in turn, so that a noisy
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from megatron_bit.bench.gpt_peer import GPTPeer, with_transformer_engine
+from megatron_bit.bench.machine import machine
 from megatron_bit.bench.saved import Saved
 from megatron_bit.bench.spread import spread
 from megatron_bit.config import Config
@@ -177,8 +177,7 @@ def _result(
         )
     m, t = config.model, config.train
     return {
-        "machine": f"{device}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
+        "machine": machine(device),
         "model": f"{m.num_layers} layers of {m.hidden_size}, K={m.block_size}, {m.head.kind} head, {m.bits} bits; "
         f"{t.global_batch_size} x {config.data.seq_length} tokens a step in micro-batches of {t.micro_batch_size}, "
         f"random tokens; {steps} steps a stretch",

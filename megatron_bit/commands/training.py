@@ -204,6 +204,7 @@ def bench_quality(
         json: print JSON.
     """
     from megatron_bit.bench import quality
+    from megatron_bit.bench.machine import cores
 
     for option, value in (("--steps", steps), ("--seeds", seeds), ("--jobs", jobs)):
         if value is not None and value < 1:
@@ -214,7 +215,7 @@ def bench_quality(
         raise UserError(
             f"--steps {steps} and --tokens {' '.join(tokens)} both say how long a rung is; give one of them"
         )
-    jobs = jobs or (len(os.sched_getaffinity(0)) if budget == "small" else 1)
+    jobs = jobs or (cores() if budget == "small" else 1)
     return quality.main(budget, out, data, steps, seeds, jobs, only, all_rungs, args, json, tokens, minutes, sizes)
 
 
